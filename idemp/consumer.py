@@ -1,0 +1,436 @@
+"""The consumer: threads and drivers around pipeline.py.
+
+The calling thread owns the connection and steps the pipeline.  One thread a store sends its
+batches; ``workers`` threads run handlers, and with one of them handlers run in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import queue
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import tenacity
+
+from idemp.errors import ConfigError, StoreUnavailable, TransportUnavailable, Unavailable
+from idemp.metrics import NoMeter
+from idemp.once import Context, ask, is_async, policy_of, run
+from idemp.pipeline import (
+    OUTCOMES,
+    Acknowledge,
+    Apply,
+    Cancel,
+    Command,
+    Confirmed,
+    Delivered,
+    Disconnected,
+    Event,
+    Flight,
+    Pipeline,
+    Replied,
+    Route,
+    Send,
+    Stop,
+    Tell,
+    Tick,
+    Work,
+    Worked,
+)
+from idemp.ports import Claim, Clock, Complete, Delivery, Meter, Op, Sent, Store, Transport
+from idemp.protocol import Ask, NotStarted, Raised, Returned, Run
+
+log = logging.getLogger(__name__)
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+EXCHANGE = "events"
+POLL = 0.5
+"""Seconds: the longest that the connection is left alone."""
+REPORT = 1.0
+"""Seconds between two summary lines."""
+_HAND_BACK = 0.005
+
+
+class _Broken(NamedTuple):
+    """A thread met an error that is nobody's normal outcome."""
+
+    error: BaseException
+
+
+class Consumer:
+    """Takes messages of ``exchange`` from ``<service>-queue`` and runs their handlers.
+
+    workers: threads that run handlers; 1 keeps the order.  prefetch: deliveries out at a time.
+    grace: seconds that running handlers get when it is stopped.
+    backoff: seconds before the first retry of a handler that raised, doubling up to 300.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        service: str,
+        exchange: str = EXCHANGE,
+        workers: int = 1,
+        prefetch: int = 512,
+        grace: float = 30.0,
+        backoff: float = 1.0,
+        meter: Meter | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if not service:
+            raise ConfigError("service='': a consumer needs the name of its service")
+        if workers < 1 or prefetch < 1:
+            raise ConfigError(f"workers={workers}, prefetch={prefetch}: each must be 1 or more")
+        self.service = service
+        self.queue = f"{service}-queue"
+        self._transport = transport
+        self._exchange = exchange
+        self._workers, self._prefetch, self._grace, self._backoff = workers, prefetch, grace, backoff
+        self._meter: Meter = meter or NoMeter()
+        self._clock = clock or Clock()
+        self._routes: dict[str, Route] = {}
+        self._stopping = threading.Event()
+        self._given_up = threading.Event()
+
+    def on(self, type: str) -> Callable[[Handler], Handler]:
+        """Handle messages of ``type`` with the decorated function; without `idempotent`, at least once."""
+
+        def register(function: Handler) -> Handler:
+            if type in self._routes:
+                raise ConfigError(f"type {type!r} has a handler already")
+            self._routes[type] = Route(inspect.unwrap(function, stop=_plain), policy_of(function))
+            return function
+
+        return register
+
+    def stop(self) -> None:
+        """From any thread: take no more, finish what runs, return from `run`."""
+        self._stopping.set()
+        self._transport.wake()
+
+    def run(self, *, ready: Callable[[], None] | None = None) -> None:
+        """Consume until `stop`, SIGTERM or SIGINT.
+
+        ready: called once, when the queue is declared, the stores answer and deliveries start.
+        Raises `ConfigError`, `TransportUnavailable` or `StoreUnavailable` if it cannot start; later
+        losses are waited out.
+        """
+        self._zero()
+        for store in self._stores():
+            store.apply([])
+        self._start_consuming()
+        shell = _Shell(
+            self.service, self._workers, self._meter, self._stopping, self._given_up, self._transport
+        )
+        pipeline = Pipeline(self.queue, self._routes, backoff=self._backoff)
+        report = _Report(self.service, self._meter, self._clock)
+        with _signals(self.stop):
+            if ready is not None:
+                ready()
+            try:
+                self._loop(pipeline, shell, report)
+            finally:
+                self._given_up.set()
+                shell.end()
+                report.flush()
+        if not pipeline.idle():
+            for key in pipeline.names():
+                log.error("%s: %s was still running after the grace time; it is in doubt", self.service, key)
+
+    # ---------------------------------------------------------------- the loop
+
+    def _loop(self, pipeline: Pipeline, shell: _Shell, report: _Report) -> None:
+        stop_at: float | None = None
+        while True:
+            now = self._clock.steady()
+            if self._stopping.is_set() and stop_at is None:
+                stop_at = now + self._grace
+                shell.inbox.append(Stop())
+            if stop_at is not None and not shell.inbox and (pipeline.idle() or now >= stop_at):
+                return
+            try:
+                self._turn(pipeline, shell, report, now)
+            except TransportUnavailable as error:
+                log.warning("%s: %s; connecting again", self.service, error)
+                self._perform(pipeline.step(Disconnected(), self._clock.steady()), shell, report)
+                shell.numbers.clear()
+                self._connect_again()
+
+    def _turn(self, pipeline: Pipeline, shell: _Shell, report: _Report, now: float) -> None:
+        """Take what came, from the broker and from the threads, and do what follows."""
+        due = pipeline.due()
+        wait = POLL if due is None else min(POLL, max(0.0, due - now))
+        came = self._transport.poll(0.0 if shell.inbox else wait)
+        now = self._clock.steady()
+        deliveries = [event for event in came if type(event) is Delivery]
+        if deliveries:
+            self._perform(pipeline.step(Delivered(deliveries, self._clock.wall()), now), shell, report)
+        confirmed = [(flight, event.error) for event in came if type(event) is Sent
+                     if (flight := shell.numbers.pop(event.number, None)) is not None]  # fmt: skip
+        if confirmed:
+            self._perform(pipeline.step(Confirmed(confirmed), now), shell, report)
+        while shell.inbox:
+            event = shell.inbox.popleft()
+            if isinstance(event, _Broken):
+                raise event.error
+            self._perform(pipeline.step(event, now), shell, report)
+        if due is not None and due <= now:
+            self._perform(pipeline.step(Tick(), now), shell, report)
+        report.maybe(now)
+
+    def _perform(self, commands: Sequence[Command], shell: _Shell, report: _Report) -> None:
+        for command in commands:
+            match command:
+                case Apply(store, ops):
+                    shell.lane(store).put(ops)
+                case Work(items):
+                    shell.work(items)
+                case Acknowledge(tags):
+                    self._transport.ack(tags)
+                case Send(items):
+                    numbers = self._transport.send([copy for _, copy in items])
+                    shell.numbers.update(zip(numbers, (flight for flight, _ in items), strict=True))
+                case Cancel():
+                    self._transport.cancel()
+                case Tell(counts, lines):
+                    report.add(counts, lines)
+
+    # ---------------------------------------------------------------- start and connection
+
+    def _start_consuming(self) -> None:
+        self._transport.declare(f"{self.queue}.dead")
+        self._transport.declare(self.queue, self._exchange, "#")
+        self._transport.consume(self.queue, self._prefetch)
+
+    def _connect_again(self) -> None:
+        """Until the broker is back, or the service is told to stop."""
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unavailable),
+            wait=tenacity.wait_random_exponential(0.2, max=10),
+            stop=tenacity.stop_when_event_set(self._stopping),
+            sleep=tenacity.sleep_using_event(self._stopping),
+            reraise=True,
+        ):
+            with attempt:
+                self._transport.connect()
+                if not self._stopping.is_set():
+                    self._start_consuming()
+
+    def _stores(self) -> list[Store]:
+        stores = {
+            id(route.policy.store): route.policy.store for route in self._routes.values() if route.policy
+        }
+        return list(stores.values())
+
+    def _zero(self) -> None:
+        """Make every counter exist."""
+        for kind in self._routes:
+            for outcome in OUTCOMES:
+                self._meter.count(f"{self.service}_{kind}_{outcome}", 0)
+        self._meter.count(f"{self.service}_rejected", 0)
+
+
+def _plain(function: Callable[..., Any]) -> bool:
+    """Where unwrapping stops: below the policy."""
+    return policy_of(function) is None
+
+
+class _Shell:
+    """The threads, and what passes between them and the loop."""
+
+    def __init__(
+        self,
+        service: str,
+        workers: int,
+        meter: Meter,
+        stopping: threading.Event,
+        given_up: threading.Event,
+        transport: Transport,
+    ) -> None:
+        self.inbox: deque[Event | _Broken] = deque()
+        self.numbers: dict[int, Flight] = {}
+        self._service, self._meter = service, meter
+        self._stopping, self._given_up = stopping, given_up
+        self._wake = transport.wake
+        self._lanes: dict[int, queue.SimpleQueue[Sequence[Op] | None]] = {}
+        self._jobs: queue.SimpleQueue[Sequence[tuple[Flight, Run | Ask]] | None] = queue.SimpleQueue()
+        self._workers = workers
+        for number in range(workers):
+            threading.Thread(target=self._worker, name=f"idemp-worker-{number}", daemon=True).start()
+
+    def post(self, event: Event | _Broken) -> None:
+        """Hand ``event`` to the loop."""
+        self.inbox.append(event)
+        self._wake()
+
+    def end(self) -> None:
+        """Let the threads go when they are done."""
+        for lane in self._lanes.values():
+            lane.put(None)
+        for _ in range(self._workers):
+            self._jobs.put(None)
+
+    # ---------------------------------------------------------------- stores
+
+    def lane(self, store: Store) -> queue.SimpleQueue[Sequence[Op] | None]:
+        """The queue to ``store``'s thread."""
+        lane = self._lanes.get(id(store))
+        if lane is None:
+            lane = self._lanes[id(store)] = queue.SimpleQueue()
+            threading.Thread(target=self._serve, args=(store, lane), name="idemp-store", daemon=True).start()
+        return lane
+
+    def _serve(self, store: Store, lane: queue.SimpleQueue[Sequence[Op] | None]) -> None:
+        try:
+            while (ops := lane.get()) is not None:
+                began = time.perf_counter()
+                replies = self._apply(store, ops)
+                took = time.perf_counter() - began
+                for kind, name in ((Claim, "claim"), (Complete, "complete")):
+                    if any(type(op) is kind for op in ops):
+                        self._meter.time(f"{self._service}_{name}", took)
+                self.post(Replied(store, replies))
+        except StoreUnavailable as error:
+            log.error("the store did not come back in the grace time: %s", error)
+        except BaseException as error:
+            self.post(_Broken(error))
+
+    def _apply(self, store: Store, ops: Sequence[Op]) -> Any:
+        """The replies, however long the store is away: the deliveries are kept meanwhile."""
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(StoreUnavailable),
+            wait=tenacity.wait_random_exponential(0.2, max=5),
+            stop=tenacity.stop_when_event_set(self._given_up),
+            sleep=tenacity.sleep_using_event(self._given_up),
+            before_sleep=_say_unavailable,
+            reraise=True,
+        )(store.apply, ops)
+
+    # ---------------------------------------------------------------- handlers
+
+    def work(self, items: Sequence[tuple[Flight, Run | Ask]]) -> None:
+        """Hand handlers to the workers."""
+        if self._workers == 1:
+            self._jobs.put(items)
+        else:
+            for item in items:
+                self._jobs.put((item,))
+
+    def _worker(self) -> None:
+        with asyncio.Runner() as runner:
+            while (items := self._jobs.get()) is not None:
+                try:
+                    self._run_all(items, runner)
+                except BaseException as error:
+                    self.post(_Broken(error))
+                    return
+
+    def _run_all(self, items: Sequence[tuple[Flight, Run | Ask]], runner: asyncio.Runner) -> None:
+        """Run in order; hand results back when the last is there, or every few milliseconds."""
+        results: list[tuple[Flight, Any]] = []
+        last = time.perf_counter()
+        for flight, step in items:
+            began = time.perf_counter()
+            results.append((flight, self._run(flight, step, runner)))
+            now = time.perf_counter()
+            self._meter.time(f"{self._service}_handler", now - began)
+            if now - last > _HAND_BACK:
+                self.post(Worked(results))
+                results, last = [], now
+        if results:
+            self.post(Worked(results))
+
+    def _run(self, flight: Flight, step: Run | Ask, runner: asyncio.Runner) -> Any:
+        assert flight.route is not None
+        function, policy = flight.route
+        current = Context(flight.key, step.claim.token, step.claim.attempt, message=flight.message)
+        if self._stopping.is_set() and type(step) is Run:
+            return NotStarted()
+        if is_async(function):
+            function = _blocking(function, runner)
+        if policy is None:
+            return _run_unguarded(function, flight.message)
+        if type(step) is Run:
+            return run(policy, function, current, (flight.message,), {})
+        return ask(policy, current, (flight.message,), {})
+
+
+def _blocking(function: Callable[..., Any], runner: asyncio.Runner) -> Callable[..., Any]:
+    return lambda message: runner.run(function(message))
+
+
+def _run_unguarded(function: Callable[..., Any], message: Any) -> Any:
+    try:
+        return Returned(function(message), None)
+    except BaseException as error:
+        return Raised(error)
+
+
+def _say_unavailable(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == 1 and state.outcome is not None:
+        log.warning("no store, so nothing runs: %s", state.outcome.exception())
+
+
+class _Report:
+    """Counts outcomes; a line per message at DEBUG, one a second at INFO."""
+
+    def __init__(self, service: str, meter: Meter, clock: Clock) -> None:
+        self._service, self._meter, self._clock = service, meter, clock
+        self._counts: Counter[str] = Counter()
+        self._last = clock.steady()
+
+    def add(self, counts: Any, lines: Sequence[tuple[str, Flight, str]]) -> None:
+        """Count, and say what a person would want to know."""
+        for (kind, outcome), n in counts.items():
+            self._counts[outcome] += n
+            name = f"{self._service}_{kind}_{outcome}" if kind else f"{self._service}_{outcome}"
+            self._meter.count(name, n)
+        for outcome, flight, why in lines:
+            level = logging.DEBUG if outcome in ("ok", "skipped") else logging.WARNING
+            if log.isEnabledFor(level):
+                extra = {"action": outcome, "key": flight.key}
+                log.log(level, "%s: %s %s %s", self._service, outcome, flight.key, why, extra=extra)
+
+    def maybe(self, now: float) -> None:
+        """Flush once a second."""
+        if now - self._last >= REPORT:
+            self._last = now
+            self.flush()
+
+    def flush(self) -> None:
+        """One summary line of what happened since the last."""
+        if self._counts:
+            said = ", ".join(f"{n} {outcome}" for outcome, n in self._counts.items())
+            log.info("%s: %s", self._service, said)
+            self._counts = Counter()
+
+
+@contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT stop; a second one is deadly as usual.  Only the main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: Any) -> None:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+        stop()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

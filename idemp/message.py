@@ -1,0 +1,170 @@
+"""Message: what a handler gets, and how its identity is found in the bytes of a broker.
+
+Accepted: event JSON ``{"type", "id", "args"}`` (names in any case), CloudEvents 1.0 structured
+and binary, and any JSON object whose broker properties carry ``message_id`` and ``type``.
+Identity, first match wins: CloudEvents ``source`` + ``id`` (there an ``id`` inside the data is
+data); the body's ``id``; the broker's ``message_id``.  Anything else is `BadMessage`: a message
+without an identity is never taken for another one without an identity.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from idemp.errors import BadMessage
+
+MAX_ID = 1024
+"""Bytes of UTF-8 that an id may have."""
+MAX_BODY = 4 * 1024 * 1024
+"""Bytes that a body may have."""
+
+_CE_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-", "ce_")
+
+
+class Properties(NamedTuple):
+    """What a broker carries beside the body; the names are AMQP's.
+
+    timestamp: seconds since 1970, when the message was first published.
+    """
+
+    message_id: str | None = None
+    type: str | None = None
+    correlation_id: str | None = None
+    app_id: str | None = None
+    timestamp: float | None = None
+    content_type: str | None = None
+    headers: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One event.  ``id`` is its identity, ``args`` its payload, ``published`` seconds since 1970."""
+
+    id: str
+    type: str
+    args: Any = field(default_factory=dict)
+    source: str = ""
+    published: float | None = None
+    correlation_id: str | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """The event JSON, compact."""
+        event = {"type": self.type, "id": self.id, "args": self.args}
+        return json.dumps(event, separators=(",", ":")).encode()
+
+    def properties(self, *, app_id: str | None = None) -> Properties:
+        """The broker properties that go with `encode`; a missing ``published`` becomes now."""
+        return Properties(
+            message_id=self.id,
+            type=self.type,
+            correlation_id=self.correlation_id,
+            app_id=app_id,
+            timestamp=time.time() if self.published is None else self.published,
+            content_type="application/json",
+            headers=self.headers,
+        )
+
+
+def decode(body: bytes, properties: Properties) -> Message:
+    """The message in ``body``.  Raises `BadMessage` with the reason, and nothing else."""
+    if len(body) > MAX_BODY:
+        raise BadMessage(f"the body has {len(body)} bytes; {MAX_BODY} are allowed")
+    attributes = _binary_cloudevent(properties.headers)
+    if attributes:
+        return _from_cloudevent(attributes, _data(body, properties), properties)
+    event = _json_object(body)
+    if "specversion" in event and "source" in event:
+        return _from_cloudevent(event, event.get("data", {}), properties)
+    return _message(
+        id=_either(event, "id", properties.message_id),
+        type=_either(event, "type", properties.type),
+        args=_either(event, "args", {}),
+        properties=properties,
+    )
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"the body is not JSON: {error}") from None
+    if not isinstance(event, dict):
+        raise BadMessage(f"the body is JSON, but not an object: {type(event).__name__}")
+    return event
+
+
+def _either(event: dict[str, Any], name: str, otherwise: Any) -> Any:
+    """``event[name]`` in any case of letters; the exact name wins."""
+    if name in event:
+        return event[name]
+    for key, value in event.items():
+        if key.lower() == name:
+            return value
+    return otherwise
+
+
+def _binary_cloudevent(headers: Mapping[str, Any]) -> dict[str, Any]:
+    if not headers:
+        return {}
+    attributes = {
+        key[len(prefix) :]: value
+        for key, value in headers.items()
+        for prefix in _CE_PREFIXES
+        if isinstance(key, str) and key.startswith(prefix)
+    }
+    return attributes if {"id", "source"} <= attributes.keys() else {}
+
+
+def _data(body: bytes, properties: Properties) -> Any:
+    """The data of a binary CloudEvent: JSON unless its content type says otherwise."""
+    try:
+        if "json" in (properties.content_type or "json"):
+            return json.loads(body) if body else {}
+        return body.decode()
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"the data does not match its content type: {error}") from None
+
+
+def _from_cloudevent(attributes: Mapping[str, Any], data: Any, properties: Properties) -> Message:
+    source = _text("source", attributes["source"])
+    # A source is a URI reference and has no spaces, so source and id cannot run into each other.
+    if " " in source:
+        raise BadMessage("the CloudEvents source has a space in it; a URI reference has none")
+    identity = f"{source} {_text('id', attributes.get('id'))}"
+    return _message(identity, attributes.get("type"), data, properties, source=source)
+
+
+def _message(id: Any, type: Any, args: Any, properties: Properties, *, source: str = "") -> Message:
+    return Message(
+        _text("id", id),
+        _text("type", type),
+        args,
+        source,
+        properties.timestamp,
+        properties.correlation_id,
+        properties.headers,
+    )
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        raise BadMessage(f"the message has no {name}")
+    if not isinstance(value, str):
+        raise BadMessage(f"the {name} must be a string, not {value.__class__.__name__}")
+    if not value:
+        raise BadMessage(f"the {name} is empty")
+    if value.isascii():
+        size = len(value)
+    else:
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise BadMessage(f"the {name} is not valid Unicode") from None
+    if size > MAX_ID:
+        raise BadMessage(f"the {name} has {size} bytes; {MAX_ID} are allowed")
+    return value

@@ -1,0 +1,423 @@
+"""The heart: `@idempotent`.  Claim, run, complete; a repeated call gets the first answer.
+
+The decisions are in protocol.py; here are the two shells that carry them out for a direct call,
+one for ``def`` and one for ``async def``.  The consumer has a third, in batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+from idemp.errors import (
+    ClaimLost,
+    FingerprintConflict,
+    IdempError,
+    KeyBusy,
+    KeyParked,
+    SessionLost,
+)
+from idemp.message import Message
+from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, make_policy
+from idemp.ports import Abandon, Claim, Claimed, Clock, Op, Release, Reply, Store, Takeover
+from idemp.protocol import (
+    Ask,
+    Await,
+    Conflict,
+    Deferred,
+    Failed,
+    NotRun,
+    NotStarted,
+    Ok,
+    Overtaken,
+    Protocol,
+    Raised,
+    Refused,
+    Returned,
+    Run,
+    Skipped,
+    Verdict,
+    protocol,
+)
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_IDS = uuid.UUID("6b1f7c52-6f3b-5d0e-9d0a-6d1f4f0e6a11")
+# Waiting duplicates must not take the threads that the ones they wait for need.
+_waiters = ThreadPoolExecutor(64, "idemp-wait")
+
+
+# ------------------------------------------------------------------ what a handler can know
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One call.  ``key`` is the handler's name and the message's id; ``attempt`` counts from 1.
+
+    fencing_token: grows with every claim of the key; for stores that can compare it.
+    replayed: the handler did not run; this is the first answer again.
+    message: the message, in a consumer.
+    """
+
+    key: str
+    fencing_token: int
+    attempt: int
+    replayed: bool = False
+    message: Message | None = None
+
+    @property
+    def idempotency_key(self) -> str:
+        """A UUID made from the key, the same in every attempt: for other people's APIs."""
+        return str(uuid.uuid5(_IDS, self.key))
+
+
+_running: ContextVar[Context | None] = ContextVar("idemp_running", default=None)
+_latest: ContextVar[Context | None] = ContextVar("idemp_latest", default=None)
+
+
+def context() -> Context:
+    """The call that runs around this line; outside of handlers, the latest call that was made here.
+
+    Raises `IdempError` where there was none.
+    """
+    found = _running.get() or _latest.get()
+    if found is None:
+        raise IdempError("context() is for the inside of an idempotent handler, or after a call of one")
+    return found
+
+
+@contextmanager
+def running(current: Context) -> Iterator[None]:
+    """`context()` is ``current`` inside."""
+    before = _running.set(current)
+    try:
+        yield
+    finally:
+        _running.reset(before)
+
+
+# ------------------------------------------------------------------ the decorator
+
+
+def idempotent(
+    store: Store,
+    *,
+    name: str,
+    key: str | Callable[..., Any] | None = None,
+    fingerprint: str | Callable[..., Any] | None = None,
+    on_busy: str = "wait",
+    wait: float = 30.0,
+    in_doubt: InDoubtPolicy = "retry",
+    attempts: int = 5,
+    permanent: type[BaseException] | tuple[type[BaseException], ...] = (),
+    codec: Codec | None = JSON,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function, ``def`` or ``async def``, take effect once per key.
+
+    name: stable name of the handler, part of every key; do not change it while ids are remembered.
+    key: the identity of a call: an argument's name, a path in one (``"order.id"``), or a function of
+        the arguments; left out, the first argument is a `Message` and its id is it.
+    fingerprint: the payload, named like ``key``: the same key with another one is a conflict.
+    on_busy: a duplicate of a running call waits for its answer up to ``wait`` seconds (``"wait"``), or
+        raises `KeyBusy` at once (``"raise"``; ``"defer"``, which a consumer delivers again later).
+    in_doubt: a crash came between run and record: ``"retry"`` runs it again, ``"park"`` sets it aside
+        for a person, a function (called like the handler) asks the effect's system and answers
+        `Happened`, `NotHappened` or `Unknown`.
+    attempts: a handler that raises is run again by later calls, this often; then the key is parked.
+    permanent: exceptions that park at once.
+    codec: how results are kept; None keeps none, and a repeated call gets None.
+
+    The decorated function keeps its signature, has the `Policy` as ``.policy``, and raises what the
+    handler raises, or `KeyBusy`, `KeyParked`, `FingerprintConflict`, `ClaimLost`, `SessionLost`,
+    `StoreUnavailable`, `BadMessage`.  A wrong option raises `ConfigError` here.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        policy = make_policy(
+            function,
+            store,
+            name=name,
+            key=key,
+            fingerprint=fingerprint,
+            on_busy=on_busy,
+            wait=wait,
+            in_doubt=in_doubt,
+            attempts=attempts,
+            permanent=permanent,
+            codec=codec,
+        )
+        return _wrap(function, policy)
+
+    return decorate
+
+
+def _wrap(function: Callable[P, R], policy: Policy) -> Callable[P, R]:
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return cast(R, _call(function, policy, args, kwargs))
+
+    @functools.wraps(function)
+    async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return await _call_async(function, policy, args, kwargs)
+
+    wrapper = cast(Callable[P, R], call_async if is_async(function) else call)
+    wrapper.policy = policy  # type: ignore[attr-defined]
+    return wrapper
+
+
+def policy_of(function: Callable[..., Any]) -> Policy | None:
+    """The policy that `idempotent` left on ``function``, if it did."""
+    found = getattr(function, "policy", None)
+    return found if isinstance(found, Policy) else None
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling ``function`` gives something to await."""
+    if isinstance(function, functools.partial):
+        return is_async(function.func)
+    call = getattr(function, "__call__", None)  # noqa: B004 - the method is wanted, not the question
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+# ------------------------------------------------------------------ a direct call
+
+
+class _Patience:
+    """How long a call goes on waiting for a busy key."""
+
+    def __init__(self, policy: Policy, key: str, clock: Clock) -> None:
+        self._store, self._key, self._clock = policy.store, key, clock
+        self._end = clock.steady() + policy.wait
+
+    def wait(self, token: int) -> bool:
+        """Whether to look again at the key that is busy with ``token``."""
+        left: float = self._end - self._clock.steady()
+        if left > 0:
+            self._store.wait(self._key, token, min(left, 1.0))
+        return left > 0
+
+
+def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
+    key = policy.key(args, kwargs)
+    steps = protocol(policy, key, policy.fingerprint(args, kwargs))
+    patience = _Patience(policy, key, Clock())
+    verdict = drive(steps, lambda step: _perform(step, function, policy, key, args, kwargs, patience))
+    return _answer(policy, key, verdict)
+
+
+def drive(steps: Protocol, perform: Callable[[Any], Any], event: Any = None) -> Verdict:
+    """Run a protocol to its verdict; ``event`` is what came of the command it waits at."""
+    while True:
+        try:
+            step = steps.send(event)
+        except StopIteration as stop:
+            return cast(Verdict, stop.value)
+        event = perform(step)
+
+
+def _perform(
+    step: Any,
+    function: Callable[..., Any],
+    policy: Policy,
+    key: str,
+    args: Any,
+    kwargs: Any,
+    patience: _Patience,
+) -> Any:
+    match step:
+        case Run(claim):
+            return run(policy, function, Context(key, claim.token, claim.attempt), args, kwargs)
+        case Ask(claim):
+            return ask(policy, Context(key, claim.token, claim.attempt), args, kwargs)
+        case Await(busy):
+            return patience.wait(busy.token)
+    return policy.store.apply([step])[0]
+
+
+def run(policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any) -> Any:
+    """Call the handler: `Returned`, `Raised`, or `NotStarted` if the session is stale."""
+    if not policy.store.fresh():
+        return NotStarted()
+    try:
+        with running(current):
+            value = function(*args, **kwargs)
+    except BaseException as error:
+        return Raised(error)
+    return Returned(value, policy.encode(value))
+
+
+def ask(policy: Policy, current: Context, args: Any, kwargs: Any) -> Any:
+    """Call the resolver: its answer, or `Raised`."""
+    try:
+        with running(current):
+            answer = cast(Callable[..., Any], policy.in_doubt)(*args, **kwargs)
+            return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+    except Exception as error:
+        return Raised(error)
+
+
+def _answer(policy: Policy, key: str, verdict: Verdict) -> Any:
+    """What the caller gets: the value, or an exception."""
+    match verdict:
+        case Ok(value, claim):
+            _latest.set(Context(key, claim.token, claim.attempt))
+            return value
+        case Skipped(done):
+            _latest.set(Context(key, done.token, 0, replayed=True))
+            return policy.decode(done.result)
+        case Conflict():
+            raise FingerprintConflict(key)
+        case Deferred():
+            raise KeyBusy(key)
+        case Failed(error) | Refused(error=BaseException() as error):
+            raise error
+        case Refused(reason):
+            raise KeyParked(key, reason)
+        case Overtaken():
+            raise ClaimLost(key)
+        case NotRun():
+            raise SessionLost(f"{key!r} was not started: the store was not heard for too long")
+
+
+# ------------------------------------------------------------------ a direct call, async
+
+
+async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
+    key = policy.key(args, kwargs)
+    steps = protocol(policy, key, policy.fingerprint(args, kwargs))
+    patience = _Patience(policy, key, Clock())
+    event: Any = None
+    while True:
+        try:
+            step = steps.send(event)
+        except StopIteration as stop:
+            return _answer(policy, key, stop.value)
+        match step:
+            case Run(claim):
+                current = Context(key, claim.token, claim.attempt)
+                event = await run_async(policy, function, current, args, kwargs)
+            case Ask(claim):
+                event = await _ask_async(policy, Context(key, claim.token, claim.attempt), args, kwargs)
+            case Await(busy):
+                loop = asyncio.get_running_loop()
+                event = await loop.run_in_executor(_waiters, patience.wait, busy.token)
+            case _:
+                event = await _apply_async(policy.store, step)
+
+
+async def run_async(
+    policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any
+) -> Any:
+    """`run` for ``async def``.  Being cancelled is `Raised`, so that the claim is left in doubt."""
+    if not policy.store.fresh():
+        return NotStarted()
+    try:
+        with running(current):
+            value = await function(*args, **kwargs)
+    except BaseException as error:
+        return Raised(error)
+    return Returned(value, policy.encode(value))
+
+
+async def _ask_async(policy: Policy, current: Context, args: Any, kwargs: Any) -> Any:
+    try:
+        with running(current):
+            answer = cast(Callable[..., Any], policy.in_doubt)(*args, **kwargs)
+            return await answer if inspect.isawaitable(answer) else answer
+    except asyncio.CancelledError:
+        return Unknown("cancelled while asking the resolver")
+    except Exception as error:
+        return Raised(error)
+
+
+async def _apply_async(store: Store, op: Op) -> Reply:
+    """One operation off the loop.  A cancelled caller gives back a claim that it wins meanwhile."""
+    future = asyncio.get_running_loop().run_in_executor(None, lambda: store.apply([op])[0])
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(lambda done: _give_back(store, op, done))
+        raise
+
+
+def _give_back(store: Store, op: Op, future: asyncio.Future[Reply]) -> None:
+    if future.cancelled() or future.exception() is not None:
+        return
+    match op, future.result():
+        case Claim(key), Claimed(token, attempt):
+            store.apply([Release(key, token, attempt - 1)])
+        case Takeover(key), Claimed(token):
+            store.apply([Abandon(key, token)])
+
+
+# ------------------------------------------------------------------ without a decorator
+
+
+class Step:
+    """A block that takes effect once.  ``done``: skip it, ``result`` is the first one's."""
+
+    def __init__(self, done: bool, result: Any) -> None:
+        self.done = done
+        self.result = result
+
+
+@contextmanager
+def once(store: Store, name: str, identity: str | int | uuid.UUID, **options: Any) -> Iterator[Step]:
+    """The block below takes effect once per ``name`` and ``identity``; ``options`` as `idempotent`.
+
+        with once(store, "billing.charge", "A-1") as step:
+            if not step.done:
+                step.result = charge()
+        print(step.result)
+
+    Raises like a call of a decorated function; what the block raises counts as an attempt.
+    """
+    policy = make_policy(_block, store, name=name, key="identity", **{**_DEFAULTS, **options})
+    args = (identity,)
+    key = policy.key(args, {})
+    steps = protocol(policy, key, None)
+    patience = _Patience(policy, key, Clock())
+
+    def perform(step: Any) -> Any:
+        return _perform(step, _block, policy, key, args, {}, patience)
+
+    event: Any = None
+    try:
+        while not isinstance(step := steps.send(event), Run):
+            event = perform(step)
+    except StopIteration as stop:
+        yield Step(done=True, result=_answer(policy, key, stop.value))
+        return
+    block = Step(done=False, result=None)
+    event = NotStarted()
+    if store.fresh():
+        try:
+            with running(Context(key, step.claim.token, step.claim.attempt)):
+                yield block
+            event = Returned(block.result, policy.encode(block.result))
+        except BaseException as error:
+            event = Raised(error)
+    _answer(policy, key, drive(steps, perform, event))
+
+
+def _block(identity: str) -> None:
+    """Stands for the block of `once` where a policy wants a function."""
+
+
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(idempotent).parameters.items()
+    if name not in ("store", "name", "key")
+}

@@ -1,0 +1,562 @@
+"""The consumer's decisions: ``step(event, now) -> commands``.  Pure; consumer.py carries them out.
+
+A delivery is a `Flight`: it is decoded, gets a claim protocol (protocol.py), and is moved along it
+until its verdict settles it.  Whatever the flights ask of a store while its last batch is under
+way becomes its next batch; nothing ever waits for a batch to fill.
+
+    verdict              settled by                                            outcome
+    Ok                   ack                                                   ok
+    Skipped              ack                                                   skipped
+    Failed               delayed copy to the queue, confirmed, then ack        failed
+    Deferred             delayed copy to the queue, confirmed, then ack        deferred
+    Refused              copy to the dead-letter queue, confirmed, then ack    parked
+    Conflict             copy to the dead-letter queue, confirmed, then ack    conflict
+    undecodable, no id   copy to the dead-letter queue, confirmed, then ack    rejected
+    Overtaken            looked up again                                       lost
+    NotRun               looked up again; left unacknowledged when stopping
+
+A second delivery of a key that is in flight here waits for the first.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from idemp.errors import BadMessage, PermanentFailure, RetryLater
+from idemp.message import Message, decode
+from idemp.policy import Policy
+from idemp.ports import Claimed, Delivery, Op, Publication, Reply, Store
+from idemp.protocol import (
+    Ask,
+    Await,
+    Conflict,
+    Deferred,
+    Failed,
+    NotRun,
+    NotStarted,
+    Ok,
+    Overtaken,
+    Protocol,
+    Raised,
+    Refused,
+    Returned,
+    Run,
+    Skipped,
+    Verdict,
+    describe,
+    protocol,
+)
+
+OUTCOMES = ("ok", "skipped", "failed", "deferred", "parked", "lost", "conflict", "rejected")
+MAX_DELAY = 300.0
+"""Seconds: the longest backoff."""
+ATTEMPTS = 5
+"""Of a handler without a policy."""
+LOOK_AGAIN = (0.02, 1.0)
+"""Seconds between looks at a busy key: the first, and the longest."""
+SEND_AGAIN = 1.0
+"""Seconds until a publication that was not confirmed is sent again."""
+
+
+class Route(NamedTuple):
+    """What handles a message type.  ``policy`` is None for a handler that runs at least once."""
+
+    function: Callable[..., Any]
+    policy: Policy | None
+
+
+class Flight:
+    """One delivery on its way.  ``tag`` is None once its connection is gone."""
+
+    __slots__ = ("delivery", "fingerprint", "key", "looks", "message", "route", "since", "steps", "tag")
+
+    def __init__(self, delivery: Delivery, message: Message | None, route: Route | None, key: str) -> None:
+        self.tag: int | None = delivery.tag
+        self.delivery = delivery
+        self.message = message
+        self.route = route
+        self.key = key
+        self.fingerprint: bytes | None = None
+        self.steps: Protocol | None = None
+        self.since = 0.0
+        self.looks = 0
+
+    @property
+    def policy(self) -> Policy:
+        """The handler's, which only a flight with a claim protocol asks for."""
+        assert self.route is not None
+        assert self.route.policy is not None
+        return self.route.policy
+
+
+# ------------------------------------------------------------------ events
+
+
+class Delivered(NamedTuple):
+    """Messages came.  ``wall``: seconds since 1970."""
+
+    deliveries: Sequence[Delivery]
+    wall: float
+
+
+class Replied(NamedTuple):
+    """A store answered the batch it was given."""
+
+    store: Store
+    replies: Sequence[Reply]
+
+
+class Worked(NamedTuple):
+    """Handlers or resolvers ended: each flight with `Returned`, `Raised`, `NotStarted` or an answer."""
+
+    results: Sequence[tuple[Flight, Any]]
+
+
+class Confirmed(NamedTuple):
+    """The broker's word on copies: "" or an error."""
+
+    results: Sequence[tuple[Flight, str]]
+
+
+class Disconnected(NamedTuple):
+    """The connection is gone: what was delivered will come again, and must not be acknowledged."""
+
+
+class Tick(NamedTuple):
+    """Time went by."""
+
+
+class Stop(NamedTuple):
+    """Take no more; finish what runs; give back the rest."""
+
+
+Event = Delivered | Replied | Worked | Confirmed | Disconnected | Tick | Stop
+
+
+# ------------------------------------------------------------------ commands
+
+
+class Apply(NamedTuple):
+    """Send a batch to a store; answer with `Replied`."""
+
+    store: Store
+    ops: Sequence[Op]
+
+
+class Work(NamedTuple):
+    """Run handlers (`Run`) or resolvers (`Ask`); answer with `Worked`."""
+
+    items: Sequence[tuple[Flight, Run | Ask]]
+
+
+class Send(NamedTuple):
+    """Publish copies; answer with `Confirmed`."""
+
+    items: Sequence[tuple[Flight, Publication]]
+
+
+class Acknowledge(NamedTuple):
+    """These deliveries are settled."""
+
+    tags: Sequence[int]
+
+
+class Cancel(NamedTuple):
+    """Let the broker deliver no more."""
+
+
+class Tell(NamedTuple):
+    """Outcomes to count: (message type or "", outcome) -> how many; and what deserves a log line."""
+
+    counts: Mapping[tuple[str, str], int]
+    lines: Sequence[tuple[str, Flight, str]]
+
+
+Command = Apply | Work | Send | Acknowledge | Cancel | Tell
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The way to one store: what waits, and who asked for what is under way."""
+
+    ops: list[Op] = field(default_factory=list)
+    flights: list[Flight] = field(default_factory=list)
+    under_way: list[Flight] = field(default_factory=list)
+
+
+class Pipeline:
+    """The consumer of ``queue`` as a state machine.
+
+    routes: message type -> handler.  backoff: seconds before the first retry; each next one waits
+    twice as long, up to `MAX_DELAY`.  chance: numbers in [0, 1) for the jitter.
+    """
+
+    def __init__(
+        self,
+        queue: str,
+        routes: Mapping[str, Route],
+        *,
+        backoff: float = 1.0,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._queue = queue
+        self._routes = routes
+        self._backoff = backoff
+        self._chance = chance
+        self._lanes: dict[int, _Lane] = {}
+        self._stores: dict[int, Store] = {}
+        self._window: dict[str, deque[Flight]] = {}
+        self._timers: list[tuple[float, int, Flight, Callable[[Flight], None]]] = []
+        self._order = itertools.count()
+        self._working = 0
+        self._unconfirmed: dict[Flight, tuple[Publication, str]] = {}
+        self._now = 0.0
+        self._stopping = False
+        self._clear()
+
+    def _clear(self) -> None:
+        """The commands of one step."""
+        self._work: list[tuple[Flight, Run | Ask]] = []
+        self._sends: list[tuple[Flight, Publication]] = []
+        self._acks: list[int] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lines: list[tuple[str, Flight, str]] = []
+
+    # ---------------------------------------------------------------- the step
+
+    def step(self, event: Event, now: float) -> list[Command]:
+        """What to do because of ``event``.  ``now``: seconds that never go back."""
+        self._now = now
+        commands: list[Command] = []
+        match event:
+            case Delivered(deliveries, wall):
+                for delivery in deliveries:
+                    self._deliver(delivery, wall)
+            case Replied(store, replies):
+                lane = self._lanes[id(store)]
+                asked, lane.under_way = lane.under_way, []
+                for flight, reply in zip(asked, replies, strict=True):
+                    self._advance(flight, reply)
+            case Worked(results):
+                self._working -= len(results)
+                for flight, result in results:
+                    self._advance(flight, result)
+            case Confirmed(results):
+                for flight, error in results:
+                    self._confirmed(flight, error)
+            case Disconnected():
+                self._disconnected()
+            case Tick():
+                pass
+            case Stop():
+                self._stopping = True
+                self._drop_waiting()
+                commands.append(Cancel())
+        self._ring()
+        return commands + self._commands()
+
+    def due(self) -> float | None:
+        """When the next `Tick` is wanted."""
+        return self._timers[0][0] if self._timers else None
+
+    def idle(self) -> bool:
+        """Whether nothing is under way that would have to be waited for."""
+        lanes = any(lane.under_way or lane.ops for lane in self._lanes.values())
+        return not (lanes or self._working or self._unconfirmed)
+
+    def names(self) -> list[str]:
+        """The keys whose handlers are under way."""
+        return [flights[0].key for flights in self._window.values()]
+
+    def _commands(self) -> list[Command]:
+        commands: list[Command] = []
+        for place, lane in self._lanes.items():
+            if lane.ops and not lane.under_way:
+                commands.append(Apply(self._stores[place], lane.ops))
+                lane.ops, lane.flights, lane.under_way = [], [], lane.flights
+        if self._work:
+            self._working += len(self._work)
+            commands.append(Work(self._work))
+        if self._sends:
+            commands.append(Send(self._sends))
+        if self._acks:
+            commands.append(Acknowledge(self._acks))
+        if self._counts or self._lines:
+            commands.append(Tell(self._counts, self._lines))
+        if commands:
+            self._clear()
+        return commands
+
+    def _ring(self) -> None:
+        while self._timers and self._timers[0][0] <= self._now:
+            _, _, flight, then = heapq.heappop(self._timers)
+            then(flight)
+
+    def _after(self, seconds: float, flight: Flight, then: Callable[[Flight], None]) -> None:
+        heapq.heappush(self._timers, (self._now + seconds, next(self._order), flight, then))
+
+    # ---------------------------------------------------------------- a delivery comes
+
+    def _deliver(self, delivery: Delivery, wall: float) -> None:
+        if self._stopping:
+            return
+        flight = Flight(delivery, None, None, "")
+        try:
+            message = decode(delivery.body, delivery.properties)
+            route = self._routes.get(message.type)
+            if route is None:
+                raise BadMessage(f"no handler for type {message.type!r}")
+            flight.message, flight.route = message, route
+            self._identify(flight, route.policy, message)
+        except BadMessage as error:
+            self._dead(flight, "rejected", str(error))
+            return
+        flight.steps = self._protocol(flight, wall)
+        first = self._window.get(flight.key)
+        if first is not None:
+            first.append(flight)
+            return
+        self._window[flight.key] = deque((flight,))
+        self._advance(flight, None)
+
+    def _identify(self, flight: Flight, policy: Policy | None, message: Message) -> None:
+        """Find the key and the fingerprint; what the handler's own functions raise rejects the message."""
+        try:
+            if policy is None:
+                flight.key = f"delivery {flight.tag}"
+                return
+            flight.key = policy.key((message,), {})
+            flight.fingerprint = policy.fingerprint((message,), {})
+        except Exception as error:
+            raise BadMessage(describe(error) if not isinstance(error, BadMessage) else str(error)) from None
+
+    def _protocol(self, flight: Flight, wall: float) -> Protocol:
+        assert flight.route is not None
+        policy = flight.route.policy
+        if policy is None:
+            return unguarded(_attempts(flight.delivery) + 1)
+        return protocol(policy, flight.key, flight.fingerprint, _too_old(flight, policy, wall))
+
+    # ---------------------------------------------------------------- along its protocol
+
+    def _advance(self, flight: Flight, event: Any) -> None:
+        """Send ``event`` into the flight's protocol and file what it wants next."""
+        assert flight.steps is not None
+        while True:
+            try:
+                step = flight.steps.send(event)
+            except StopIteration as stop:
+                self._settle(flight, stop.value)
+                return
+            if isinstance(step, (Run, Ask)):
+                if flight.tag is None or self._stopping:
+                    event = NotStarted() if isinstance(step, Run) else Raised(InterruptedError("stopping"))
+                    continue
+                self._work.append((flight, step))
+            elif isinstance(step, Await):
+                if not self._patient(flight):
+                    event = False
+                    continue
+                first, longest = LOOK_AGAIN
+                self._after(min(longest, first * 2**flight.looks), flight, self._look_again)
+                flight.looks += 1
+            else:
+                self._ask_store(flight, step)
+            return
+
+    def _ask_store(self, flight: Flight, op: Op) -> None:
+        store = flight.policy.store
+        lane = self._lanes.get(id(store))
+        if lane is None:
+            lane = self._lanes[id(store)] = _Lane()
+            self._stores[id(store)] = store
+        lane.ops.append(op)
+        lane.flights.append(flight)
+
+    def _patient(self, flight: Flight) -> bool:
+        """Whether a busy key is worth another look."""
+        if not flight.looks:
+            flight.since = self._now
+        in_time = self._now - flight.since < flight.policy.wait
+        return in_time and flight.tag is not None and not self._stopping
+
+    def _look_again(self, flight: Flight) -> None:
+        self._advance(flight, True)
+
+    def _start_again(self, flight: Flight) -> None:
+        """Look the key up anew, with a protocol of its own."""
+        flight.looks = 0
+        flight.steps = protocol(flight.policy, flight.key, flight.fingerprint)
+        self._advance(flight, None)
+
+    # ---------------------------------------------------------------- its end
+
+    def _settle(self, flight: Flight, verdict: Verdict) -> None:
+        match verdict:
+            case Ok():
+                self._acknowledge(flight, "ok")
+                self._leave_window(flight, done=True)
+            case Skipped():
+                self._acknowledge(flight, "skipped")
+                self._leave_window(flight, done=True)
+            case Failed(error, attempt, after):
+                delay = self._delay(attempt) if after is None else after
+                self._again_later(flight, "failed", delay, describe(error), attempt)
+                self._leave_window(flight, delay=delay)
+            case Deferred():
+                delay = self._delay(1)
+                self._again_later(flight, "deferred", delay, "busy", _attempts(flight.delivery))
+                self._leave_window(flight, delay=delay)
+            case Refused(reason, attempt):
+                self._dead(flight, "parked", reason, attempt)
+                self._leave_window(flight)
+            case Conflict():
+                self._dead(flight, "conflict", "done already, with another payload")
+                self._leave_window(flight)
+            case Overtaken():
+                self._tell(flight, "lost", "the claim was taken over")
+                self._start_again(flight)
+            case NotRun():
+                self._not_run(flight)
+
+    def _not_run(self, flight: Flight) -> None:
+        if flight.tag is None or self._stopping:
+            self._leave_window(flight)
+        else:
+            self._after(LOOK_AGAIN[1], flight, self._start_again)
+
+    def _leave_window(self, flight: Flight, *, done: bool = False, delay: float | None = None) -> None:
+        """Let the duplicates that waited for ``flight`` go on: skipped, later like it, or on their own."""
+        waiting = self._window.pop(flight.key)
+        waiting.popleft()
+        while waiting:
+            duplicate = waiting.popleft()
+            if self._stopping:
+                continue
+            if done and duplicate.fingerprint is None:
+                self._acknowledge(duplicate, "skipped")
+            elif delay is not None:
+                attempts = _attempts(duplicate.delivery)
+                self._again_later(duplicate, "deferred", delay, "waited for one that failed", attempts)
+            else:
+                waiting.appendleft(duplicate)
+                self._window[flight.key] = waiting
+                self._advance(duplicate, None)
+                return
+
+    def _acknowledge(self, flight: Flight, outcome: str) -> None:
+        self._tell(flight, outcome)
+        if flight.tag is not None:
+            self._acks.append(flight.tag)
+
+    def _again_later(self, flight: Flight, outcome: str, delay: float, why: str, attempt: int) -> None:
+        self._tell(flight, outcome, why)
+        origin = flight.delivery
+        headers = {**origin.properties.headers, "idemp-attempt": attempt}
+        copy = Publication(origin.body, origin.properties._replace(headers=headers), "", self._queue, delay)
+        self._send(flight, copy, outcome)
+
+    def _dead(self, flight: Flight, outcome: str, reason: str, attempt: int = 0) -> None:
+        self._tell(flight, outcome, reason)
+        origin = flight.delivery
+        headers = {
+            **origin.properties.headers,
+            "idemp-outcome": outcome,
+            "idemp-reason": reason[:1000],
+            "idemp-key": flight.key,
+            "idemp-attempt": attempt,
+            "idemp-queue": self._queue,
+            "idemp-exchange": origin.exchange,
+            "idemp-routing-key": origin.routing_key,
+        }
+        properties = origin.properties._replace(headers=headers)
+        self._send(flight, Publication(origin.body, properties, "", f"{self._queue}.dead"), outcome)
+
+    def _send(self, flight: Flight, copy: Publication, outcome: str) -> None:
+        """Publish a copy; the delivery is acknowledged when the copy is safe."""
+        if flight.tag is None:
+            return
+        self._unconfirmed[flight] = (copy, outcome)
+        self._sends.append((flight, copy))
+
+    def _confirmed(self, flight: Flight, error: str) -> None:
+        if flight not in self._unconfirmed:
+            return
+        if error:
+            self._lines.append(("not confirmed", flight, error))
+            self._after(SEND_AGAIN, flight, self._send_again)
+            return
+        del self._unconfirmed[flight]
+        if flight.tag is not None:
+            self._acks.append(flight.tag)
+
+    def _send_again(self, flight: Flight) -> None:
+        if flight in self._unconfirmed:
+            self._sends.append((flight, self._unconfirmed[flight][0]))
+
+    def _disconnected(self) -> None:
+        """Every delivery will come again.  What runs goes on and is recorded; nothing is acknowledged."""
+        self._unconfirmed.clear()
+        for flights in self._window.values():
+            while len(flights) > 1:
+                flights.pop()
+            flights[0].tag = None
+        self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        """Let go of the flights that hold no claim and only wait to look again."""
+        timers, self._timers = self._timers, []
+        for timer in timers:
+            flight, then = timer[2:]
+            if then == self._send_again and flight in self._unconfirmed:
+                heapq.heappush(self._timers, timer)
+            elif then != self._send_again:
+                self._leave_window(flight)
+
+    def _delay(self, attempt: int) -> float:
+        """Doubling, between half and the whole, so that what failed together does not return together."""
+        longest: float = min(MAX_DELAY, self._backoff * 2 ** (max(attempt, 1) - 1))
+        return longest * (0.5 + self._chance() / 2)
+
+    def _tell(self, flight: Flight, outcome: str, why: str = "") -> None:
+        kind = flight.message.type if flight.message is not None and flight.route is not None else ""
+        self._counts[kind, outcome] += 1
+        self._lines.append((outcome, flight, why))
+
+
+def unguarded(attempt: int) -> Generator[Any, Any, Verdict]:
+    """The protocol of a handler without a policy: run it, at least once.  Attempts travel in a header."""
+    claim = Claimed(0, attempt)
+    came: Returned | Raised | NotStarted = yield Run(claim)
+    match came:
+        case Returned(value):
+            return Ok(value, claim)
+        case NotStarted():
+            return NotRun()
+        case Raised(error):
+            if isinstance(error, PermanentFailure):
+                return Refused(f"permanent failure: {describe(error)}", attempt, error)
+            if attempt >= ATTEMPTS:
+                return Refused(f"attempts used up ({attempt}): {describe(error)}", attempt, error)
+            return Failed(error, attempt, error.after if isinstance(error, RetryLater) else None)
+
+
+def _attempts(delivery: Delivery) -> int:
+    found = delivery.properties.headers.get("idemp-attempt", 0)
+    return found if isinstance(found, int) else 0
+
+
+def _too_old(flight: Flight, policy: Policy, wall: float) -> str:
+    """Why the message may have been done and forgotten: it is older than the retention."""
+    headers = flight.delivery.properties.headers
+    published = headers.get("idemp-retried-at", flight.delivery.properties.timestamp)
+    if not isinstance(published, int | float) or wall - published <= policy.store.retention:
+        return ""
+    age, kept = wall - published, policy.store.retention
+    return f"older than the retention: published {age:.0f} s ago, ids are kept for {kept:.0f} s"

@@ -1,0 +1,327 @@
+"""The ports: what the heart asks of a store, a broker, a meter and a clock, and their laws.
+
+Nothing here runs.  Adapters live in `idemp.stores`, `idemp.transports` and `idemp.metrics`;
+the suites in tests/contract/ hold every one of them to what these docstrings say.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from idemp.message import Properties
+
+# ------------------------------------------------------------------ the state of a key
+
+
+class Claimed(NamedTuple):
+    """Mine now.  ``attempt`` counts from 1; ``token`` fences every later write."""
+
+    token: int
+    attempt: int
+
+
+class Done(NamedTuple):
+    """The handler returned.  ``result`` is opaque; None means none was kept.  ``at``: since 1970."""
+
+    token: int
+    result: bytes | None
+    fingerprint: bytes | None
+    at: float
+
+
+class Busy(NamedTuple):
+    """Claimed by a live session."""
+
+    token: int
+    attempt: int
+    session: str
+    at: float
+
+
+class Doubt(NamedTuple):
+    """Claimed by a dead session, or left in doubt by its holder: the effect may have happened."""
+
+    token: int
+    attempt: int
+    session: str
+    at: float
+
+
+class Parked(NamedTuple):
+    """Set aside for a person."""
+
+    token: int
+    attempt: int
+    reason: str
+    at: float
+
+
+class Free(NamedTuple):
+    """Nobody's.  ``attempts`` were made so far."""
+
+    attempts: int = 0
+
+
+State = Claimed | Done | Busy | Doubt | Parked | Free
+
+# ------------------------------------------------------------------ operations and replies
+
+
+class Claim(NamedTuple):
+    """Make a free key mine.  Reply: its state, `Claimed` if I won."""
+
+    key: str
+
+
+class Takeover(NamedTuple):
+    """Make a key in doubt, or parked, mine.  ``token``: the one seen.  Reply: its state."""
+
+    key: str
+    token: int
+
+
+class Complete(NamedTuple):
+    """My claim's handler returned.  Reply: `Applied` or `Lost`.  Repeating it is harmless."""
+
+    key: str
+    token: int
+    result: bytes | None = None
+    fingerprint: bytes | None = None
+
+
+class Release(NamedTuple):
+    """My claim goes free, remembering so many ``attempts``.  Reply: `Applied` or `Lost`."""
+
+    key: str
+    token: int
+    attempts: int
+
+
+class Abandon(NamedTuple):
+    """I cannot say what became of my claim: it is in doubt.  Reply: `Applied` or `Lost`."""
+
+    key: str
+    token: int
+
+
+class Park(NamedTuple):
+    """My claim is set aside for a person.  Reply: `Applied` or `Lost`."""
+
+    key: str
+    token: int
+    reason: str
+
+
+class Forget(NamedTuple):
+    """Drop a done or parked key, never a claim.  Reply: `Applied` or `Lost`."""
+
+    key: str
+    token: int
+
+
+class Get(NamedTuple):
+    """Look only.  Reply: its state, `Busy` also for my own claims."""
+
+    key: str
+
+
+Op = Claim | Takeover | Complete | Release | Abandon | Park | Forget | Get
+
+
+class Applied(NamedTuple):
+    """The token was current and the change is durable."""
+
+
+class Lost(NamedTuple):
+    """The token was not current; nothing changed.  ``now``: the key's state."""
+
+    now: State
+
+
+Reply = State | Applied | Lost
+
+# ------------------------------------------------------------------ the store
+
+
+class Store(Protocol):
+    """Remembers keys.  Safe to use from many threads; a forked child opens its own session.
+
+    1. Of any number of simultaneous claims of a key exactly one wins.
+    2. After `Complete`, every `Claim` answers `Done` with the same bytes.
+    3. After `Release` the key is free, and its attempts count on.
+    4. Tokens of a key only grow.
+    5. An operation that names a token which is not current answers `Lost` and changes nothing.
+    6. A dead session's claims are `Doubt` to everybody, after restarts too.
+    7. Of any number of takers of a doubt exactly one wins.
+    8. `Done` lasts for the retention, then goes; space is bounded by rate times retention.
+    9. `apply` takes any mix of operations, also on one key, in one round trip.
+    10. An ambiguous reply (time-out, lost connection) is resolved inside, never guessed.
+    11. A store holds no policy.
+    12. After `close` every call raises `Closed`.
+
+    Nothing connects before the first call.
+    """
+
+    @property
+    def retention(self) -> float:
+        """Seconds that done is remembered; the longest that any opener named."""
+        ...
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """Apply ``ops`` in order, all durable together; one reply each.
+
+        Raises `StoreUnavailable` if the store does not answer in time: then no claim of this
+        batch is held, and a completion in it may be repeated.
+        """
+        ...
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """Return when ``key`` is no longer busy with ``token``, after ``timeout`` seconds at the latest."""
+        ...
+
+    def fresh(self) -> bool:
+        """Whether the session was confirmed less than two thirds of its time to live ago.
+
+        Asked right before a handler's first instruction: false means do not start it.
+        """
+        ...
+
+    def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
+        """Up to ``limit`` keys that start with ``prefix``, in order, from the first one > ``after``."""
+        ...
+
+    def close(self) -> None:
+        """End the session; claims it still holds are in doubt."""
+        ...
+
+
+# ------------------------------------------------------------------ the broker
+
+
+class Publication(NamedTuple):
+    """A message to send.  Exchange ``""`` sends straight to the queue named ``routing_key``.
+
+    delay: seconds that it is held back first; only with exchange ``""``.
+    """
+
+    body: bytes
+    properties: Properties
+    exchange: str
+    routing_key: str
+    delay: float = 0.0
+
+
+class Delivery(NamedTuple):
+    """A message that came.  ``tag`` names it until it is acknowledged or the connection ends."""
+
+    tag: int
+    body: bytes
+    properties: Properties
+    exchange: str
+    routing_key: str
+    redelivered: bool
+
+
+class Sent(NamedTuple):
+    """The broker's word on publication ``number``.  ``error`` is "" when it is safe in a queue.
+
+    unroutable: no queue takes it, so sending it again would not help.
+    """
+
+    number: int
+    error: str
+    unroutable: bool = False
+
+
+class Transport(Protocol):
+    """A connection to a broker, used by one thread; only `wake` may be called from others.
+
+    1. A delivery that is not acknowledged comes again, after the consumer's end or connection's.
+    2. An acknowledged delivery never comes again; a stale tag is ignored.
+    3. At most ``prefetch`` deliveries are out at a time.
+    4. A publication is confirmed (`Sent` with no error) only once it is in a queue, durably;
+       one that no queue takes is `Sent` with an error.
+    5. Each queue bound to an exchange gets each matching message; they wait while nobody consumes.
+    6. A delayed publication comes not before its delay.
+    7. Every call but `close` raises `TransportUnavailable` when the connection is lost; `connect` makes a
+       new one, and deliveries and unconfirmed publications of the old one are forgotten.
+    8. After `close` every call raises `Closed`, except `wake` and `close`, which do nothing.
+
+    Nothing connects before `connect`, which the other calls make by themselves the first time.
+    """
+
+    def connect(self) -> None:
+        """Connect anew, ending what was there."""
+        ...
+
+    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+        """Make ``queue`` (durable) and, if named, the topic ``exchange``, and bind them."""
+        ...
+
+    def consume(self, queue: str, prefetch: int) -> None:
+        """Start deliveries from ``queue``, at most ``prefetch`` unacknowledged at a time."""
+        ...
+
+    def cancel(self) -> None:
+        """Stop new deliveries; those out stay mine."""
+        ...
+
+    def poll(self, timeout: float) -> list[Delivery | Sent]:
+        """What came, waiting up to ``timeout`` seconds for the first; [] after a `wake`."""
+        ...
+
+    def ack(self, tags: Iterable[int]) -> None:
+        """Acknowledge deliveries, in as few commands as the broker allows."""
+        ...
+
+    def send(self, publications: Sequence[Publication]) -> list[int]:
+        """Start publishing; the numbers that the `Sent` events will carry."""
+        ...
+
+    def depth(self, queue: str) -> int:
+        """Messages in ``queue`` that are ready for delivery; 0 if there is no such queue."""
+        ...
+
+    def wake(self) -> None:
+        """From any thread: let `poll` return."""
+        ...
+
+    def close(self) -> None:
+        """Let go; what was not acknowledged comes again elsewhere."""
+        ...
+
+
+# ------------------------------------------------------------------ meter and clock
+
+
+class Meter(Protocol):
+    """Counts and times.  Never raises, never blocks."""
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Add ``n`` to a counter; 0 makes it exist."""
+        ...
+
+    def time(self, name: str, seconds: float) -> None:
+        """One observation of a duration."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+def boottime() -> float:
+    """Seconds that go on through a suspend and never jump; the same for all processes of a host."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Time as a parameter.  ``wall``: seconds since 1970; ``steady``: seconds that never jump."""
+
+    wall: Any = time.time
+    steady: Any = boottime
+    sleep: Any = time.sleep

@@ -1,0 +1,231 @@
+"""The claim protocol: from a key to a verdict, as a generator of commands.  Pure.
+
+`protocol` yields what it wants done and is sent what came of it:
+
+    an operation of ports.py   sent its reply
+    `Run`                      sent `Returned`, `Raised` or `NotStarted`
+    `Ask`                      sent a resolver's answer, or `Raised`
+    `Await`                    sent True to look again, False when the wait is over
+
+It returns a `Verdict`.  A direct call (once.py), the consumer (pipeline.py) and a simulator drive
+this same code; it has no thread, socket, clock or sleep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+from idemp.errors import InDoubt, PermanentFailure, RetryLater
+from idemp.policy import Happened, NotHappened, Policy, Unknown
+from idemp.ports import (
+    Abandon,
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Complete,
+    Done,
+    Doubt,
+    Free,
+    Op,
+    Park,
+    Parked,
+    Release,
+    Reply,
+    State,
+    Takeover,
+)
+
+# ------------------------------------------------------------------ commands
+
+
+class Run(NamedTuple):
+    """Call the handler under this claim, if the session is fresh."""
+
+    claim: Claimed
+
+
+class Ask(NamedTuple):
+    """Ask the policy's resolver what became of the effect."""
+
+    claim: Claimed
+
+
+class Await(NamedTuple):
+    """Wait until the key may have changed."""
+
+    busy: Busy
+
+
+# ------------------------------------------------------------------ what came of them
+
+
+class Returned(NamedTuple):
+    """The handler returned ``value``; ``result`` is what is kept of it."""
+
+    value: Any
+    result: bytes | None
+
+
+class Raised(NamedTuple):
+    """The handler, or the resolver, raised."""
+
+    error: BaseException
+
+
+class NotStarted(NamedTuple):
+    """The handler's first instruction was not reached: stale session, or stopping."""
+
+
+# ------------------------------------------------------------------ verdicts
+
+
+class Ok(NamedTuple):
+    """Ran, and done is durable."""
+
+    value: Any
+    claim: Claimed
+
+
+class Skipped(NamedTuple):
+    """Done already."""
+
+    done: Done
+
+
+class Conflict(NamedTuple):
+    """Done already, with another payload."""
+
+
+class Failed(NamedTuple):
+    """Raised; the key is free again, or in doubt with the error `InDoubt`.  ``after``: seconds."""
+
+    error: BaseException
+    attempt: int
+    after: float | None
+
+
+class Deferred(NamedTuple):
+    """Busy for longer than the policy waits."""
+
+
+class Refused(NamedTuple):
+    """Parked, now or before.  ``error``: what the handler raised just now, if it did."""
+
+    reason: str
+    attempt: int
+    error: BaseException | None = None
+
+
+class Overtaken(NamedTuple):
+    """The claim was lost while the handler ran."""
+
+    claim: Claimed
+
+
+class NotRun(NamedTuple):
+    """The claim was given back before the handler started."""
+
+
+Command = Op | Run | Ask | Await
+Verdict = Ok | Skipped | Conflict | Failed | Deferred | Refused | Overtaken | NotRun
+Protocol = Generator[Command, Any, Verdict]
+
+
+def protocol(policy: Policy, key: str, fingerprint: bytes | None, too_old: str = "") -> Protocol:
+    """Take one call of ``key`` to its verdict.
+
+    too_old: why this message must not be run if it is not done already ("" if it may).
+    """
+    state: State = yield Claim(key)
+    while True:
+        match state:
+            case Claimed():
+                if too_old:
+                    return (yield from _park(key, state, too_old))
+                return (yield from _run(policy, key, state, fingerprint))
+            case Done():
+                conflict = fingerprint and state.fingerprint and fingerprint != state.fingerprint
+                return Conflict() if conflict else Skipped(state)
+            case Busy():
+                if policy.on_busy != "wait" or not (yield Await(state)):
+                    return Deferred()
+                state = yield Claim(key)
+            case Doubt(token):
+                state = yield Takeover(key, token)
+                if isinstance(state, Claimed):
+                    return (yield from _after_doubt(policy, key, state, fingerprint))
+            case Parked(_, attempt, reason):
+                return Refused(reason, attempt)
+            case Free():
+                state = yield Claim(key)
+
+
+def _after_doubt(policy: Policy, key: str, claim: Claimed, fingerprint: bytes | None) -> Protocol:
+    """The effect of an earlier attempt may have happened: the policy decides."""
+    if policy.in_doubt == "retry":
+        return (yield from _run(policy, key, claim, fingerprint, doubtful=True))
+    if policy.in_doubt == "park":
+        return (yield from _park(key, claim, f"in doubt: attempt {claim.attempt - 1} may have taken effect"))
+    answer: object = yield Ask(claim)
+    match answer:
+        case Happened(value):
+            reply: Reply = yield Complete(key, claim.token, policy.encode(value), fingerprint)
+            return Ok(value, claim) if isinstance(reply, Applied) else Overtaken(claim)
+        case NotHappened():
+            return (yield from _run(policy, key, claim, fingerprint, doubtful=True))
+        case Unknown(reason):
+            return (yield from _park(key, claim, f"in doubt: {reason}"))
+        case Raised(error):
+            yield Abandon(key, claim.token)
+            return Failed(error, claim.attempt, None)
+    yield Abandon(key, claim.token)
+    expected = "Happened, NotHappened or Unknown"
+    wrong = TypeError(f"the resolver of {policy.name} answered {answer!r}; expected is {expected}")
+    return Failed(wrong, claim.attempt, None)
+
+
+def _run(
+    policy: Policy, key: str, claim: Claimed, fingerprint: bytes | None, *, doubtful: bool = False
+) -> Protocol:
+    """The key is mine and nothing speaks against running it, but its attempts may be used up."""
+    if claim.attempt > policy.attempts:
+        used = f"attempts used up: {policy.attempts} began, none is known to have ended"
+        return (yield from _park(key, claim, used))
+    came: Returned | Raised | NotStarted = yield Run(claim)
+    match came:
+        case Returned(value, result):
+            reply: Reply = yield Complete(key, claim.token, result, fingerprint)
+            return Ok(value, claim) if isinstance(reply, Applied) else Overtaken(claim)
+        case NotStarted():
+            # An earlier attempt that is in doubt must not be forgotten with this one.
+            yield Abandon(key, claim.token) if doubtful else Release(key, claim.token, claim.attempt - 1)
+            return NotRun()
+        case Raised(error):
+            return (yield from _raised(policy, key, claim, error))
+
+
+def _raised(policy: Policy, key: str, claim: Claimed, error: BaseException) -> Protocol:
+    if isinstance(error, InDoubt) or not isinstance(error, Exception):
+        # Cancelled or interrupted half-way is as uncertain as the handler's own word for it.
+        yield Abandon(key, claim.token)
+        return Failed(error, claim.attempt, None)
+    if isinstance(error, (PermanentFailure, *policy.permanent)):
+        return (yield from _park(key, claim, f"permanent failure: {describe(error)}", error))
+    if claim.attempt >= policy.attempts:
+        used = f"attempts used up ({claim.attempt}): {describe(error)}"
+        return (yield from _park(key, claim, used, error))
+    yield Release(key, claim.token, claim.attempt)
+    return Failed(error, claim.attempt, error.after if isinstance(error, RetryLater) else None)
+
+
+def _park(key: str, claim: Claimed, reason: str, error: BaseException | None = None) -> Protocol:
+    reply: Reply = yield Park(key, claim.token, reason)
+    return Refused(reason, claim.attempt, error) if isinstance(reply, Applied) else Overtaken(claim)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__

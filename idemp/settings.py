@@ -1,0 +1,69 @@
+"""Settings: durations and the options in a store's or broker's URL, with errors that name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
+
+from idemp.errors import ConfigError
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+
+
+def duration(text: str, setting: str) -> float:
+    """Seconds in ``text``: ``500ms``, ``10s``, ``30m``, ``24h``, ``7d``, or a plain number of seconds."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f"{setting}={text!r} is no duration; write it like 10s, 30m or 24h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def switch(text: str) -> bool:
+    """Whether an environment variable means on: anything but empty, 0, false, no, off."""
+    return text.strip().lower() not in {"", "0", "false", "no", "off"}
+
+
+def split(url: str) -> SplitResult:
+    """The parts of ``url``; `ConfigError` if it has none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{hidden(url)!r} is no URL: {error}") from None
+    if not parts.scheme or "://" not in url:
+        raise ConfigError(f"{hidden(url)!r} is no URL; write it like sqlite:///seen.db")
+    return parts
+
+
+def options(parts: SplitResult, known: Mapping[str, str]) -> dict[str, str]:
+    """The query of a URL.  ``known``: option -> an example; another one is a `ConfigError`."""
+    found = dict(parse_qsl(parts.query, keep_blank_values=True))
+    for name in found:
+        if name not in known:
+            offer = ", ".join(f"{option}={example}" for option, example in known.items())
+            raise ConfigError(f"{parts.scheme}:// has no option {name!r}; it has {offer}")
+    return found
+
+
+def sqlite_path(parts: SplitResult) -> str:
+    """The file of ``sqlite:///relative.db`` or ``sqlite:////absolute.db``."""
+    path = parts.path[1:]
+    if parts.netloc or not path:
+        raise ConfigError(
+            "a SQLite URL has three slashes and a file: sqlite:///seen.db, sqlite:////var/lib/seen.db"
+        )
+    return path
+
+
+def hidden(url: str) -> str:
+    """``url`` without its password, fit for a log."""
+    try:
+        parts = urlsplit(url)
+        if parts.password is None:
+            return url
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    except ValueError:
+        return re.sub(r"//.*@", "//***@", url)

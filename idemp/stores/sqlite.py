@@ -1,0 +1,497 @@
+"""The embedded store: one SQLite file (WAL, synchronous=FULL), many threads and processes of one host.
+
+A batch is one transaction: load its keys, let `idemp.laws` decide, write what changed.  Each of
+these is one statement whatever the batch's size, because sqlite3 lets go of the GIL at every
+step and a busy thread beside it would take it each time.
+
+Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to
+``done_2``: a new slice begins when the last is half a retention old, in the place of the oldest,
+which is over by then as a whole.  So nothing is deleted row by row, and the file holds at most
+one and a half retentions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from idemp.errors import Closed, ConfigError, StoreUnavailable
+from idemp.laws import DONE, FREE, Entry, Ledger, view
+from idemp.ports import Abandon, Busy, Claim, Claimed, Clock, Op, Release, Reply, State, Takeover
+from idemp.stores.group import GroupCommit
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1
+PATIENCE = 10.0
+"""Seconds that a batch tries to get through before `StoreUnavailable`."""
+_POLL = 0.01
+_SWEEP = 3600.0
+_SLICES = range(3)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS session
+    (id TEXT PRIMARY KEY, boot TEXT, expires REAL, batch INTEGER, pid INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS open
+    (key TEXT PRIMARY KEY, state TEXT, token INTEGER, attempt INTEGER, session TEXT, at REAL, reason TEXT)
+    WITHOUT ROWID;
+""" + "".join(
+    f"CREATE TABLE IF NOT EXISTS done_{n} (key TEXT PRIMARY KEY, token INTEGER, attempt INTEGER, at REAL, "
+    "result BLOB, fingerprint BLOB) WITHOUT ROWID;"
+    for n in _SLICES
+)
+
+# The columns of an Entry, for open and for done; blobs travel as hexadecimal text.
+_OPEN_ENTRY = "o.state, o.token, o.attempt, o.session, o.at, o.reason, NULL, NULL"
+_DONE_ENTRY = (
+    "'done', d.token, d.attempt, '', d.at, '', "
+    "iif(d.result IS NULL, NULL, hex(d.result)), iif(d.fingerprint IS NULL, NULL, hex(d.fingerprint))"
+)
+
+_LOAD = (
+    "SELECT (SELECT json_group_object(name, value) FROM meta),"
+    " (SELECT json_group_array(id) FROM session WHERE boot = :boot AND expires > :now),"
+    f" (SELECT json_group_array(json_array(o.key, {_OPEN_ENTRY}))"
+    "    FROM json_each(:keys) k CROSS JOIN open o ON o.key = k.value)"
+) + "".join(
+    f", (SELECT json_group_array(json_array(d.key, {_DONE_ENTRY}))"
+    f"    FROM json_each(:keys) k CROSS JOIN done_{n} d ON d.key = k.value)"
+    for n in _SLICES
+)
+_SAVE_OPEN = (
+    "INSERT OR REPLACE INTO open SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5,"
+    " value->>6 FROM json_each(?)"
+)
+_DROP_OPEN = "DELETE FROM open WHERE key IN (SELECT value FROM json_each(?))"
+# Results and fingerprints come as one blob, and each row names its places in it.
+_SAVE_DONE = tuple(
+    f"INSERT OR REPLACE INTO done_{n} SELECT value->>0, value->>1, value->>2, value->>3,"
+    " iif(value->>5 IS NULL, NULL, substr(:blob, value->>4, value->>5)),"
+    " iif(value->>7 IS NULL, NULL, substr(:blob, value->>6, value->>7)) FROM json_each(:rows)"
+    for n in _SLICES
+)
+_DROP_DONE = tuple(f"DELETE FROM done_{n} WHERE key IN (SELECT value FROM json_each(?))" for n in _SLICES)
+_CONFIRM = "UPDATE session SET expires = ?, batch = ? WHERE id = ?"
+_SCAN = (
+    f"SELECT * FROM (SELECT o.key, {_OPEN_ENTRY} FROM open o WHERE o.key > :after AND o.key >= :prefix"
+    " AND o.key < :end AND (o.state <> 'free' OR o.at > :over) ORDER BY o.key LIMIT :limit)"
+) + "".join(
+    f" UNION ALL SELECT * FROM (SELECT d.key, {_DONE_ENTRY} FROM done_{n} d WHERE d.key > :after"
+    " AND d.key >= :prefix AND d.key < :end AND d.at > :over ORDER BY d.key LIMIT :limit)"
+    for n in _SLICES
+)
+
+_SESSIONS = "SELECT id FROM session WHERE boot = :boot AND expires > :now"
+
+Connect = Callable[..., sqlite3.Connection]
+
+
+class SqliteStore:
+    """The store in the file ``path``.
+
+    retention: seconds that done is remembered (the longest that any opener named is in force).
+    session_ttl: seconds without a heartbeat after which this process's claims are in doubt.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        retention: float,
+        session_ttl: float,
+        clock: Clock | None = None,
+        connect: Connect = sqlite3.connect,
+    ) -> None:
+        self._make = partial(_Session, path, retention, session_ttl, clock or Clock(), connect)
+        self._retention = retention
+        self._lock = threading.Lock()
+        self._session: _Session | None = None
+        self._inherited: list[_Session] = []
+        self._closed = False
+
+    @property
+    def retention(self) -> float:
+        """See `idemp.ports.Store`."""
+        return self._session.retention if self._session else self._retention
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """See `idemp.ports.Store`."""
+        return self._mine().group.apply(ops)
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """See `idemp.ports.Store`."""
+        self._mine().wait(key, token, timeout)
+
+    def fresh(self) -> bool:
+        """See `idemp.ports.Store`."""
+        return self._mine().fresh()
+
+    def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        return self._mine().scan(prefix, after, limit)
+
+    def close(self) -> None:
+        """See `idemp.ports.Store`."""
+        with self._lock:
+            session, self._session, self._closed = self._session, None, True
+        if session and session.pid == os.getpid():
+            session.close()
+
+    def _mine(self) -> _Session:
+        """This process's session.  What a fork inherited is kept, never used and never closed."""
+        session = self._session
+        if session is not None and session.pid == os.getpid():
+            return session
+        if session is not None:
+            self._inherited.append(session)
+            self._session, self._lock = None, threading.Lock()
+        with self._lock:
+            if self._closed:
+                raise Closed("this store was closed")
+            if self._session is None:
+                self._session = self._make()
+            return self._session
+
+
+class _Session:
+    """One process's presence in the file: connections, heartbeat, group commit."""
+
+    def __init__(self, path: str, retention: float, ttl: float, clock: Clock, connect: Connect) -> None:
+        if sqlite3.sqlite_version_info < (3, 38):
+            raise ConfigError(f"SQLite {sqlite3.sqlite_version} is too old; this store needs 3.38 or newer")
+        self.pid = os.getpid()
+        self.retention = retention
+        self.group = GroupCommit(self._commit)
+        self._path, self._ttl, self._clock, self._connect = path, ttl, clock, connect
+        self._boot = _boot_id()
+        self._id = ""
+        self._batch = 0
+        self._confirmed = -ttl
+        self._swept = clock.steady()
+        self._unsure: tuple[int, list[Op]] | None = None
+        self._writer = self._open()
+        self._reader = self._open()
+        self._reading = threading.Lock()
+        self._changed = threading.Condition()
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, name="idemp-sqlite-heartbeat", daemon=True).start()
+
+    # ---------------------------------------------------------------- connections
+
+    def _open(self) -> sqlite3.Connection:
+        """A connection; several processes may be making the same file at this moment."""
+        deadline = self._clock.steady() + PATIENCE
+        while True:
+            try:
+                return self._open_once()
+            except StoreUnavailable:
+                if self._clock.steady() >= deadline:
+                    raise
+                self._clock.sleep(0.05)
+
+    def _open_once(self) -> sqlite3.Connection:
+        try:
+            connection = self._connect(
+                self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            layout = connection.execute("PRAGMA user_version").fetchone()[0]
+            if layout not in (0, LAYOUT):
+                raise ConfigError(
+                    f"{self._path} has layout {layout} of a newer idemp; upgrade idemp or name another file"
+                )
+            if layout == 0:
+                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={LAYOUT}; COMMIT;")
+        except sqlite3.OperationalError as error:
+            raise self._cannot_open(error) from None
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{self._path} is no SQLite file ({error}); name another file") from None
+        return connection
+
+    def _cannot_open(self, error: sqlite3.OperationalError) -> Exception:
+        folder = Path(self._path).resolve().parent
+        if not folder.is_dir():
+            return ConfigError(f"the folder of {self._path} does not exist; make it, or name another file")
+        if "unable to open" in str(error) or "readonly" in str(error):
+            return ConfigError(f"{self._path} cannot be written; give this user the right to its folder")
+        return StoreUnavailable(f"{self._path}: {error}")
+
+    # ---------------------------------------------------------------- one batch
+
+    def _commit(self, ops: Sequence[Op]) -> list[Reply]:
+        """One transaction, repeated until its fate is known or `PATIENCE` is over."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        deadline = self._clock.steady() + PATIENCE
+        self._batch += 1
+        while True:
+            try:
+                return self._resolved(ops)
+            except sqlite3.Error as error:
+                if self._clock.steady() >= deadline:
+                    raise StoreUnavailable(f"{self._path}: {error}") from error
+                self._clock.sleep(0.05)
+                self._reopen()
+
+    def _reopen(self) -> None:
+        """After an error the connection's state is anybody's guess: take a new one."""
+        try:
+            self._writer.close()
+            self._writer = self._open()
+        except (sqlite3.Error, StoreUnavailable, ConfigError) as error:
+            log.warning("%s: %s", self._path, error)
+
+    def _resolved(self, ops: Sequence[Op]) -> list[Reply]:
+        """Apply ``ops``, first undoing the claims of a batch that committed unheard."""
+        db = self._writer
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            undo: list[Op] = []
+            if self._unsure is not None:
+                batch, claims = self._unsure
+                row = db.execute("SELECT batch FROM session WHERE id = ?", (self._id,)).fetchone()
+                undo = claims if row and row[0] == batch else []
+            replies = self._transact(db, [*undo, *ops])[len(undo) :]
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        return replies
+
+    def _transact(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply]:
+        now, wall = self._clock.steady(), self._clock.wall()
+        keys = _json([_escape(op.key) for op in ops])
+        row = db.execute(_LOAD, {"boot": self._boot, "now": now, "keys": keys}).fetchone()
+        meta: dict[str, Any] = json.loads(row[0])
+        alive: set[str] = set(json.loads(row[1]))
+        ours = self._id in alive
+        if not ours:
+            self._id = uuid.uuid4().hex
+            alive.add(self._id)
+        self._settle_retention(db, meta)
+        entries = self._entries(row[2:], wall)
+        ledger = Ledger(entries, alive.__contains__, self._id, meta.get("token", 0), wall)
+        replies = [ledger.apply(op) for op in ops]
+        if not ledger.changed and ours and now - self._confirmed < self._ttl / 6:
+            db.execute("ROLLBACK")
+            self._unsure = None
+            return replies
+        self._save(db, ledger, self._slice(db, meta, wall), meta.get("token", 0))
+        if ours:
+            db.execute(_CONFIRM, (now + self._ttl, self._batch, self._id))
+        else:
+            new = (self._id, self._boot, now + self._ttl, self._batch, os.getpid())
+            db.execute("INSERT INTO session VALUES (?, ?, ?, ?, ?)", new)
+        self._unsure = (self._batch, _undoing(ops, replies))
+        db.execute("COMMIT")
+        self._unsure = None
+        self._confirmed = now
+        with self._changed:
+            self._changed.notify_all()
+        return replies
+
+    def _entries(self, tables: Sequence[str], wall: float) -> dict[str, Entry]:
+        """What is stored of the keys, without what is over; the newest where several slices have it."""
+        entries: dict[str, Entry] = {}
+        for table in tables:
+            for key, *columns in json.loads(table):
+                entry = _entry(columns)
+                if entry.state in (DONE, FREE) and entry.at + self.retention <= wall:
+                    continue
+                name = _unescape(key)
+                if name not in entries or entries[name].token <= entry.token:
+                    entries[name] = entry
+        return entries
+
+    def _save(self, db: sqlite3.Connection, ledger: Ledger, slice_now: int, token: int) -> None:
+        """Write the changed keys; ``slice_now`` takes those that are done."""
+        opened, done, gone = [], [], []
+        blob = bytearray()
+        for key in ledger.changed:
+            entry = ledger.entries.get(key)
+            name = _escape(key)
+            if entry is None:
+                gone.append(name)
+            elif entry.state == DONE:
+                places = (*_place(blob, entry.result), *_place(blob, entry.fingerprint))
+                done.append((name, entry.token, entry.attempt, entry.at, *places))
+            else:
+                opened.append((name, *entry[:6]))
+        if opened:
+            db.execute(_SAVE_OPEN, (_json(opened),))
+        if done:
+            db.execute(_SAVE_DONE[slice_now], {"rows": _json(done), "blob": bytes(blob)})
+        if done or gone:
+            db.execute(_DROP_OPEN, (_json([row[0] for row in done] + gone),))
+        if gone:
+            for statement in _DROP_DONE:
+                db.execute(statement, (_json(gone),))
+        if ledger.token != token:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('token', ?)", (ledger.token,))
+
+    # ---------------------------------------------------------------- retention
+
+    def _settle_retention(self, db: sqlite3.Connection, meta: dict[str, Any]) -> None:
+        """The longest retention that anybody named is everybody's."""
+        known = meta.get("retention", 0.0)
+        if self.retention > known:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('retention', ?)", (self.retention,))
+        elif self.retention < known:
+            log.warning(
+                "%s remembers for %g s, longer than the %g s named", self._path, known, self.retention
+            )
+            self.retention = known
+
+    def _slice(self, db: sqlite3.Connection, meta: dict[str, Any], wall: float) -> int:
+        """The slice that takes what is done now; begins a new one when it is time."""
+        number, began = meta.get("slice", 0), meta.get("began")
+        if began is None:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('began', ?)", (wall,))
+        elif wall - began >= self.retention / 2 and wall - meta.get("ended", 0) >= self.retention:
+            # The slice that comes next was closed when the one before the present began.
+            number += 1
+            db.execute(f"DELETE FROM done_{number % 3}")
+            rows = [("slice", number), ("began", wall), ("ended", began)]
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+        return int(number) % 3
+
+    def _sweep(self) -> None:
+        """Drop dead sessions and free keys that are over; both are few."""
+        with self.group.paused():
+            now = self._swept = self._clock.steady()
+            over = self._clock.wall() - self.retention
+            self._writer.execute("DELETE FROM open WHERE state = 'free' AND at <= ?", (over,))
+            self._writer.execute("DELETE FROM session WHERE boot <> ? OR expires <= ?", (self._boot, now))
+
+    # ---------------------------------------------------------------- the session
+
+    def fresh(self) -> bool:
+        """Whether the session was confirmed less than two thirds of its time to live ago."""
+        return bool(self._clock.steady() - self._confirmed < self._ttl * 2 / 3)
+
+    def _beat(self) -> None:
+        """Confirm the session thrice in its time to live, and sweep."""
+        while not self._ended.wait(self._ttl / 3):
+            try:
+                self.group.apply([])
+                if self._clock.steady() - self._swept >= min(self.retention / 4, _SWEEP):
+                    self._sweep()
+            except Closed:
+                return
+            except (StoreUnavailable, sqlite3.Error) as error:
+                log.warning("heartbeat of %s: %s", self._path, error)
+
+    def close(self) -> None:
+        """End the session and let go of the file."""
+        self._ended.set()
+        with self.group.paused(), self._reading:
+            try:
+                self._writer.execute("DELETE FROM session WHERE id = ?", (self._id,))
+            except sqlite3.Error as error:
+                log.warning("%s: %s", self._path, error)
+            self._writer.close()
+            self._reader.close()
+        with self._changed:
+            self._changed.notify_all()
+
+    # ---------------------------------------------------------------- reading
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """Look at the key after each commit of this process, and every `_POLL` for the others'."""
+        deadline = self._clock.steady() + timeout
+        while True:
+            state = self._peek(key)
+            left = deadline - self._clock.steady()
+            if left <= 0 or not (isinstance(state, Busy) and state.token == token):
+                return
+            with self._changed:
+                self._changed.wait(min(left, _POLL))
+
+    def _peek(self, key: str) -> State:
+        values = {"boot": self._boot, "now": self._clock.steady(), "keys": _json([_escape(key)])}
+        row = self._read(_LOAD, values)[0]
+        alive = set(json.loads(row[1]))
+        return view(self._entries(row[2:], self._clock.wall()).get(key), alive.__contains__)
+
+    def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        prefix = _escape(prefix)
+        values = {
+            "after": _escape(after),
+            "prefix": prefix,
+            "end": prefix + "\U0010ffff",
+            "limit": limit,
+            "over": self._clock.wall() - self.retention,
+        }
+        rows = self._read(_SCAN, values)
+        sessions = self._read(_SESSIONS, {"boot": self._boot, "now": self._clock.steady()})
+        alive = {row[0] for row in sessions}
+        found = {key: view(_entry(columns), alive.__contains__) for key, *columns in rows}
+        return [(_unescape(key), found[key]) for key in sorted(found)[:limit]]
+
+    def _read(self, query: str, values: dict[str, Any]) -> list[Any]:
+        """Rows, beside the writer."""
+        with self._reading:
+            if self._ended.is_set():
+                raise Closed("this store was closed")
+            try:
+                return self._reader.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreUnavailable(f"{self._path}: {error}") from error
+
+
+def _undoing(ops: Sequence[Op], replies: Sequence[Reply]) -> list[Op]:
+    """What gives back the claims of a batch whose caller never heard of them."""
+    undo: list[Op] = []
+    for op, reply in zip(ops, replies, strict=True):
+        match op, reply:
+            case Claim(key), Claimed(token, attempt):
+                undo.append(Release(key, token, attempt - 1))
+            case Takeover(key), Claimed(token):
+                undo.append(Abandon(key, token))
+    return undo
+
+
+def _entry(columns: Sequence[Any]) -> Entry:
+    *plain, result, fingerprint = columns
+    return Entry(*plain, *(None if blob is None else bytes.fromhex(blob) for blob in (result, fingerprint)))
+
+
+def _place(blob: bytearray, data: bytes | None) -> tuple[int | None, int | None]:
+    """Append ``data`` to ``blob``; where it is, as SQLite counts, and how long."""
+    if data is None:
+        return None, None
+    start = len(blob) + 1
+    blob += data
+    return start, len(data)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _escape(key: str) -> str:
+    """SQLite's JSON functions cut a string at NUL."""
+    return key.replace("%", "%25").replace("\0", "%00") if "%" in key or "\0" in key else key
+
+
+def _unescape(key: str) -> str:
+    return key.replace("%00", "\0").replace("%25", "%") if "%" in key else key
+
+
+def _boot_id() -> str:
+    """Names this run of the host: `Clock.steady` starts anew with each."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,69 @@
+"""Transports: the brokers that messages come through, and the door to them.
+
+One module for each broker; what they all promise is `idemp.ports.Transport`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from idemp.errors import ConfigError, TransportUnavailable, Unroutable
+from idemp.ports import Delivery, Publication, Sent, Transport
+from idemp.settings import duration, hidden, options, split, sqlite_path
+
+__all__ = ["open_transport", "publish"]
+
+
+def open_transport(url: str) -> Transport:
+    """The transport at ``url``; nothing connects before its first use.
+
+    ``amqp://user:password@host:port/vhost`` (or ``amqps``), ``sqlite:///queues.db``
+    (``sqlite:////absolute/queues.db``), or ``memory://name`` for one process.
+    ``sqlite`` takes ``?visibility=30s``: how long a consumer may be silent before others get what
+    it has not acknowledged; ``amqp`` takes the options of pika.  Raises `ConfigError`.
+    """
+    parts = split(url)
+    match parts.scheme:
+        case "amqp" | "amqps":
+            from idemp.transports.rabbitmq import RabbitMQTransport
+
+            return RabbitMQTransport(url)
+        case "sqlite":
+            from idemp.transports.sqlite import SqliteTransport
+
+            visibility = options(parts, {"visibility": "30s"}).get("visibility", "30s")
+            return SqliteTransport(sqlite_path(parts), visibility=duration(visibility, "visibility"))
+        case "memory":
+            from idemp.transports.memory import MemoryTransport
+
+            if not parts.netloc or parts.path or parts.query:
+                raise ConfigError(f"{url!r} names no broker; write it like memory://orders")
+            return MemoryTransport(parts.netloc)
+    raise ConfigError(f"there is no transport for {hidden(url)!r}; use amqp://, sqlite:/// or memory://")
+
+
+def publish(transport: Transport, publications: Sequence[Publication], *, timeout: float = 30.0) -> None:
+    """Send all and wait until each is safe in a queue.
+
+    For a transport that nobody consumes from: a delivery that comes meanwhile has nobody to go
+    to, so it is left unacknowledged (it comes again after `close`) and `ConfigError` is raised.
+
+    Raises `Unroutable` if no queue takes one of them, `TransportUnavailable` if one was refused or
+    not confirmed within ``timeout`` seconds.  Others of them may have been accepted: sending all
+    again is safe for consumers that know the ids.
+    """
+    waiting = dict(zip(transport.send(publications), publications, strict=True))
+    until = time.monotonic() + timeout
+    refused: Sent | None = None
+    while waiting:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TransportUnavailable(f"{len(waiting)} messages were not confirmed within {timeout:g} s")
+        for event in transport.poll(left):
+            if isinstance(event, Delivery):
+                raise ConfigError("publish() needs a transport of its own; this one is consuming")
+            if waiting.pop(event.number, None) is not None and event.error:
+                refused = refused or event
+    if refused is not None:
+        raise (Unroutable if refused.unroutable else TransportUnavailable)(refused.error)
