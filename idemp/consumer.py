@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from idemp.errors import ConfigError, StoreUnavailable, TransportUnavailable, Unavailable
-from idemp.metrics import NoMeter
 from idemp.once import Context, ask, is_async, policy_of, run
 from idemp.pipeline import (
     OUTCOMES,
@@ -44,7 +43,7 @@ from idemp.pipeline import (
     Work,
     Worked,
 )
-from idemp.ports import Claim, Clock, Complete, Delivery, Meter, Op, Sent, Store, Transport
+from idemp.ports import Claim, Clock, Complete, Delivery, Meter, NoMeter, Op, Sent, Store, Transport
 from idemp.protocol import Ask, NotStarted, Raised, Returned, Run
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Meters: statsd, and none.  Counters are summed in the process and sent once a second."""
+"""The statsd meter.  Counters are summed in the process and sent once a second."""
 
 from __future__ import annotations
 
@@ -16,19 +16,6 @@ FLUSH = 1.0
 """Seconds between two sends."""
 _SAMPLES = 50
 """Observations of one timer that are sent a flush; more would say no more."""
-
-
-class NoMeter:
-    """Counts nothing."""
-
-    def count(self, name: str, n: int = 1) -> None:
-        """See `idemp.ports.Meter`."""
-
-    def time(self, name: str, seconds: float) -> None:
-        """See `idemp.ports.Meter`."""
-
-    def close(self) -> None:
-        """See `idemp.ports.Meter`."""
 
 
 class StatsdMeter:
@@ -76,6 +63,8 @@ class StatsdMeter:
                 client = self._client()
             if client is not None:
                 self._flush(client)
+        if client is not None:
+            client.close()
 
     def _client(self) -> Any:
         """The client looks its host up when it is made, which may fail for a while."""

@@ -1,6 +1,6 @@
 """The ports: what the heart asks of a store, a broker, a meter and a clock, and their laws.
 
-Nothing here runs.  Adapters live in `idemp.stores`, `idemp.transports` and `idemp.metrics`;
+Adapters live in `idemp.stores`, `idemp.transports` and `idemp.metrics`;
 the suites in tests/contract/ hold every one of them to what these docstrings say.
 """
 
@@ -311,6 +311,19 @@ class Meter(Protocol):
     def close(self) -> None:
         """Send what is left."""
         ...
+
+
+class NoMeter:
+    """Counts nothing."""
+
+    def count(self, name: str, n: int = 1) -> None:
+        """See `Meter`."""
+
+    def time(self, name: str, seconds: float) -> None:
+        """See `Meter`."""
+
+    def close(self) -> None:
+        """See `Meter`."""
 
 
 def boottime() -> float:

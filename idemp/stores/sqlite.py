@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, view
@@ -162,6 +162,14 @@ class SqliteStore:
             return self._session
 
 
+class _Unsure(NamedTuple):
+    """A commit whose fate is not known yet: the session's row names the last that took effect."""
+
+    batch: int
+    ops: Sequence[Op]
+    replies: list[Reply]
+
+
 class _Session:
     """One process's presence in the file: connections, heartbeat, group commit."""
 
@@ -177,7 +185,7 @@ class _Session:
         self._batch = 0
         self._confirmed = -ttl
         self._swept = clock.steady()
-        self._unsure: tuple[int, list[Op]] | None = None
+        self._unsure: _Unsure | None = None
         self._writer = self._open()
         self._reader = self._open()
         self._reading = threading.Lock()
@@ -252,21 +260,30 @@ class _Session:
             log.warning("%s: %s", self._path, error)
 
     def _resolved(self, ops: Sequence[Op]) -> list[Reply]:
-        """Apply ``ops``, first undoing the claims of a batch that committed unheard."""
+        """Apply ``ops``, once it is known what became of the commit before.
+
+        If that was a commit of this very batch and it took effect, its replies stand.  If it was of
+        an earlier batch, whose caller was told `StoreUnavailable`, its claims are given back.
+        """
         db = self._writer
         db.execute("BEGIN IMMEDIATE")
         try:
-            undo: list[Op] = []
-            if self._unsure is not None:
-                batch, claims = self._unsure
-                row = db.execute("SELECT batch FROM session WHERE id = ?", (self._id,)).fetchone()
-                undo = claims if row and row[0] == batch else []
-            replies = self._transact(db, [*undo, *ops])[len(undo) :]
+            undo: Sequence[Op] = ()
+            if self._unsure is not None and self._took_effect(db, self._unsure.batch):
+                if self._unsure.batch == self._batch:
+                    db.execute("ROLLBACK")
+                    replies, self._unsure = self._unsure.replies, None
+                    return replies[len(replies) - len(ops) :]
+                undo = _undoing(self._unsure.ops, self._unsure.replies)
+            return self._transact(db, [*undo, *ops])[len(undo) :]
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        return replies
+
+    def _took_effect(self, db: sqlite3.Connection, batch: int) -> bool:
+        row = db.execute("SELECT batch FROM session WHERE id = ?", (self._id,)).fetchone()
+        return row is not None and row[0] == batch
 
     def _transact(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply]:
         now, wall = self._clock.steady(), self._clock.wall()
@@ -292,7 +309,7 @@ class _Session:
         else:
             new = (self._id, self._boot, now + self._ttl, self._batch, os.getpid())
             db.execute("INSERT INTO session VALUES (?, ?, ?, ?, ?)", new)
-        self._unsure = (self._batch, _undoing(ops, replies))
+        self._unsure = _Unsure(self._batch, ops, replies)
         db.execute("COMMIT")
         self._unsure = None
         self._confirmed = now

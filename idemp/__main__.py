@@ -1,0 +1,5 @@
+"""``python -m idemp`` is the command line."""
+
+from idemp.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""The house: imports go down only, drivers stay outside, names are whole, nothing connects at import."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "words": ["idemp.errors", "idemp.message", "idemp.settings"],
+    "ports": ["idemp.ports", "idemp.laws"],
+    "heart": [
+        "idemp.policy",
+        "idemp.protocol",
+        "idemp.once",
+        "idemp.pipeline",
+        "idemp.consumer",
+        "idemp.resolve",
+    ],
+    "adapters": ["idemp.stores", "idemp.transports", "idemp.metrics"],
+    "faces": ["idemp.cli", "idemp.__main__", "svc", "example1"],
+}
+BELOW = {
+    "words": {"words"},
+    "ports": {"words", "ports"},
+    "heart": {"words", "ports", "heart"},
+    "adapters": {"words", "ports", "adapters"},
+    "faces": {"words", "ports", "heart", "adapters", "faces"},
+}
+DRIVERS = {"pika", "etcd", "pyetcd", "redis", "psycopg", "statsd", "sqlite3"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the product."""
+    files = [file for top in ("idemp", "svc", "example1") for file in (ROOT / top).rglob("*.py")]
+    return {module_name(file): file for file in files}
+
+
+def module_name(file: Path) -> str:
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(module: str) -> str | None:
+    """The floor that ``module`` stands on; the package itself is the front door, above them all."""
+    for name, rooms in FLOORS.items():
+        if any(module == room or module.startswith(room + ".") for room in rooms):
+            return name
+    return None
+
+
+def imported(file: Path) -> set[str]:
+    """Whole names of what ``file`` imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_go_down_only(module: str) -> None:
+    """Adapters stand beside the heart, and never import each other's technology."""
+    here = floor(module)
+    known = modules()
+    if module == "idemp":
+        return
+    assert here is not None, f"{module} stands on no floor; give it one"
+    for name in imported(known[module]) & known.keys():
+        if name == "idemp":
+            assert here == "faces", f"{module} imports the front door"
+            continue
+        there = floor(name)
+        assert there in BELOW[here], f"{module} ({here}) imports {name} ({there})"
+        if here == "adapters" and there == "adapters":
+            room = ".".join(module.split(".")[:2])
+            assert name.startswith(room), f"{module} imports another kind of adapter, {name}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_the_heart_imports_no_driver(module: str) -> None:
+    """Nor does anything else but the adapter of that driver."""
+    drivers = {name.split(".")[0] for name in imported(modules()[module])} & DRIVERS
+    allowed = {
+        "idemp.stores.sqlite": {"sqlite3"},
+        "idemp.transports.sqlite": {"sqlite3"},
+        "idemp.transports.rabbitmq": {"pika"},
+        "idemp.metrics": {"statsd"},
+    }
+    assert drivers <= allowed.get(module, set())
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_every_module_says_what_room_it_is(module: str) -> None:
+    """In its first line."""
+    assert ast.get_docstring(ast.parse(modules()[module].read_text()))
+
+
+def test_only_faces_read_the_environment() -> None:
+    """Everything else is told."""
+    for module, file in modules().items():
+        if floor(module) != "faces":
+            assert not re.search(r"\benviron\b|\bgetenv\b", file.read_text()), (
+                f"{module} reads the environment"
+            )
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_needs_no_extra_and_starts_nothing() -> None:
+    """Without any driver installed, and without a thread or a socket."""
+    code = f"""
+import sys, threading, socket
+for name in {sorted(DRIVERS - {"sqlite3"})!r}:
+    sys.modules[name] = None
+def refuse(*a, **k): raise AssertionError("a socket at import")
+socket.socket.connect = refuse
+import idemp, idemp.cli, svc.settings
+store = idemp.open_store("sqlite:////nowhere/at/all.db")
+transport = idemp.open_transport("sqlite:////nowhere/at/all.db")
+print(threading.active_count())
+"""
+    assert run(code) == "1"
+
+
+@pytest.mark.parametrize(("url", "extra"), [("amqp://localhost", "rabbitmq")])
+def test_a_missing_extra_is_one_sentence(url: str, extra: str) -> None:
+    """With the line to type."""
+    code = f"""
+import sys
+sys.modules["pika"] = None
+import idemp
+try:
+    idemp.open_transport({url!r})
+except idemp.ConfigError as error:
+    print(error)
+"""
+    assert f"pip install 'idemp[{extra}]'" in run(code)

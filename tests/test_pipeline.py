@@ -1,0 +1,300 @@
+"""The consumer's decisions, stepped by hand and through a simulated world."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from idemp.message import Message, Properties
+from idemp.pipeline import (
+    Acknowledge,
+    Apply,
+    Cancel,
+    Confirmed,
+    Delivered,
+    Disconnected,
+    Pipeline,
+    Replied,
+    Route,
+    Send,
+    Stop,
+    Tell,
+    Tick,
+    Work,
+    Worked,
+)
+from idemp.policy import make_policy
+from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Delivery, Done, Free, Lost, Park, Release
+from idemp.protocol import NotStarted, Raised, Returned
+from tests.simulator import World
+
+
+class Store:
+    retention = 3600.0
+
+    def apply(self, ops: Any) -> Any:
+        raise AssertionError("the pipeline is pure")
+
+
+STORE: Any = Store()
+
+
+def pipeline(**options: Any) -> Pipeline:
+    given = {
+        "name": "h", "key": None, "fingerprint": None, "on_busy": "wait", "wait": 2.0, "in_doubt": "retry",
+        "attempts": 3, "permanent": (), "codec": None, **options,
+    }  # fmt: skip
+    policy = make_policy(lambda message: None, STORE, **given)
+    return Pipeline("q", {"t": Route(print, policy), "bare": Route(print, None)}, chance=lambda: 0.0)
+
+
+def delivery(tag: int, id: str = "1", type: str = "t", **properties: Any) -> Delivery:
+    message = Message(id, type)
+    return Delivery(
+        tag, message.encode(), message.properties()._replace(**properties), "events", "foo", False
+    )
+
+
+def deliver(line: Pipeline, *deliveries: Delivery, now: float = 0.0) -> list[Any]:
+    return [c for c in line.step(Delivered(deliveries, 1000.0), now) if not isinstance(c, Tell)]
+
+
+def step(line: Pipeline, event: Any, now: float = 0.0) -> list[Any]:
+    return [command for command in line.step(event, now) if not isinstance(command, Tell)]
+
+
+def test_a_message_goes_claim_run_complete_ack() -> None:
+    """Nothing is acknowledged before done is durable."""
+    line = pipeline()
+    assert deliver(line, delivery(7)) == [Apply(STORE, [Claim("h/1")])]
+    [work] = step(line, Replied(STORE, [Claimed(5, 1)]))
+    [(flight, run)] = work.items
+    assert run.claim == Claimed(5, 1)
+    assert step(line, Worked([(flight, Returned(None, b"null"))])) == [
+        Apply(STORE, [Complete("h/1", 5, b"null")])
+    ]
+    assert not line.idle()
+    assert step(line, Replied(STORE, [Applied()])) == [Acknowledge([7])]
+    assert line.idle()
+
+
+def test_what_gathers_while_a_batch_is_under_way_is_the_next() -> None:
+    """Claims and completions together, one batch at a time."""
+    line = pipeline()
+    deliver(line, delivery(1, "a"))
+    assert deliver(line, delivery(2, "b"), delivery(3, "c")) == []
+    apply, work = step(line, Replied(STORE, [Claimed(1, 1)]))
+    assert apply == Apply(STORE, [Claim("h/b"), Claim("h/c")])
+    assert step(line, Worked([(work.items[0][0], Returned(None, None))])) == []
+    apply, _, ack = step(line, Replied(STORE, [Claimed(2, 1), Done(9, None, None, 0.0)]))
+    assert apply == Apply(STORE, [Complete("h/a", 1)])
+    assert ack == Acknowledge([3])
+
+
+def test_a_duplicate_in_flight_waits_for_its_first() -> None:
+    """It is acknowledged only once the first is done."""
+    line = pipeline()
+    deliver(line, delivery(1), delivery(2))
+    [work] = step(line, Replied(STORE, [Claimed(1, 1)]))
+    [_] = step(line, Worked([(work.items[0][0], Returned(None, None))]))
+    assert step(line, Replied(STORE, [Applied()])) == [Acknowledge([1, 2])]
+
+
+def test_a_duplicate_goes_later_when_its_first_fails() -> None:
+    """Both come back as delayed copies, confirmed before the ack."""
+    line = pipeline()
+    deliver(line, delivery(1), delivery(2))
+    [work] = step(line, Replied(STORE, [Claimed(1, 1)]))
+    assert step(line, Worked([(work.items[0][0], Raised(ValueError()))])) == [
+        Apply(STORE, [Release("h/1", 1, 1)])
+    ]
+    [send] = step(line, Replied(STORE, [Applied()]))
+    assert [copy.delay for _, copy in send.items] == [0.5, 0.5]
+    assert {copy.routing_key for _, copy in send.items} == {"q"}
+    assert step(line, Confirmed([(send.items[1][0], "")])) == [Acknowledge([2])]
+    assert step(line, Confirmed([(send.items[0][0], "nack")])) == []
+    assert line.due() == 1.0
+    [again] = step(line, Tick(), 1.0)
+    assert again.items == [send.items[0]]
+    assert step(line, Confirmed([(send.items[0][0], "")])) == [Acknowledge([1])]
+
+
+def test_busy_is_looked_at_again_and_then_deferred() -> None:
+    """Never acknowledged against busy."""
+    line = pipeline(wait=0.03)
+    deliver(line, delivery(1))
+    busy = Busy(4, 1, "other", 0.0)
+    assert step(line, Replied(STORE, [busy])) == []
+    assert line.due() == pytest.approx(0.02)
+    assert step(line, Tick(), 0.02) == [Apply(STORE, [Claim("h/1")])]
+    assert step(line, Replied(STORE, [busy]), 0.02) == []
+    assert step(line, Tick(), 0.1) == [Apply(STORE, [Claim("h/1")])]
+    [send] = step(line, Replied(STORE, [busy]), 0.1)
+    assert isinstance(send, Send)
+    assert send.items[0][1].routing_key == "q"
+
+
+def test_a_lost_claim_is_looked_up_again() -> None:
+    """Its message is not acknowledged as ok."""
+    line = pipeline()
+    deliver(line, delivery(1))
+    [work] = step(line, Replied(STORE, [Claimed(1, 1)]))
+    step(line, Worked([(work.items[0][0], Returned(None, None))]))
+    assert step(line, Replied(STORE, [Lost(Free())])) == [Apply(STORE, [Claim("h/1")])]
+    assert step(line, Replied(STORE, [Done(2, None, None, 0.0)])) == [Acknowledge([1])]
+
+
+@pytest.mark.parametrize(
+    ("body", "properties", "reason"),
+    [
+        (b"\xff\xfe", {}, "not JSON"),
+        (b"[1]", {}, "not an object: list"),
+        (b"[" * 100_000, {}, "not JSON"),
+        (b'{"type":"t"}', {"message_id": None}, "no id"),
+        (b'{"type":"t","id":""}', {}, "the id is empty"),
+        (b'{"type":"t","id":7}', {}, "the id must be a string, not int"),
+        (b'{"type":"t","id":"\\ud800"}', {}, "not valid Unicode"),
+        (b'{"type":"t","id":"' + b"x" * 1025 + b'"}', {}, "the id has 1025 bytes; 1024 are allowed"),
+        (b'{"type":"nope","id":"1"}', {}, "no handler for type 'nope'"),
+        (b'{"id":"1"}', {"type": None}, "no type"),
+        (b'{"type":["t"],"id":"1"}', {}, "the type must be a string, not list"),
+        (b'{"type":"t","id":"1","args":"' + b"x" * 5_000_000 + b'"}', {}, "4194304 are allowed"),
+    ],
+)
+def test_bad_messages_are_set_aside_with_the_reason(body: bytes, properties: Any, reason: str) -> None:
+    """N10: copied to the dead-letter queue, confirmed, then acknowledged; no store is asked."""
+    line = pipeline()
+    given = Properties(headers={"mine": 1})._replace(**properties)
+    [send] = deliver(line, Delivery(1, body, given, "events", "foo", False))
+    flight, copy = send.items[0]
+    assert copy.routing_key == "q.dead"
+    assert reason in copy.properties.headers["idemp-reason"]
+    assert copy.properties.headers["mine"] == 1
+    assert copy.body == body
+    assert step(line, Confirmed([(flight, "")])) == [Acknowledge([1])]
+
+
+def test_a_message_older_than_the_retention_is_parked_not_run() -> None:
+    """It may have been done and forgotten.  One that is still known as done is skipped."""
+    line = pipeline()
+    deliver(line, delivery(1, timestamp=1000.0 - 3601))
+    [apply] = step(line, Replied(STORE, [Claimed(1, 1)]))
+    assert isinstance(apply.ops[0], Park)
+    assert "older than the retention" in apply.ops[0].reason
+    [send] = step(line, Replied(STORE, [Applied()]))
+    assert send.items[0][1].routing_key == "q.dead"
+    deliver(line, delivery(2, "2", timestamp=0.0, headers={"idemp-retried-at": 999.0}))
+    [work] = step(line, Replied(STORE, [Claimed(2, 1)]))
+    assert isinstance(work, Work)
+
+
+def test_attempts_used_up_go_to_the_dead_letters() -> None:
+    """With the reason of the last."""
+    line = pipeline()
+    deliver(line, delivery(1))
+    [work] = step(line, Replied(STORE, [Claimed(1, 3)]))
+    [apply] = step(line, Worked([(work.items[0][0], Raised(ValueError("no")))]))
+    assert apply.ops == [Park("h/1", 1, "attempts used up (3): ValueError: no")]
+    [send] = step(line, Replied(STORE, [Applied()]))
+    headers = send.items[0][1].properties.headers
+    assert (headers["idemp-outcome"], headers["idemp-key"], headers["idemp-attempt"]) == ("parked", "h/1", 3)
+    assert (headers["idemp-exchange"], headers["idemp-routing-key"]) == ("events", "foo")
+
+
+def test_nothing_is_acknowledged_on_a_connection_that_is_gone() -> None:
+    """What ran is recorded; the message that comes again waits for it, and is skipped."""
+    line = pipeline()
+    deliver(line, delivery(1), delivery(2, "2"))
+    [work] = step(line, Replied(STORE, [Claimed(1, 1), Claimed(2, 1)]))
+    assert step(line, Disconnected()) == []
+    [apply] = step(line, Worked([(work.items[0][0], Returned(None, None))]))
+    assert deliver(line, delivery(11), delivery(12, "2")) == []
+    assert step(line, Replied(STORE, [Applied()])) == [Acknowledge([11])]
+    [apply] = step(line, Worked([(work.items[1][0], NotStarted())]))
+    assert apply.ops == [Release("h/2", 2, 0)]
+    assert step(line, Replied(STORE, [Applied()])) == [Apply(STORE, [Claim("h/2")])]
+
+
+def test_a_claim_that_comes_after_the_connection_went_is_given_back() -> None:
+    """Nobody would acknowledge it."""
+    line = pipeline()
+    deliver(line, delivery(1))
+    step(line, Disconnected())
+    assert step(line, Replied(STORE, [Claimed(1, 1)])) == [Apply(STORE, [Release("h/1", 1, 0)])]
+    assert step(line, Replied(STORE, [Applied()])) == []
+    assert line.idle()
+
+
+def test_stop_gives_back_what_did_not_start() -> None:
+    """Claims without a start count no attempt; what ran is settled; the rest stays the broker's."""
+    line = pipeline()
+    deliver(line, delivery(1, "a"), delivery(2, "b"), delivery(3, "b"))
+    [work] = step(line, Replied(STORE, [Claimed(1, 1), Claimed(2, 1)]))
+    deliver(line, delivery(4, "c"))
+    assert step(line, Stop()) == [Cancel()]
+    assert deliver(line, delivery(5, "d")) == []
+    step(line, Replied(STORE, [Claimed(3, 1)]))
+    first, second = (flight for flight, _ in work.items)
+    step(line, Worked([(first, Returned(None, None)), (second, NotStarted())]))
+    [apply] = step(line, Replied(STORE, [Applied()]))
+    assert apply.ops == [Complete("h/a", 1), Release("h/b", 2, 0)]
+    assert step(line, Replied(STORE, [Applied(), Applied()])) == [Acknowledge([1])]
+    assert line.idle()
+
+
+def test_a_handler_without_policy_runs_at_least_once() -> None:
+    """No store; attempts travel in a header."""
+    line = pipeline()
+    [work] = deliver(line, delivery(1, type="bare"), delivery(2, type="bare", headers={"idemp-attempt": 4}))
+    one, two = (flight for flight, _ in work.items)
+    [send, ack] = step(line, Worked([(one, Returned(None, None)), (two, Raised(ValueError("x")))]))
+    assert ack == Acknowledge([1])
+    assert send.items[0][1].routing_key == "q.dead"
+    [work] = deliver(line, delivery(3, type="bare"))
+    [send] = step(line, Worked([(work.items[0][0], Raised(ValueError("x")))]))
+    assert send.items[0][1].properties.headers["idemp-attempt"] == 1
+    assert send.items[0][1].delay == 0.5
+
+
+def test_a_key_function_that_raises_rejects_its_message() -> None:
+    """The service goes on."""
+    line = pipeline(key=lambda message: message.args["order"])
+    [send] = deliver(line, delivery(1))
+    assert send.items[0][1].properties.headers["idemp-reason"] == "KeyError: 'order'"
+
+
+# ------------------------------------------------------------------ a simulated world
+
+
+@pytest.mark.parametrize("in_doubt", ["retry", "park", "ask"])
+def test_worlds_of_faults(in_doubt: str) -> None:
+    """N2, N11: hundreds of small worlds with kills, cut connections, stops, failures and unsure handlers.
+
+    Every message ends done or at hand in the dead letters; no acknowledgement comes before; every
+    effect beyond the first belongs to a recorded doubt, and under ``park`` or a resolver there is none.
+    """
+    did: Counter[str] = Counter()
+    doubled = 0
+    for seed in range(500):
+        world = World(seed, in_doubt=in_doubt)
+        world.run()
+        did.update(world.did)
+        doubled += sum(n - 1 for n in world.effects.values() if n > 1)
+    expected = (
+        "kill",
+        "pause",
+        "disconnect",
+        "stop",
+        "InDoubt",
+        "ok",
+        "skipped",
+        "failed",
+        "deferred",
+        "lost",
+    )
+    for what in expected:
+        assert did[what] > 30, f"the worlds hardly saw {what}: {did}"
+    assert (did["parked"] > 0) == (in_doubt == "park")
+    assert (doubled > 0) == (in_doubt == "retry")

@@ -1,0 +1,362 @@
+"""What only the SQLite store has: lost replies of a commit, sessions by a clock, slices, bad files."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from idemp.errors import ConfigError, StoreUnavailable
+from idemp.ports import (
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Clock,
+    Complete,
+    Done,
+    Doubt,
+    Free,
+    Get,
+    Lost,
+    Release,
+    Takeover,
+)
+from idemp.stores import open_store
+from idemp.stores.sqlite import SqliteStore
+
+
+class Time:
+    """A clock that a test moves.  Sleeping moves it too."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.clock = Clock(wall=lambda: self.now, steady=lambda: self.now, sleep=self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Wire:
+    """Connections whose statements a test can hinder: ``fault(when, sql)`` may raise."""
+
+    def __init__(self) -> None:
+        self.fault: Callable[[str, str], None] = lambda when, sql: None
+        self.commits = 0
+
+    def connect(self, *args: Any, **kwargs: Any) -> sqlite3.Connection:
+        wire = self
+
+        class Connection(sqlite3.Connection):
+            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:  # type: ignore[override]
+                wire.fault("before", sql)
+                cursor = super().execute(sql, *values)
+                wire.commits += sql == "COMMIT"
+                wire.fault("after", sql)
+                return cursor
+
+        return sqlite3.connect(*args, factory=Connection, **kwargs)
+
+    def fail(self, when: str, sql: str, times: int) -> None:
+        """Let the next ``times`` executions of ``sql`` fail, before or after they take effect."""
+        left = [times]
+
+        def fault(now: str, statement: str) -> None:
+            if now == when and statement == sql and left[0]:
+                left[0] -= 1
+                raise sqlite3.OperationalError("disk I/O error")
+
+        self.fault = fault
+
+    def cut(self, when: str) -> None:
+        """From the next commit on, before or after it takes effect, nothing gets through."""
+        down = [False]
+
+        def fault(now: str, statement: str) -> None:
+            down[0] = down[0] or (statement == "COMMIT" and now == when)
+            if down[0]:
+                raise sqlite3.OperationalError("disk I/O error")
+
+        self.fault = fault
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def wire() -> Wire:
+    return Wire()
+
+
+@pytest.fixture
+def make(tmp_path: Path, time: Time, wire: Wire) -> Iterator[Callable[..., SqliteStore]]:
+    """Opens stores on one file."""
+    stores = []
+
+    def opened(retention: float = 3600.0, session_ttl: float = 10.0) -> SqliteStore:
+        store = SqliteStore(
+            str(tmp_path / "seen.db"),
+            retention=retention,
+            session_ttl=session_ttl,
+            clock=time.clock,
+            connect=wire.connect,
+        )
+        stores.append(store)
+        return store
+
+    yield opened
+    wire.fault = lambda when, sql: None
+    for store in stores:
+        store.close()
+
+
+# ------------------------------------------------------------------ law 10: ambiguous replies
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("sql", ["BEGIN IMMEDIATE", "COMMIT"])
+def test_an_error_on_the_way_is_resolved(make: Any, wire: Wire, when: str, sql: str) -> None:
+    """Law 10: whether the commit took effect or not, the caller gets the one true reply."""
+    store = make()
+    first = store.apply([Claim("warm")])[0]
+    assert isinstance(first, Claimed)
+    wire.fail(when, sql, 1)
+    [claimed] = store.apply([Claim("a")])
+    assert claimed == Claimed(claimed.token, 1)
+    wire.fail(when, sql, 1)
+    assert (
+        store.apply([Complete("a", claimed.token, b"1"), Release("warm", first.token, 1)]) == [Applied()] * 2
+    )
+    [done] = store.apply([Claim("a")])
+    assert isinstance(done, Done)
+    assert done.result == b"1"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_claim_that_nobody_heard_of_is_given_back(make: Any, wire: Wire, when: str) -> None:
+    """Law 10: after `StoreUnavailable` no claim of the batch is held, committed or not."""
+    store, other = make(), make()
+    store.apply([Claim("warm")])
+    [doubted] = other.apply([Claim("doubt")])
+    other.close()
+    wire.cut(when)
+    with pytest.raises(StoreUnavailable, match="disk I/O error"):
+        store.apply([Claim("a"), Takeover("doubt", doubted.token)])
+    wire.fault = lambda when, sql: None
+
+    again = store.apply([Claim("a"), Get("doubt")])
+
+    assert isinstance(again[0], Claimed)
+    assert again[0].attempt == 1
+    assert isinstance(again[1], Doubt)
+
+
+def test_giving_back_may_be_ambiguous_too(make: Any, wire: Wire) -> None:
+    """Law 10: the commit that gives claims back is heard of only at the second try."""
+    store = make()
+    store.apply([Claim("warm")])
+    wire.cut("after")
+    with pytest.raises(StoreUnavailable):
+        store.apply([Claim("a")])
+    wire.fail("after", "COMMIT", 1)
+
+    b, a = store.apply([Claim("b"), Claim("a")])
+
+    assert isinstance(b, Claimed)
+    assert isinstance(a, Claimed)
+    assert b.token < a.token
+    assert a.attempt == 1
+
+
+def test_a_completion_that_was_not_heard_of_stands(make: Any, wire: Wire) -> None:
+    """Repeating it is harmless."""
+    store = make()
+    [claimed] = store.apply([Claim("a")])
+    wire.cut("after")
+    with pytest.raises(StoreUnavailable):
+        store.apply([Complete("a", claimed.token, b"1")])
+    wire.fault = lambda when, sql: None
+    assert store.apply([Complete("a", claimed.token, b"1")]) == [Applied()]
+    assert isinstance(store.apply([Claim("a")])[0], Done)
+
+
+# ------------------------------------------------------------------ sessions
+
+
+def test_a_session_dies_by_the_clock_and_never_comes_back(make: Any, time: Time) -> None:
+    """Law 6, at the very second: alive at its time to live, dead after."""
+    store, other = make(), make()
+    [claimed] = store.apply([Claim("a")])
+    time.now += 9.99
+    assert isinstance(other.apply([Claim("a")])[0], Busy)
+    time.now += 0.02
+    assert isinstance(other.apply([Claim("a")])[0], Doubt)
+    [late] = store.apply([Claim("b")])
+    assert isinstance(late, Claimed)
+    assert isinstance(other.apply([Claim("a")])[0], Doubt), "the new session is another one"
+    assert store.apply([Complete("a", claimed.token)]) == [Applied()], "nobody has taken it"
+
+
+def test_freshness_ends_after_two_thirds(make: Any, time: Time) -> None:
+    """No handler starts on a session that may soon be dead."""
+    store = make(session_ttl=9.0)
+    store.apply([Claim("a")])
+    assert store.fresh()
+    time.now += 5.9
+    assert store.fresh()
+    time.now += 0.2
+    assert not store.fresh()
+    store.apply([])
+    assert store.fresh()
+
+
+def test_after_a_restart_of_the_host_every_session_is_dead(
+    make: Any, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steady clock begins anew; the boot's id tells."""
+    store = make()
+    store.apply([Claim("a")])
+    monkeypatch.setattr("idemp.stores.sqlite._boot_id", lambda: "another boot")
+    time.now -= 900_000
+
+    assert isinstance(make().apply([Claim("a")])[0], Doubt)
+
+
+def test_an_idle_duplicate_costs_no_write(make: Any, wire: Wire) -> None:
+    """Answers from what is stored commit nothing."""
+    store = make()
+    [claimed] = store.apply([Claim("a")])
+    store.apply([Complete("a", claimed.token)])
+    before = wire.commits
+    for _ in range(100):
+        store.apply([Claim("a")] * 10)
+    assert wire.commits == before
+
+
+def test_threads_share_commits(make: Any, wire: Wire) -> None:
+    """Group commit: far fewer commits than calls."""
+    store = make()
+    store.apply([])
+    slow = threading.Event()
+    wire.fault = lambda when, sql: slow.wait(0.005) and None if (when, sql) == ("before", "COMMIT") else None
+    before = wire.commits
+
+    def work(number: int) -> None:
+        for n in range(10):
+            assert isinstance(store.apply([Claim(f"{number}/{n}")])[0], Claimed)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
+    assert wire.commits - before < 80
+
+
+# ------------------------------------------------------------------ retention
+
+
+def test_space_is_bounded_by_rate_times_retention(make: Any, time: Time, tmp_path: Path) -> None:
+    """Law 8 (N12): twenty retentions of the same rate leave no bigger file than three; nothing goes early."""
+    store = make(retention=1000.0, session_ttl=100.0)
+    sizes = []
+    tokens: dict[str, float] = {}
+    for second in range(0, 20_000, 50):
+        keys = [f"k/{second}/{n}" for n in range(40)]
+        claims = store.apply([Claim(key) for key in keys])
+        store.apply([Complete(k, c.token, b"x" * 50) for k, c in zip(keys, claims, strict=True)])
+        tokens.update(dict.fromkeys(keys, time.now))
+        time.now += 50
+        young = [key for key, at in tokens.items() if at + 1000 > time.now]
+        assert all(isinstance(reply, Done) for reply in store.apply([Get(key) for key in young[:60]]))
+        old = [key for key, at in tokens.items() if at + 1000 <= time.now]
+        assert all(reply == Free() for reply in store.apply([Get(key) for key in old[-60:]]))
+        sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+    assert max(sizes) <= max(sizes[:100]) * 1.2
+    with sqlite3.connect(tmp_path / "seen.db") as db:
+        rows = sum(db.execute(f"SELECT count(*) FROM done_{n}").fetchone()[0] for n in range(3))
+    assert rows <= 1.5 * 20 * 40 + 40
+
+
+def test_a_key_done_again_after_its_retention_is_done_anew(make: Any, time: Time) -> None:
+    """The old record, still in an older slice, does not shine through."""
+    store = make(retention=100.0, session_ttl=30.0)
+    [first] = store.apply([Claim("a")])
+    store.apply([Complete("a", first.token, b"old")])
+    time.now += 101
+    [second] = store.apply([Claim("a")])
+    assert isinstance(second, Claimed)
+    store.apply([Complete("a", second.token, b"new")])
+    [done] = store.apply([Claim("a")])
+    assert done.result == b"new"
+    assert len(store.scan()) == 1
+
+
+def test_the_retention_only_grows(make: Any) -> None:
+    """A later opener with a longer one raises it, also for what is there."""
+    make(retention=10.0).apply([])
+    longer = make(retention=99.0)
+    longer.apply([])
+    shorter = make(retention=5.0)
+    shorter.apply([])
+    assert shorter.retention == 99.0
+
+
+# ------------------------------------------------------------------ files that are none
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    """One sentence each, which names the file and the fix."""
+    text = tmp_path / "notes.db"
+    text.write_text("this is not a database, but a text of some length " * 50)
+    with pytest.raises(ConfigError, match=r"notes\.db is no SQLite file .*; name another file"):
+        open_store(f"sqlite:///{text}").apply([])
+    with pytest.raises(ConfigError, match=r"the folder of .* does not exist; make it"):
+        open_store(f"sqlite:///{tmp_path}/none/seen.db").apply([])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_store(f"sqlite:///{tmp_path}").apply([])
+    newer = tmp_path / "newer.db"
+    with sqlite3.connect(newer) as db:
+        db.execute("PRAGMA user_version=9")
+    with pytest.raises(ConfigError, match="layout 9 of a newer idemp"):
+        open_store(f"sqlite:///{newer}").apply([])
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("seen.db", "is no URL"),
+        ("sqlite://seen.db", "three slashes"),
+        ("sqlite:///", "three slashes"),
+        ("mongodb://user:secret@host/x", r"there is no store for 'mongodb://user:\*\*\*@host/x'"),
+        ("sqlite:///seen.db?retention=forever", "retention='forever' is no duration"),
+        ("sqlite:///seen.db?ttl=3", "no option 'ttl'; it has retention=24h, session=10s"),
+    ],
+)
+def test_wrong_urls(url: str, sentence: str) -> None:
+    """One sentence that names the setting, never a password."""
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        open_store(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_full_disk_is_unavailable_and_loses_nothing(make: Any, wire: Wire) -> None:
+    """What was there stays; what was asked did not happen."""
+    store = make(session_ttl=100.0)
+    [claimed] = store.apply([Claim("a")])
+
+    def full(when: str, sql: str) -> None:
+        if when == "before" and sql.startswith("INSERT OR REPLACE INTO done"):
+            raise sqlite3.OperationalError("database or disk is full")
+
+    wire.fault = full
+    with pytest.raises(StoreUnavailable, match="disk is full"):
+        store.apply([Complete("a", claimed.token, b"1")])
+    wire.fault = lambda when, sql: None
+    assert isinstance(store.apply([Claim("a")])[0], Busy)
+    assert store.apply([Complete("a", claimed.token, b"1")]) == [Applied()]
+    assert isinstance(store.apply([Complete("a", 99)])[0], Lost)
