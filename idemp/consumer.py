@@ -7,6 +7,7 @@ batches; ``workers`` threads run handlers, and with one of them handlers run in 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import logging
 import queue
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from idemp.errors import ConfigError, StoreUnavailable, TransportUnavailable, Unavailable
-from idemp.once import Context, ask, is_async, policy_of, run
+from idemp.once import Context, ask, is_async, policy_of, run, running
 from idemp.pipeline import (
     OUTCOMES,
     Acknowledge,
@@ -357,19 +358,20 @@ class _Shell:
         if is_async(function):
             function = _blocking(function, runner)
         if policy is None:
-            return _run_unguarded(function, flight.message)
+            return _run_unguarded(function, current, flight.message)
         if type(step) is Run:
             return run(policy, function, current, (flight.message,), {})
         return ask(policy, current, (flight.message,), {})
 
 
 def _blocking(function: Callable[..., Any], runner: asyncio.Runner) -> Callable[..., Any]:
-    return lambda message: runner.run(function(message))
+    return lambda message: runner.run(function(message), context=contextvars.copy_context())
 
 
-def _run_unguarded(function: Callable[..., Any], message: Any) -> Any:
+def _run_unguarded(function: Callable[..., Any], current: Context, message: Any) -> Any:
     try:
-        return Returned(function(message), None)
+        with running(current):
+            return Returned(function(message), None)
     except BaseException as error:
         return Raised(error)
 

@@ -131,7 +131,7 @@ def view(entry: Entry | None, alive: Callable[[str], bool]) -> State:
         return Free()
     match entry.state:
         case "done":
-            return Done(entry.token, entry.result, entry.fingerprint, entry.at)
+            return Done(entry.token, entry.result, entry.fingerprint, entry.at, entry.attempt)
         case "parked":
             return Parked(entry.token, entry.attempt, entry.reason, entry.at)
         case "free":

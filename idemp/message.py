@@ -22,6 +22,7 @@ MAX_ID = 1024
 MAX_BODY = 4 * 1024 * 1024
 """Bytes that a body may have."""
 
+_AMQP_TEXT = 255
 _CE_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-", "ce_")
 
 
@@ -58,16 +59,23 @@ class Message:
         return json.dumps(event, separators=(",", ":")).encode()
 
     def properties(self, *, app_id: str | None = None) -> Properties:
-        """The broker properties that go with `encode`; a missing ``published`` becomes now."""
+        """The broker properties that go with `encode`; a missing ``published`` becomes now.
+
+        An id or type that is too long for AMQP is left to the body, which has them both.
+        """
         return Properties(
-            message_id=self.id,
-            type=self.type,
+            message_id=_short(self.id),
+            type=_short(self.type),
             correlation_id=self.correlation_id,
             app_id=app_id,
             timestamp=time.time() if self.published is None else self.published,
             content_type="application/json",
             headers=self.headers,
         )
+
+
+def _short(text: str) -> str | None:
+    return text if len(text.encode()) <= _AMQP_TEXT else None
 
 
 def decode(body: bytes, properties: Properties) -> Message:
@@ -123,7 +131,7 @@ def _binary_cloudevent(headers: Mapping[str, Any]) -> dict[str, Any]:
 def _data(body: bytes, properties: Properties) -> Any:
     """The data of a binary CloudEvent: JSON unless its content type says otherwise."""
     try:
-        if "json" in (properties.content_type or "json"):
+        if "json" in str(properties.content_type or "json"):  # bytes, where it is not valid Unicode
             return json.loads(body) if body else {}
         return body.decode()
     except (ValueError, RecursionError) as error:

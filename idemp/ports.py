@@ -24,12 +24,16 @@ class Claimed(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The handler returned.  ``result`` is opaque; None means none was kept.  ``at``: since 1970."""
+    """The handler returned.  ``result`` is opaque; None means none was kept.  ``at``: since 1970.
+
+    attempt: the one that was recorded; more than 1 tells of failures or doubts before it.
+    """
 
     token: int
     result: bytes | None
     fingerprint: bytes | None
     at: float
+    attempt: int = 1
 
 
 class Busy(NamedTuple):

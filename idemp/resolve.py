@@ -7,6 +7,10 @@ queue.  To run a message again: `set_free` first, then `send_back`; after a cras
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
 from idemp.errors import IdempError, KeyBusy, TransportUnavailable, Unroutable
 from idemp.ports import (
     Applied,
@@ -98,7 +102,7 @@ def send_back(transport: Transport, queue: str, key: str, *, clock: Clock | None
     left = min(transport.depth(dead), MOST)
     if not left:
         return 0
-    now: float = (clock or Clock()).wall()
+    mark = {"idemp-retried-at": int((clock or Clock()).wall()), "idemp-retry": uuid.uuid4().hex}
     transport.consume(dead, left)
     unconfirmed: dict[int, int] = {}
     sent = 0
@@ -106,8 +110,8 @@ def send_back(transport: Transport, queue: str, key: str, *, clock: Clock | None
         for event in came:
             if isinstance(event, Delivery):
                 left -= 1
-                if _wanted(event, key, now):
-                    [number] = transport.send([_again(event, queue, now)])
+                if _wanted(event, key, mark):
+                    [number] = transport.send([_again(event, queue, mark)])
                     unconfirmed[number] = event.tag
             elif event.number in unconfirmed:
                 transport.ack([_confirmed(event, unconfirmed)])
@@ -123,17 +127,15 @@ def _confirmed(event: Sent, unconfirmed: dict[int, int]) -> int:
     return unconfirmed.pop(event.number)
 
 
-def _wanted(delivery: Delivery, key: str, now: float) -> bool:
+def _wanted(delivery: Delivery, key: str, mark: Mapping[str, Any]) -> bool:
     """Whether it is one of ``key``'s; one that was sent back just now and died again is not."""
     headers = delivery.properties.headers
-    retried = headers.get("idemp-retried-at", 0.0)
-    return headers.get("idemp-key") == key and not (isinstance(retried, int | float) and retried >= now)
+    return headers.get("idemp-key") == key and headers.get("idemp-retry") != mark["idemp-retry"]
 
 
-def _again(delivery: Delivery, queue: str, now: float) -> Publication:
+def _again(delivery: Delivery, queue: str, mark: Mapping[str, Any]) -> Publication:
     """The message as it was, with the time from which its age is counted anew."""
     dead = delivery.properties.headers
-    headers = {name: value for name, value in dead.items() if not name.startswith("idemp-")}
-    headers["idemp-retried-at"] = now
-    origin = dead.get("idemp-queue", queue)
-    return Publication(delivery.body, delivery.properties._replace(headers=headers), "", str(origin))
+    headers = {name: value for name, value in dead.items() if not str(name).startswith("idemp-")}
+    properties = delivery.properties._replace(headers={**headers, **mark})
+    return Publication(delivery.body, properties, "", str(dead.get("idemp-queue", queue)))

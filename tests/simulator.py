@@ -210,8 +210,8 @@ class Consumer:
                 for item in items:
                     self.todo.append(lambda item=item: self.work(*item))  # type: ignore[misc]
             case Send(items):
-                for item in items:
-                    self.todo.append(lambda item=item: self.send(*item))  # type: ignore[misc]
+                for flight, copy in items:
+                    self.todo.append(lambda flight=flight, copy=copy: self.send(flight, copy))  # type: ignore[misc]
             case Acknowledge(tags):
                 for tag in tags:
                     self.acknowledge(tag)

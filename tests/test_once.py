@@ -60,6 +60,10 @@ def state(store: Store, key: str) -> Any:
     return store.apply([Get(key)])[0]
 
 
+def ran(k: str) -> Any:
+    return "ran"
+
+
 def in_doubt(store: Store, key: str) -> None:
     """Leave ``key`` as a crash between effect and record leaves it."""
     claim = store.apply([Claim(key)])[0]
@@ -431,7 +435,7 @@ def test_a_resolver_decides(store: Store, answer: Any) -> None:
         asked.append((k, context().idempotency_key, context().attempt))
         return answer
 
-    handler = idempotent(store, name="n", key="k", in_doubt=resolver)(lambda k: "ran")
+    handler = idempotent(store, name="n", key="k", in_doubt=resolver)(ran)
 
     match answer:
         case Happened():
@@ -459,7 +463,7 @@ def test_a_resolver_that_raises_leaves_the_doubt(store: Store) -> None:
             raise answer
         return answer
 
-    handler = idempotent(store, name="n", key="k", in_doubt=resolver)(lambda k: "ran")
+    handler = idempotent(store, name="n", key="k", in_doubt=resolver)(ran)
     with pytest.raises(ConnectionError):
         handler("a")
     assert isinstance(state(store, "n/a"), Doubt)
@@ -530,7 +534,7 @@ class Stale:
 def test_a_stale_session_starts_no_handler(store: Store) -> None:
     """The claim goes back as if it had not been; a doubt stays a doubt."""
     calls = []
-    handler = idempotent(Stale(store), name="n", key="k")(lambda k: calls.append(k))  # type: ignore[arg-type]
+    handler = idempotent(Stale(store), name="n", key="k")(lambda k: calls.append(k))
 
     with pytest.raises(SessionLost):
         handler("a")
@@ -653,7 +657,7 @@ def test_cancelled_while_claiming_gives_the_claim_back(store: Store, before: str
     if before == "doubt":
         in_doubt(store, "n/a")
 
-    @idempotent(Slow(store), name="n", key="k")  # type: ignore[arg-type]
+    @idempotent(Slow(store), name="n", key="k")
     async def handler(k: str) -> None:
         calls.append(k)
 

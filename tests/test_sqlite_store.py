@@ -53,7 +53,7 @@ class Wire:
         wire = self
 
         class Connection(sqlite3.Connection):
-            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:  # type: ignore[override]
+            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
                 wire.fault("before", sql)
                 cursor = super().execute(sql, *values)
                 wire.commits += sql == "COMMIT"
@@ -245,7 +245,12 @@ def test_threads_share_commits(make: Any, wire: Wire) -> None:
     store = make()
     store.apply([])
     slow = threading.Event()
-    wire.fault = lambda when, sql: slow.wait(0.005) and None if (when, sql) == ("before", "COMMIT") else None
+
+    def slowly(when: str, sql: str) -> None:
+        if (when, sql) == ("before", "COMMIT"):
+            slow.wait(0.005)
+
+    wire.fault = slowly
     before = wire.commits
 
     def work(number: int) -> None:

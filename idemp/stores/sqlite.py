@@ -37,6 +37,9 @@ _POLL = 0.01
 _SWEEP = 3600.0
 _SLICES = range(3)
 
+# Keys are random, so a batch touches many pages: keep them at hand (KiB), and write them back seldom (pages).
+_SETTINGS = ("journal_mode=WAL", "synchronous=FULL", "cache_size=-65536", "wal_autocheckpoint=8000")
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS session
@@ -211,8 +214,8 @@ class _Session:
             connection = self._connect(
                 self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
             )
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
+            for setting in _SETTINGS:
+                connection.execute(f"PRAGMA {setting}")
             layout = connection.execute("PRAGMA user_version").fetchone()[0]
             if layout not in (0, LAYOUT):
                 raise ConfigError(

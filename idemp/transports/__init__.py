@@ -63,7 +63,8 @@ def publish(transport: Transport, publications: Sequence[Publication], *, timeou
         for event in transport.poll(left):
             if isinstance(event, Delivery):
                 raise ConfigError("publish() needs a transport of its own; this one is consuming")
-            if waiting.pop(event.number, None) is not None and event.error:
-                refused = refused or event
+            # Of several errors, the one that sending again would not mend.
+            if waiting.pop(event.number, None) and event.error and not (refused and refused.unroutable):
+                refused = event
     if refused is not None:
         raise (Unroutable if refused.unroutable else TransportUnavailable)(refused.error)

@@ -1,7 +1,8 @@
 """RabbitMQ, through pika's SelectConnection driven from `poll`.
 
 One channel consumes and one publishes, so that a refused publish takes no delivery with it.
-Heartbeats are served inside `poll`, which must therefore be called more often than they are due.
+Heartbeats are served inside `poll`, which must therefore be called more often than they are due;
+what `ack` and `send` wrote goes out with the next `poll` too, or with `close`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import logging
 import math
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
-from idemp.errors import Closed, ConfigError, MissingExtra, TransportUnavailable
+from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, TransportUnavailable
 from idemp.message import Properties
-from idemp.ports import Clock, Delivery, Publication, Sent
+from idemp.ports import Delivery, Publication, Sent
 from idemp.settings import split
+from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
 from idemp.transports.topic import no_queue
 
 try:
@@ -30,112 +34,122 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 15.0
 """Seconds that the broker has to answer a request."""
+FAREWELL = 5.0
+"""Seconds that the broker has to answer the end of a connection."""
 HEARTBEAT = 30
 """Seconds, unless the URL names another."""
 BLOCKED = 60
-"""Seconds that the broker may refuse publishing before the connection counts as lost."""
+"""Seconds that the broker may hold up publishing before the connection counts as lost."""
+
 _PERSISTENT = 2
-_EPOCH = 1 << 48
-_MOST = 65535
+_CONNECTION = 1 << 48  # the tags of one connection and those of the next are so far apart
+# What pika raises for a property or header that AMQP has no place for.
+_UNFIT = (exceptions.AMQPError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
 
 
 class RabbitMQTransport:
     """The broker at ``url``: ``amqp://user:password@host:port/vhost``, with pika's options."""
 
-    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+    def __init__(self, url: str) -> None:
         self._parameters = _parameters(url)
-        self._clock = clock or Clock()
         self._link: _Link | None = None
         self._inherited: list[_Link] = []
-        self._connections = 0
+        self._connections = count(1)
+        self._numbers = count(1)
         self._closed = False
+        self._woken = False
 
     def connect(self) -> None:
-        """See `idemp.ports.Transport`."""
-        self._check_open()
-        link, self._link = self._link, None
-        if link is not None and link.pid == os.getpid():
-            link.end()
-        elif link is not None:
-            # A fork's copy of the parent's socket is kept, never used and never closed.
-            self._inherited.append(link)
-        self._connections += 1
-        self._link = _Link(self._parameters, self._clock, self._connections * _EPOCH)
+        """Connect anew.  Raises `ConfigError` if the broker refuses the user or the vhost."""
+        if self._closed:
+            raise Closed("this transport was closed")
+        self._end()
+        self._link = _Link(self._parameters, next(self._connections) * _CONNECTION, self._numbers)
         self._link.open()
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
-        """See `idemp.ports.Transport`."""
-        self._mine().declare(queue, exchange, binding)
-
-    def consume(self, queue: str, prefetch: int) -> None:
-        """See `idemp.ports.Transport`."""
-        self._mine().consume(queue, prefetch)
-
-    def cancel(self) -> None:
-        """See `idemp.ports.Transport`."""
-        self._mine().cancel()
-
-    def poll(self, timeout: float) -> list[Delivery | Sent]:
-        """See `idemp.ports.Transport`."""
-        return self._mine().poll(timeout)
-
-    def ack(self, tags: Iterable[int]) -> None:
-        """See `idemp.ports.Transport`."""
-        self._mine().ack(tags)
-
-    def send(self, publications: Sequence[Publication]) -> list[int]:
-        """See `idemp.ports.Transport`."""
-        return self._mine().send(publications)
-
-    def depth(self, queue: str) -> int:
-        """See `idemp.ports.Transport`."""
-        return self._mine().depth(queue)
-
-    def wake(self) -> None:
-        """See `idemp.ports.Transport`."""
-        link = self._link
-        if link is not None and link.pid == os.getpid():
-            link.wake()
-
-    def close(self) -> None:
-        """See `idemp.ports.Transport`."""
-        link, self._link, self._closed = self._link, None, True
-        if link is not None and link.pid == os.getpid():
+    def _end(self) -> None:
+        link, self._link = self._link, None
+        if link is None:
+            return
+        if link.pid == os.getpid():
             link.end()
+        else:
+            # A fork's copy of its parent's connection: to end it would end the parent's.
+            self._inherited.append(link)
 
-    def _mine(self) -> _Link:
+    def _connected(self) -> _Link:
         """This process's connection; the first call makes it."""
-        self._check_open()
-        if self._link is None or self._link.pid != os.getpid():
+        if self._closed or self._link is None or self._link.pid != os.getpid():
             self.connect()
         assert self._link is not None
         self._link.check()
         return self._link
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Closed("this transport was closed")
+    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+        """Make ``queue`` without arguments, so that one that was made so before is welcome."""
+        self._connected().declare(queue, exchange, binding)
+
+    def consume(self, queue: str, prefetch: int) -> None:
+        """Start deliveries from ``queue``; they end from the one before."""
+        self._connected().consume(queue, prefetch)
+
+    def cancel(self) -> None:
+        """Stop new deliveries; those that `poll` has not handed out go back."""
+        self._connected().cancel()
+
+    def poll(self, timeout: float) -> list[Delivery | Sent]:
+        """Serve the connection, and what came."""
+        link = self._connected()
+        came = link.poll(timeout, lambda: self._woken)
+        self._woken = False
+        return came
+
+    def ack(self, tags: Iterable[int]) -> None:
+        """Acknowledge all up to the first that is not settled at once, what is beyond singly."""
+        self._connected().ack(tags)
+
+    def send(self, publications: Sequence[Publication]) -> list[int]:
+        """Start publishing."""
+        return self._connected().send(publications)
+
+    def depth(self, queue: str) -> int:
+        """Messages in ``queue`` that are ready for delivery."""
+        return self._connected().depth(queue) or 0
+
+    def wake(self) -> None:
+        """From any thread; free until the next `poll` has returned."""
+        if not self._woken:
+            self._woken = True
+            link = self._link
+            if link is not None and link.pid == os.getpid():
+                link.interrupt()
+
+    def close(self) -> None:
+        """Let go, when the broker has heard what was acknowledged."""
+        self._closed = True
+        self._end()
 
 
 class _Link:
-    """One connection of one process.  ``epoch`` keeps its tags and numbers apart from all others'."""
+    """One connection of one process.  ``first`` is where its tags begin."""
 
-    def __init__(self, parameters: pika.URLParameters, clock: Clock, epoch: int) -> None:
+    def __init__(self, parameters: pika.URLParameters, first: int, numbers: Iterator[int]) -> None:
         self.pid = os.getpid()
-        self._parameters, self._clock, self._epoch = parameters, clock, epoch
+        self._parameters, self._first, self._numbers = parameters, first, numbers
         self._where = f"amqp://{parameters.host}:{parameters.port}"
+        self._lost: IdempError | None = None
         self._loop = IOLoop()
         self._loop.activate_poller()
-        self._lost: Exception | None = None
-        self._events: list[Delivery | Sent] = []
         self._connection: Any = None
-        self._publishing = _Publishing(epoch, self._events)
         self._consuming: Any = None
         self._consumer = ""
-        self._acks = _Acks()
-        self._waking = False
-        self._woken = False
-        self._delays: set[str] = set()
+        self._came: list[tuple[Any, Any, bytes]] = []
+        self._outstanding = Outstanding()
+        self._publishing: Any = None
+        self._unconfirmed = Unconfirmed()
+        self._sent: list[Sent] = []
+        self._targets: set[str] = set()  # of delayed publications: they exist
+        self._waiting_queues: set[str] = set()
 
     # ---------------------------------------------------------------- life
 
@@ -144,23 +158,30 @@ class _Link:
         self._connection = pika.SelectConnection(
             self._parameters,
             on_open_error_callback=lambda _, error: self._lose(self._explain(error)),
-            on_close_callback=lambda _, reason: self._lose(TransportUnavailable(f"{self._where}: {reason}")),
+            on_close_callback=lambda _, reason: self._lose(self._gone(reason)),
             custom_ioloop=self._loop,
         )
         self._connection.add_on_connection_blocked_callback(
-            lambda _, frame: log.warning("%s takes no messages now: %s", self._where, frame.method.reason)
+            lambda _, frame: log.warning("%s holds up publishing: %s", self._where, frame.method.reason)
         )
-        self._until(lambda: self._connection.is_open)
-        self._open_publishing()
+        # pika has a time limit of its own for each step of this: see its socket_ and stack_timeout.
+        attempt = self._parameters.socket_timeout + self._parameters.stack_timeout
+        try:
+            self._until(lambda: self._connection.is_open, attempt * self._parameters.connection_attempts)
+        except IdempError:
+            self.end()
+            raise
 
     def end(self) -> None:
         """Close in order, so that acknowledgements that are still on their way arrive."""
         try:
-            if self._connection is not None and self._connection.is_open:
+            if not self._connection.is_closed:
                 self._connection.close()
-                self._until(lambda: self._connection.is_closed, seconds=5.0)
+                self._until(lambda: self._connection.is_closed, FAREWELL, lost=False)
         except (TransportUnavailable, exceptions.AMQPError) as error:
-            log.debug("closing %s: %s", self._where, error)
+            log.info("%s: closed without a farewell: %s", self._where, error)
+            self._connection._terminate_stream(error)  # there is no public way to just hang up
+            self._turn()
         self._loop.close()
 
     def check(self) -> None:
@@ -168,23 +189,23 @@ class _Link:
         if self._lost is not None:
             raise self._lost
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: IdempError) -> None:
         self._lost = self._lost or error
 
-    def _explain(self, error: BaseException) -> Exception:
+    def _gone(self, reason: object) -> TransportUnavailable:
+        return TransportUnavailable(f"{self._where} is gone: {_text(reason)}")
+
+    def _explain(self, error: BaseException) -> IdempError:
         """A failure to connect, in one sentence without the password."""
-        user = self._parameters.credentials.username
-        for cause in _causes(error):
-            if isinstance(cause, exceptions.ProbableAuthenticationError | exceptions.AuthenticationError):
-                return ConfigError(f"{self._where} refuses user {user!r}: check user and password in the URL")
-            if isinstance(cause, exceptions.ProbableAccessDeniedError | exceptions.ConnectionClosedByBroker):
-                vhost = self._parameters.virtual_host
-                return ConfigError(
-                    f"{self._where} gives user {user!r} no access to vhost {vhost!r}: check the URL"
-                )
-            if isinstance(cause, OSError):
-                return TransportUnavailable(f"no broker answers at {self._where}: {cause}")
-        return TransportUnavailable(f"no broker answers at {self._where}: {error!r}")
+        user, vhost = self._parameters.credentials.username, self._parameters.virtual_host
+        cause = _cause(error)
+        # pika takes any end of the handshake for a refusal; a broker that refuses says so by number.
+        if isinstance(cause, exceptions.ProbableAuthenticationError) and "(403)" in str(cause):
+            return ConfigError(f"{self._where} refuses user {user!r}: check user and password in the URL")
+        denied = isinstance(cause, exceptions.ProbableAccessDeniedError) and "(530)" in str(cause)
+        if denied and "limit" not in str(cause):  # on connections: it may soon have room
+            return ConfigError(f"{self._where} has no vhost {vhost!r} for user {user!r}: check the URL")
+        return TransportUnavailable(f"no broker answers at {self._where}: {_text(cause)}")
 
     # ---------------------------------------------------------------- the loop
 
@@ -192,268 +213,215 @@ class _Link:
         self._loop.poll()
         self._loop.process_timeouts()
 
-    def _until(self, what: Callable[[], Any], seconds: float = PATIENCE) -> None:
-        """Serve the connection until ``what`` is true."""
-        late: list[bool] = []
-        timer = self._loop.call_later(seconds, lambda: late.append(True))
+    @contextmanager
+    def _alarm(self, seconds: float) -> Iterator[list[bool]]:
+        """A list that is empty until ``seconds`` have passed."""
+        rung: list[bool] = []
+        timer = self._loop.call_later(max(0.0, seconds), lambda: rung.append(True))
         try:
+            yield rung
+        finally:
+            self._loop.remove_timeout(timer)
+
+    def _until(self, what: Callable[[], Any], seconds: float = PATIENCE, *, lost: bool = True) -> None:
+        """Serve the connection until ``what`` is true, or if ``lost`` until it is lost."""
+        with self._alarm(seconds) as late:
             while not what():
-                self.check()
+                if lost:
+                    self.check()
                 if late:
                     raise TransportUnavailable(f"{self._where} did not answer within {seconds:g} s")
                 self._turn()
-        finally:
-            self._loop.remove_timeout(timer)
 
-    def poll(self, timeout: float) -> list[Delivery | Sent]:
+    def poll(self, timeout: float, woken: Callable[[], bool]) -> list[Delivery | Sent]:
         """What came."""
-        late: list[bool] = []
-        timer = self._loop.call_later(0 if self._events else timeout, lambda: late.append(True))
-        try:
+        ready = self._came or self._sent or woken()
+        with self._alarm(0.0 if ready else timeout) as late:
             while True:
                 self._turn()
-                if self._events or late or self._woken:
-                    break
                 self.check()
-        finally:
-            self._loop.remove_timeout(timer)
-            self._woken = False
-        self.check()
-        came, self._events[:] = self._events[:], []
-        return came
+                if self._came or self._sent or woken() or late:
+                    break
+        came, self._came = self._came, []
+        sent, self._sent = self._sent, []
+        deliveries = [self._delivery(*each) for each in came]
+        self._outstanding.add(delivery.tag for delivery in deliveries)
+        return [*sent, *deliveries]
 
-    def wake(self) -> None:
-        """From any thread; calls that come before the loop has heard of the first are free."""
-        if not self._waking:
-            self._waking = True
-            try:
-                self._loop.add_callback_threadsafe(self._hear)
-            except (OSError, ValueError, AttributeError, AssertionError):
-                log.debug("woken after the end")
-
-    def _hear(self) -> None:
-        self._waking = False
-        self._woken = True
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A channel or connection that closes while it is written to is lost."""
-        try:
-            yield
-        except exceptions.AMQPError as error:
-            self._lose(TransportUnavailable(f"{self._where}: {error!r}"))
-            self.check()
+    def interrupt(self) -> None:
+        """From any thread: let the loop turn."""
+        self._loop.add_callback_threadsafe(_nothing)
 
     # ---------------------------------------------------------------- queues
 
     def _channel(self) -> Any:
         """A new channel, open."""
-        channel = self._connection.channel(on_open_callback=lambda _: None)
+        channel = self._connection.channel(on_open_callback=_nothing)
         self._until(lambda: channel.is_open or channel.is_closed)
         return channel
 
-    def _ask(self, channel: Any, ask: Callable[[Callable[[Any], None]], Any]) -> Any:
-        """Send a request; its answer.  A broker that closes the channel over it has a reason."""
+    def _ask(self, channel: Any, ask: Callable[[Callable[[Any], None]], object]) -> Any:
+        """The broker's answer, or None: then it has closed the channel over the question."""
         answers: list[Any] = []
-        reasons: list[Any] = []
-        channel.add_on_close_callback(lambda _, reason: reasons.append(reason))
         ask(answers.append)
-        self._until(lambda: answers or reasons)
-        if not answers:
-            raise ConfigError(f"{self._where} refuses: {getattr(reasons[0], 'reply_text', reasons[0])}")
-        return answers[0].method
+        self._until(lambda: answers or channel.is_closed)
+        return answers[0].method if answers else None
 
     def declare(self, queue: str, exchange: str, binding: str) -> None:
-        """Durable, and without arguments, so that queues that were there before are welcome."""
+        """On a channel of its own, which a refusal may close."""
         channel = self._channel()
-        self._ask(channel, lambda then: channel.queue_declare(queue, durable=True, callback=then))
-        if exchange:
-            self._ask(
-                channel, lambda then: channel.exchange_declare(exchange, "topic", durable=True, callback=then)
+        refusals: list[str] = []
+        channel.add_on_close_callback(lambda _, reason: refusals.append(_text(reason)))
+        done = self._ask(channel, lambda then: channel.queue_declare(queue, durable=True, callback=then))
+        if exchange and done:
+            channel.exchange_declare(exchange, "topic", durable=True)
+            done = self._ask(
+                channel, lambda then: channel.queue_bind(queue, exchange, binding, callback=then)
             )
-            self._ask(channel, lambda then: channel.queue_bind(queue, exchange, binding, callback=then))
+        if not done:
+            raise ConfigError(f"{self._where} refuses to declare queue {queue!r}: {refusals[0]}")
         channel.close()
 
-    def depth(self, queue: str) -> int:
-        """By a passive declaration, on a channel that its failure may close."""
+    def depth(self, queue: str) -> int | None:
+        """By a passive declaration; None if there is no such queue, which closes the channel."""
         channel = self._channel()
-        try:
-            found = self._ask(channel, lambda then: channel.queue_declare(queue, passive=True, callback=then))
-        except ConfigError:
-            return 0
+        found = self._ask(channel, lambda then: channel.queue_declare(queue, passive=True, callback=then))
+        if found is None:
+            return None
         channel.close()
         return int(found.message_count)
 
     # ---------------------------------------------------------------- consuming
 
     def consume(self, queue: str, prefetch: int) -> None:
-        """Start deliveries."""
-        channel = self._consuming = self._channel()
-        channel.add_on_close_callback(
-            lambda _, reason: self._lose(TransportUnavailable(f"{self._where}: {reason}"))
-        )
-        channel.add_on_cancel_callback(
-            lambda _: self._lose(
-                TransportUnavailable(f"{self._where} ended the deliveries: is {queue} gone?")
+        """Start deliveries.  If the broker ends them, the connection counts as lost."""
+        if self._consuming is None:
+            self._consuming = self._channel()
+            self._consuming.add_on_close_callback(lambda _, reason: self._lose(self._gone(reason)))
+            self._consuming.add_on_cancel_callback(
+                lambda _: self._lose(self._gone("it ended the deliveries; was the queue deleted?"))
             )
-        )
-        self._ask(channel, lambda then: channel.basic_qos(prefetch_count=min(prefetch, _MOST), callback=then))
-        consumer: list[str] = []
+        self.cancel()
+        channel = self._consuming
+        channel.basic_qos(prefetch_count=prefetch, callback=_nothing)
+        tag = f"idemp-{next(self._numbers)}"
         self._ask(
-            channel, lambda then: consumer.append(channel.basic_consume(queue, self._deliver, callback=then))
+            channel,
+            lambda then: channel.basic_consume(queue, self._deliver, False, False, tag, callback=then),
         )
-        self._consumer = consumer[0]
+        self.check()
+        self._consumer = tag
 
     def cancel(self) -> None:
-        """Stop deliveries."""
-        if self._consumer and self._consuming.is_open:
-            channel, self._consumer = self._consuming, ""
-            tag = next(iter(channel.consumer_tags))
-            self._ask(channel, lambda then: channel.basic_cancel(tag, callback=then))
+        """Stop deliveries, and give back those that nobody has seen."""
+        tag, self._consumer = self._consumer, ""
+        if not tag:
+            return
+        channel = self._consuming
+        self._ask(channel, lambda then: channel.basic_cancel(tag, callback=then))
+        self.check()
+        for method, _, _ in self._came:
+            channel.basic_reject(method.delivery_tag)
+        self._came.clear()
 
     def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        tag = method.delivery_tag
-        self._acks.delivered = tag
-        self._events.append(
-            Delivery(
-                self._epoch + tag,
-                body,
-                Properties(
-                    properties.message_id,
-                    properties.type,
-                    properties.correlation_id,
-                    properties.app_id,
-                    properties.timestamp,
-                    properties.content_type,
-                    properties.headers or {},
-                ),
-                method.exchange,
-                method.routing_key,
-                method.redelivered,
-            )
+        self._came.append((method, properties, body))
+
+    def _delivery(self, method: Any, properties: Any, body: bytes) -> Delivery:
+        given = Properties(
+            properties.message_id,
+            properties.type,
+            properties.correlation_id,
+            properties.app_id,
+            properties.timestamp,
+            properties.content_type,
+            properties.headers or {},
         )
+        tag = self._first + method.delivery_tag
+        return Delivery(tag, body, given, method.exchange, method.routing_key, method.redelivered)
 
     def ack(self, tags: Iterable[int]) -> None:
-        """Acknowledge; tags of other connections are not ours any more."""
-        upto, singly = self._acks.settle([tag - self._epoch for tag in tags])
-        with self._writing():
-            if upto:
-                self._consuming.basic_ack(upto, multiple=True)
-            for tag in singly:
-                self._consuming.basic_ack(tag)
+        """Tags of other connections are not outstanding here."""
+        upto, singly = self._outstanding.settle(tags)
+        if upto:
+            self._consuming.basic_ack(upto - self._first, multiple=True)
+        for tag in singly:
+            self._consuming.basic_ack(tag - self._first)
 
     # ---------------------------------------------------------------- publishing
+
+    def send(self, publications: Sequence[Publication]) -> list[int]:
+        """Publish; each gets its number, and its `Sent` later."""
+        delayed = [each for each in publications if each.delay]
+        if any(each.exchange for each in delayed):
+            raise ConfigError('a publication with a delay needs exchange ""')
+        for queue in {each.routing_key for each in delayed} - self._targets:
+            # The broker would confirm it, and drop it at the end of its delay.
+            if self.depth(queue) is not None:
+                self._targets.add(queue)
+        if self._publishing is None:
+            self._open_publishing()
+        return [self._publish(publication) for publication in publications]
 
     def _open_publishing(self) -> None:
         """A channel with confirms.  When the broker closes it, what is unconfirmed has failed."""
         channel = self._channel()
-        self._publishing.use(channel)
-        self._ask(channel, lambda then: channel.confirm_delivery(self._publishing.confirmed, callback=then))
+        unconfirmed = self._unconfirmed = Unconfirmed()
 
-    def send(self, publications: Sequence[Publication]) -> list[int]:
-        """Start publishing."""
-        if not self._publishing.channel.is_open:
-            self._open_publishing()
-            self._delays.clear()
-        with self._writing():
-            return [self._publishing.publish(copy, self._route(copy)) for copy in publications]
+        def answered(frame: Any) -> None:
+            refused = isinstance(frame.method, pika.spec.Basic.Nack)
+            tag, multiple = frame.method.delivery_tag, frame.method.multiple
+            self._sent.extend(unconfirmed.answered(tag, multiple, refused=refused))
 
-    def _route(self, copy: Publication) -> tuple[str, str]:
-        """Where to publish: a delayed copy waits in a queue of its own kind first.
+        def returned(channel: Any, method: Any, properties: Any, body: bytes) -> None:
+            unconfirmed.returned(method.exchange, method.routing_key, body)
+            self._waiting_queues.discard(method.routing_key)
 
-        A queue lets out expired messages only at its head, so one queue takes delays of one magnitude.
-        """
-        if not copy.delay:
-            return copy.exchange, copy.routing_key
-        bucket = 1 << max(0, math.ceil(math.log2(copy.delay)))
-        queue = f"{copy.routing_key}.delay.{bucket}"
-        if queue not in self._delays:
-            arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": copy.routing_key}
+        def closed(channel: Any, reason: Any) -> None:
+            self._sent.extend(unconfirmed.closed(_text(reason)))
+            self._publishing = None
+            self._waiting_queues.clear()  # perhaps it was one of them that was refused
+
+        channel.add_on_return_callback(returned)
+        channel.add_on_close_callback(closed)
+        channel.confirm_delivery(answered)
+        self._publishing = channel
+
+    def _publish(self, publication: Publication) -> int:
+        number = next(self._numbers)
+        if publication.delay:
+            if publication.routing_key not in self._targets:
+                self._sent.append(Sent(number, no_queue("", publication.routing_key), True))
+                return number
+            publication = publication._replace(routing_key=self._waiting_queue(publication))
+        body, _, exchange, key, _ = publication
+        try:
+            self._publishing.basic_publish(exchange, key, body, _properties(publication), mandatory=True)
+        except _UNFIT as error:
+            # pika encodes all of it before it writes anything.
+            self._sent.append(Sent(number, f"AMQP cannot carry the message: {error!r}", True))
+        else:
+            self._unconfirmed.add(number, publication)
+        return number
+
+    def _waiting_queue(self, publication: Publication) -> str:
+        """The queue where a delayed publication waits, made if need be."""
+        queue = publication.routing_key
+        waiting = waiting_queue(queue, publication.delay)
+        if waiting not in self._waiting_queues:
+            arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": queue}
             # Without a callback nothing is awaited: on one channel it comes before the publish.
-            self._publishing.channel.queue_declare(queue, durable=True, arguments=arguments)
-            self._delays.add(queue)
-        return "", queue
+            self._publishing.queue_declare(waiting, durable=True, arguments=arguments)
+            self._waiting_queues.add(waiting)
+        return waiting
 
 
-class _Acks:
-    """Which of a channel's deliveries are settled: one command for all up to the first that is not."""
-
-    def __init__(self) -> None:
-        self.delivered = 0
-        self._first = 1  # the first that is not settled
-        self._beyond: set[int] = set()
-
-    def settle(self, tags: Sequence[int]) -> tuple[int, list[int]]:
-        """(acknowledge all up to this one, or 0; and these one by one)."""
-        new = [tag for tag in tags if self._first <= tag <= self.delivered and tag not in self._beyond]
-        self._beyond.update(new)
-        while self._first in self._beyond:
-            self._beyond.remove(self._first)
-            self._first += 1
-        prefix = [tag for tag in new if tag < self._first]
-        return (max(prefix) if prefix else 0), [tag for tag in new if tag > self._first]
-
-
-class _Publishing:
-    """The publishing channel and what is not confirmed on it."""
-
-    def __init__(self, epoch: int, events: list[Delivery | Sent]) -> None:
-        self.channel: Any = None
-        self._number = epoch
-        self._events = events
-        self._sequence = 0
-        self._waiting: dict[int, tuple[int, Publication]] = {}
-        self._returned: set[int] = set()
-
-    def use(self, channel: Any) -> None:
-        """Publish on ``channel`` from now on."""
-        self.channel, self._sequence = channel, 0
-        channel.add_on_return_callback(self._unroutable)
-        channel.add_on_close_callback(self._refused)
-
-    def publish(self, copy: Publication, route: tuple[str, str]) -> int:
-        """Send one; its number."""
-        self._sequence += 1
-        self._number += 1
-        self._waiting[self._sequence] = (self._number, copy)
-        exchange, key = route
-        self.channel.basic_publish(exchange, key, copy.body, _properties(copy), mandatory=True)
-        return self._number
-
-    def confirmed(self, frame: Any) -> None:
-        """The broker answers for one publication, or for all up to one."""
-        method = frame.method
-        tag = method.delivery_tag
-        tags = [seen for seen in self._waiting if seen <= tag] if method.multiple else [tag]
-        nack = "" if isinstance(method, pika.spec.Basic.Ack) else "the broker refused it"
-        for tag in tags:
-            number, copy = self._waiting.pop(tag)
-            if tag in self._returned:
-                self._returned.remove(tag)
-                self._events.append(Sent(number, no_queue(copy.exchange, copy.routing_key), unroutable=True))
-            else:
-                self._events.append(Sent(number, nack))
-
-    def _unroutable(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        """A return comes before the confirm of the same publication, and does not say which that is."""
-        for tag, (_, copy) in self._waiting.items():
-            same = copy.body == body and copy.properties.message_id == properties.message_id
-            if same and copy.routing_key == method.routing_key and tag not in self._returned:
-                self._returned.add(tag)
-                return
-
-    def _refused(self, channel: Any, reason: Any) -> None:
-        text = str(getattr(reason, "reply_text", reason))
-        for number, copy in self._waiting.values():
-            missing = "NOT_FOUND" in text and copy.exchange != ""
-            error = no_queue(copy.exchange, copy.routing_key) if missing else f"the broker refused it: {text}"
-            self._events.append(Sent(number, error, unroutable=missing))
-        self._waiting.clear()
-        self._returned.clear()
-
-
-def _properties(copy: Publication) -> pika.BasicProperties:
-    given = copy.properties
+def _properties(publication: Publication) -> pika.BasicProperties:
+    given, delay = publication.properties, publication.delay
+    headers = dict(given.headers) if given.headers else None
+    if delay and headers:
+        # With the history of earlier delays in it, the broker may take this one for a loop and drop it.
+        headers.pop("x-death", None)
     return pika.BasicProperties(
         message_id=given.message_id,
         type=given.type,
@@ -461,34 +429,38 @@ def _properties(copy: Publication) -> pika.BasicProperties:
         app_id=given.app_id,
         timestamp=None if given.timestamp is None else int(given.timestamp),
         content_type=given.content_type,
-        headers=dict(given.headers) or None,
+        headers=headers,
         delivery_mode=_PERSISTENT,
-        expiration=str(max(1, round(copy.delay * 1000))) if copy.delay else None,
+        expiration=str(math.ceil(delay * 1000)) if delay else None,
     )
 
 
 def _parameters(url: str) -> pika.URLParameters:
-    parts = split(url)
+    options = split(url).query
     try:
-        parameters = pika.URLParameters(url if parts.path not in ("", "/") else _default_vhost(url))
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise ConfigError(f"the amqp:// URL has an option that pika does not take: {error}") from None
-    if "heartbeat" not in parts.query:
+        parameters = pika.URLParameters(url)
+    except (ValueError, TypeError, SyntaxError, OSError) as error:
+        raise ConfigError(f"pika does not take the options of the amqp:// URL: {error}") from None
+    if "heartbeat=" not in options:
         parameters.heartbeat = HEARTBEAT
-    if "blocked_connection_timeout" not in parts.query:
+    if "blocked_connection_timeout=" not in options:
         parameters.blocked_connection_timeout = BLOCKED
     return parameters
 
 
-def _default_vhost(url: str) -> str:
-    """An empty path is the vhost "/" by custom."""
-    return split(url)._replace(path="/%2F").geturl()
+def _cause(error: BaseException) -> BaseException:
+    """What pika wrapped; of several addresses tried, what the last one said."""
+    wrapped = getattr(error, "exceptions", None) or [getattr(error, "exception", None), *error.args]
+    inner = [each for each in wrapped if isinstance(each, BaseException)]
+    return _cause(inner[-1]) if inner else error
 
 
-def _causes(error: BaseException) -> Iterable[BaseException]:
-    """What pika wrapped, innermost first."""
-    inner = [*getattr(error, "exceptions", ()), getattr(error, "exception", None), *error.args]
-    for cause in inner:
-        if isinstance(cause, BaseException):
-            yield from _causes(cause)
-    yield error
+def _text(reason: object) -> str:
+    """A reason of pika's or of the system's for a person."""
+    if isinstance(reason, OSError):
+        return reason.strerror or str(reason) or type(reason).__name__
+    return str(getattr(reason, "reply_text", "")) or str(reason) or type(reason).__name__
+
+
+def _nothing(*_: Any) -> None:
+    pass

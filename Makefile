@@ -1,0 +1,52 @@
+# The verbs of this checkout.  They need python3 (3.11 or newer, with venv) and make, nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+UV := uv==0.13.8
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test servers lint bench lock clean
+
+help: ## list these verbs
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read verb does; do \
+		printf '  %-14s %s\n' "$$verb" "$$does"; done
+
+demo: $(READY) ## see idemp at work, on an embedded stack: no server needed
+	@$(BIN)/python -m idemp demo
+
+test: $(READY) ## run the whole suite, after make servers; ARGS='-k claim' goes to pytest
+	@$(BIN)/python -m tests.servers || test -z "$$CI" # a laptop without one skips its tests, and says so
+	@$(BIN)/python -m pytest $(ARGS)
+
+servers: $(READY) ## make sure that the real servers that the tests need are here
+	@$(BIN)/python -m tests.servers
+
+lint: $(READY) ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(READY) ## measure
+	@$(BIN)/python -m bench $(ARGS)
+
+lock: ## pin every dependency anew, for every platform, with its hashes
+	@$(PYTHON) -m venv .venv/lock
+	@.venv/lock/bin/pip install --quiet $(UV)
+	@.venv/lock/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --quiet --upgrade \
+		--custom-compile-command 'make lock' --output-file requirements.lock
+
+clean: ## remove what the other verbs made
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "idemp needs Python 3.11 or newer, and '$(PYTHON)' is not: try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' came without venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

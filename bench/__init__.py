@@ -1,0 +1,1 @@
+"""Measurements: whole consumers side by side, ratios first."""

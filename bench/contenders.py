@@ -1,0 +1,89 @@
+"""The contenders, each a process of its own: `python -m bench.contenders NAME AMQP_URL QUEUE COUNT FOLDER`.
+
+    plain     pika as people write it: prefetch, acknowledge each message
+    ceiling   pika at its best: acknowledge a hundred at a time; remembers nothing
+    sqlite    idemp with the SQLite store: claimed and done durably, each message once
+
+All decode the same payload.  Each prints its messages a second, from the first handler to the last
+acknowledgement, and how many it remembers at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import pika
+
+from idemp import Consumer, Message, idempotent, open_store, open_transport
+
+PREFETCH = 512
+
+
+def plain(url: str, queue: str, count: int, every: int = 1) -> tuple[float, int]:
+    """Acknowledge ``every`` messages."""
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    channel = connection.channel()
+    channel.basic_qos(prefetch_count=PREFETCH)
+    seen, began = 0, 0.0
+
+    def handle(_: Any, method: Any, properties: Any, body: bytes) -> None:
+        nonlocal seen, began
+        began = began or time.perf_counter()
+        json.loads(body)
+        seen += 1
+        if seen % every == 0:
+            channel.basic_ack(method.delivery_tag, multiple=every > 1)
+        if seen == count:
+            channel.basic_ack(method.delivery_tag, multiple=True) if seen % every else None
+            channel.stop_consuming()
+
+    channel.basic_consume(queue, handle)
+    channel.start_consuming()
+    connection.close()
+    return count / (time.perf_counter() - began), 0
+
+
+def idemp(url: str, queue: str, count: int, store_url: str) -> tuple[float, int]:
+    """The product, with its defaults."""
+    store = open_store(store_url)
+    consumer = Consumer(open_transport(url), service=queue.removesuffix("-queue"), prefetch=PREFETCH)
+    seen, began = 0, 0.0
+
+    @consumer.on("new_order")
+    @idempotent(store, name="bench.new_order")
+    def handle(message: Message) -> None:
+        nonlocal seen, began
+        began = began or time.perf_counter()
+        seen += 1
+        if seen == count:
+            consumer.stop()
+
+    consumer.run()
+    took = time.perf_counter() - began
+    remembered, after = 0, ""
+    while page := store.scan("bench.new_order/", after=after):
+        remembered += sum(type(state).__name__ == "Done" for _, state in page)
+        after = page[-1][0]
+    store.close()
+    return count / took, remembered
+
+
+def main(name: str, url: str, queue: str, count: str, folder: str) -> None:
+    """Run one contender on a queue that is full already."""
+    match name:
+        case "plain":
+            rate, remembered = plain(url, queue, int(count))
+        case "ceiling":
+            rate, remembered = plain(url, queue, int(count), every=100)
+        case "sqlite":
+            rate, remembered = idemp(url, queue, int(count), f"sqlite:///{folder}/seen.db")
+        case _:
+            sys.exit(f"no contender {name!r}; there are plain, ceiling, sqlite")
+    print(json.dumps({"rate": rate, "remembered": remembered}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

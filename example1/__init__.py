@@ -1,0 +1,1 @@
+"""example1: a bare producer and a bare consumer, on any broker."""

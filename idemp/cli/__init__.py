@@ -1,0 +1,69 @@
+"""The command line: ``idemp COMMAND``.  A module for each command or family of commands.
+
+What goes wrong is one sentence on stderr and exit code 2; a question answered with no is 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from idemp import __version__
+from idemp.cli.consume import consume
+from idemp.cli.demo import demo
+from idemp.cli.keys import doubt, get, ls
+from idemp.cli.publish import publish
+from idemp.cli.resolve import resolve
+from idemp.errors import IdempError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--verbose", is_flag=True, help="Log what is done, message by message.")
+@click.version_option(__version__, prog_name="idemp")
+def cli(verbose: bool) -> None:
+    """A message handler takes effect once, or the message it cannot be sure of is named.
+
+    Keys are printed and read with backslash escapes: \\n, \\x00, and \\\\ for a backslash.
+    """
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    if not verbose:
+        # What the driver logs of a lost connection, idemp says in one sentence.
+        logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+
+for command in (publish, consume, ls, get, doubt, resolve, demo):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Run the command in ``sys.argv`` and exit with its code."""
+    try:
+        code = cli.main(prog_name="idemp", standalone_mode=False)
+    except IdempError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "idemp"
+        _fail(f"{error.format_message()} See '{where} --help'.")
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except click.Abort:
+        sys.exit(130)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has gone, which is no error; the interpreter must not find out again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code or 0)
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"idemp: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,76 @@
+"""``consume``: run a `Consumer`, or one handler, found by its import path."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from typing import Any
+
+import click
+
+from idemp.cli.options import json_option, transport_at, transport_option
+from idemp.consumer import Consumer
+from idemp.errors import ConfigError
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:NAME")
+@click.option("--service", help="A handler's service: it takes from SERVICE-queue.")
+@click.option("--type", "kind", help="The message type that a handler is for; by default its name.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads that run a handler; 1 keeps the order.")
+@click.option("--prefetch", type=click.IntRange(min=1), help="Messages out at a time.")
+@transport_option
+@json_option
+def consume(target: str, transport: str, as_json: bool, **given: Any) -> None:
+    """Run a Consumer, or a handler, until stopped.
+
+    MODULE:NAME is where Python finds it.  A handler takes effect once if it is decorated with
+    @idempotent, else it runs at least once.
+    """
+    found = _load(target)
+    options = {name: value for name, value in given.items() if value is not None}
+    if isinstance(found, Consumer):
+        if options:
+            raise click.UsageError(f"{target} is a Consumer, which has its own {', '.join(options)}.")
+        _run(found, as_json)
+        return
+    kind = options.pop("kind", getattr(found, "__name__", ""))
+    if not callable(found) or not kind:
+        raise ConfigError(f"{target} is neither a Consumer nor a function")
+    if "service" not in options:
+        raise click.UsageError(f"{target} is a handler; say --service, like --service orders.")
+    with transport_at(transport) as broker:
+        consumer = Consumer(broker, **options)
+        consumer.on(kind)(found)
+        _run(consumer, as_json)
+
+
+def _load(target: str) -> Any:
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise ConfigError(f"{target!r}: write it like orders.handlers:new_order")
+    sys.path.insert(0, "")  # as `python -m` does
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise ConfigError(f"{module} cannot be imported: {error}") from None
+    except AttributeError:
+        raise ConfigError(f"{module} has no {name}") from None
+    return found
+
+
+def _run(consumer: Consumer, as_json: bool) -> None:
+    def say(ready: bool) -> None:
+        if as_json:
+            click.echo(json.dumps({"service": consumer.service, "queue": consumer.queue, "ready": ready}))
+        elif ready:
+            click.echo(f"{consumer.service}: taking from {consumer.queue}; Ctrl-C ends it", err=True)
+
+    if logging.root.level > logging.INFO:
+        logging.getLogger("idemp").setLevel(logging.INFO)
+    consumer.run(ready=lambda: say(True))
+    say(False)

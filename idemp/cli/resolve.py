@@ -1,0 +1,96 @@
+"""``resolve``: a person decides about a key that is in doubt or parked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from idemp.cli.keys import why
+from idemp.cli.options import (
+    Key,
+    escaped,
+    json_option,
+    store_at,
+    store_option,
+    transport_at,
+    transport_option,
+)
+from idemp.ports import Doubt, Free, Get, Parked, Store, Transport
+from idemp.resolve import NothingToResolve, mark_done, send_back, set_free
+
+
+@click.command()
+@click.argument("key", type=Key())
+@click.option("--done", "deed", flag_value="done", help="The effect is there: never run it again.")
+@click.option("--retry", "deed", flag_value="retry", help="The effect is not there: let it run again.")
+@click.option("--result", metavar="JSON", help="With --done: what the handler would have returned.")
+@click.option(
+    "--queue",
+    metavar="QUEUE",
+    help="With --retry: send the message back from QUEUE.dead; QUEUE is like orders-queue.",
+)
+@transport_option
+@store_option
+@json_option
+def resolve(
+    key: str,
+    deed: str | None,
+    result: str | None,
+    queue: str | None,
+    transport: str,
+    store: str,
+    as_json: bool,
+) -> None:
+    """Decide about KEY, which is in doubt or parked.
+
+    Without --queue, --retry lets KEY run when its message comes again, and sends none.
+    """
+    _check(deed, result, queue)
+    with store_at(store) as opened:
+        if deed == "done":
+            before = mark_done(opened, key, None if result is None else result.encode())
+            _say(key, before, {"now": "done"}, as_json)
+        elif queue is None:
+            _say(key, set_free(opened, key), {"now": "free"}, as_json)
+        else:
+            with transport_at(transport) as broker:
+                _retry(key, opened, broker, queue, as_json)
+
+
+def _check(deed: str | None, result: str | None, queue: str | None) -> None:
+    if deed is None:
+        raise click.UsageError("Say --done or --retry.")
+    if result is not None and deed != "done":
+        raise click.UsageError("--result goes with --done.")
+    if queue is not None and deed != "retry":
+        raise click.UsageError("--queue goes with --retry.")
+    if result is not None:
+        try:
+            json.loads(result)
+        except ValueError as error:
+            raise click.UsageError(f"--result is not JSON: {error}.") from None
+
+
+def _retry(key: str, store: Store, broker: Transport, queue: str, as_json: bool) -> None:
+    # Free already: a crash came between the two deeds, and the second is left.
+    already = isinstance(store.apply([Get(key)])[0], Free)
+    before = None if already else set_free(store, key)
+    sent = send_back(broker, queue, key)
+    if already and not sent:
+        raise NothingToResolve(key, Free())
+    _say(key, before, {"now": "free", "queue": queue, "sent_back": sent}, as_json)
+
+
+def _say(key: str, before: Doubt | Parked | None, after: dict[str, Any], as_json: bool) -> None:
+    was = "free" if before is None else "doubt" if isinstance(before, Doubt) else "parked"
+    if as_json:
+        click.echo(json.dumps({"key": key, "was": was, **after}))
+        return
+    because = "" if before is None else f" ({escaped(why(before))})"
+    click.echo(f"{escaped(key)} was {'in ' * (was == 'doubt')}{was}{because}, and is {after['now']} now")
+    if "queue" in after:
+        sent, queue = after["sent_back"], after["queue"]
+        none = f"{queue}.dead has no message of it"
+        click.echo(f"{sent} of its messages went back to {queue}" if sent else none)

@@ -1,0 +1,72 @@
+"""A message as one blob, for brokers that only keep bytes: an envelope in JSON, then the body.
+
+What JSON has no word for, but an AMQP header may hold (bytes, decimals, times), is tagged.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from idemp.message import Properties
+from idemp.ports import Publication
+
+_TAG = "$"
+
+
+def pack(publication: Publication) -> bytes:
+    """The blob.  Raises `TypeError` or `ValueError` for a header that cannot be kept."""
+    properties = publication.properties
+    fields = [publication.exchange, publication.routing_key, *properties[:6]]
+    if properties.headers:
+        fields.append(_tagged(properties.headers))
+    envelope = json.dumps(fields, separators=(",", ":")).encode()
+    return b"".join((len(envelope).to_bytes(4, "big"), envelope, publication.body))
+
+
+def unpack(blob: bytes) -> tuple[bytes, Properties, str, str]:
+    """Body, properties, exchange and routing key."""
+    end = 4 + int.from_bytes(blob[:4], "big")
+    exchange, key, *given = json.loads(blob[4:end])
+    if len(given) == 7:
+        given[6] = _untagged(given[6])
+    return blob[end:], Properties(*given), exchange, key
+
+
+def _tagged(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return [_tagged(each) for each in value]
+        case Mapping():
+            # As pairs: a key may be bytes, or look like a tag.
+            return {_TAG: "map", "of": [[_tagged(key), _tagged(each)] for key, each in value.items()]}
+        case bytes() | bytearray():
+            return {_TAG: "bytes", "of": base64.b64encode(value).decode()}
+        case Decimal():
+            return {_TAG: "decimal", "of": str(value)}
+        case datetime():
+            return {_TAG: "time", "of": value.isoformat()}
+    raise TypeError(f"a header cannot hold a {type(value).__name__}")
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untagged(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    match value[_TAG], value["of"]:
+        case "map", pairs:
+            return {_untagged(key): _untagged(each) for key, each in pairs}
+        case "bytes", text:
+            return base64.b64decode(text)
+        case "decimal", text:
+            return Decimal(text)
+        case "time", text:
+            return datetime.fromisoformat(text)
+    raise ValueError(f"unknown tag {value[_TAG]!r}")

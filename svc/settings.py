@@ -1,0 +1,60 @@
+"""Settings: the service's environment, read once and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from idemp import ConfigError
+from idemp.settings import switch
+
+TRANSPORT = "amqp://guest:guest@localhost:5672/"
+STATSD = "127.0.0.1:8125"
+SWITCHES = ("ENABLE_ETCD", "ENABLE_STATE")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one service was told.  ``store`` is None when every delivery is to be processed."""
+
+    service: str
+    transport: str
+    store: str | None
+    statsd: str
+
+
+def read(environment: Mapping[str, str]) -> Settings:
+    """The settings in ``environment``.  Raises `ConfigError`, which names the variable and the fix."""
+    return Settings(
+        service=_service(environment.get("SERVICE_NAME", "")),
+        transport=environment.get("IDEMP_TRANSPORT") or TRANSPORT,
+        store=_store(environment),
+        statsd=environment.get("IDEMP_STATSD") or STATSD,
+    )
+
+
+def _service(name: str) -> str:
+    if not name:
+        raise ConfigError("SERVICE_NAME is not set; name the service, like SERVICE_NAME=orders")
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"SERVICE_NAME={name!r}: up to 100 letters, digits, dots, dashes and underscores, "
+            "the first a letter or digit, like orders"
+        )
+    return name
+
+
+def _store(environment: Mapping[str, str]) -> str | None:
+    """A store that was named is used unless a switch is there and says no."""
+    url = environment.get("IDEMP_STORE") or None
+    said = [name for name in SWITCHES if name in environment]
+    on = [name for name in said if switch(environment[name])]
+    if on and url is None:
+        raise ConfigError(
+            f"{on[0]} is on, but the etcd store is not there yet: "
+            "say where to remember ids, like IDEMP_STORE=sqlite:///seen.db"
+        )
+    return url if on or not said else None

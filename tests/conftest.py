@@ -1,0 +1,40 @@
+"""What every test may ask for: a shared broker, a broker of its own, a name that nobody else uses."""
+
+import logging
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+
+from tests.servers import RabbitMQ, need
+
+# It tells of every connection, many lines each: a failed test's report is for what idemp says.
+logging.getLogger("pika").setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """The broker that the whole run shares, started on first use.  Not to be stopped: see `own_rabbitmq`."""
+    need("rabbitmq")
+    with RabbitMQ() as broker:
+        yield broker
+
+
+@pytest.fixture
+def amqp_url(rabbitmq: RabbitMQ) -> str:
+    """Where the shared broker is.  Tests keep apart by names: see `unique`."""
+    return rabbitmq.url
+
+
+@pytest.fixture
+def own_rabbitmq() -> Iterator[RabbitMQ]:
+    """A broker for this test alone, which may stop, kill and restart it."""
+    need("rabbitmq")
+    with RabbitMQ() as broker:
+        yield broker
+
+
+@pytest.fixture
+def unique() -> str:
+    """A short name that no other test uses, for services, exchanges and queues."""
+    return f"t{uuid4().hex[:10]}"

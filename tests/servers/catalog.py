@@ -1,0 +1,34 @@
+"""The table of the servers: where each is found.  A new one is an entry here, and a class to run it."""
+
+import os
+import shutil
+from dataclasses import dataclass
+
+from tests.servers import container
+
+
+@dataclass(frozen=True)
+class Server:
+    program: str
+    package: str  # of Debian and Ubuntu
+    image: str  # for a machine with a Docker engine and without the program
+    places: tuple[str, ...] = ()  # where the program is when PATH does not say, or says it wrong
+
+    def path(self) -> str | None:
+        """The program itself, if it is installed."""
+        return shutil.which(self.program, path=os.pathsep.join([*self.places, os.environ.get("PATH", "")]))
+
+    def here(self) -> bool:
+        """Can a test start one now?"""
+        return self.path() is not None or container.has_image(self.image)
+
+
+SERVERS = {
+    "rabbitmq": Server(
+        program="rabbitmq-server",
+        package="rabbitmq-server",
+        image="rabbitmq:3.13-management",
+        # Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on the user rabbitmq.
+        places=("/usr/lib/rabbitmq/bin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/sbin"),
+    ),
+}
