@@ -174,9 +174,11 @@ class Consumer:
         deliveries = [event for event in came if type(event) is Delivery]
         if deliveries:
             self._perform(pipeline.step(Delivered(deliveries, self._clock.wall()), now), shell, report)
-        confirmed = [(flight, event.error) for event in came if type(event) is Sent
+        confirmed = [(flight, event.error, event.unroutable) for event in came if type(event) is Sent
                      if (flight := shell.numbers.pop(event.number, None)) is not None]  # fmt: skip
         if confirmed:
+            if any(hopeless for _, _, hopeless in confirmed):
+                self._declare()  # somebody may have deleted a queue of ours
             self._perform(pipeline.step(Confirmed(confirmed), now), shell, report)
         while shell.inbox:
             event = shell.inbox.popleft()
@@ -206,9 +208,12 @@ class Consumer:
 
     # ---------------------------------------------------------------- start and connection
 
-    def _start_consuming(self) -> None:
+    def _declare(self) -> None:
         self._transport.declare(f"{self.queue}.dead")
         self._transport.declare(self.queue, self._exchange, "#")
+
+    def _start_consuming(self) -> None:
+        self._declare()
         self._transport.consume(self.queue, self._prefetch)
 
     def _connect_again(self) -> None:

@@ -12,6 +12,7 @@
     ├── FingerprintConflict     same key, other payload
     ├── KeyBusy                 another live session is running this key
     ├── KeyParked               the key is set aside for a person
+    ├── NothingToResolve        a key needs no decision (resolve.py)
     ├── SessionLost             this process was away too long to start a handler
     ├── ClaimLost               another consumer took the claim over
     ├── InDoubt                 raised by a handler: the effect may or may not have happened

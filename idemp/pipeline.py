@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
-from idemp.message import Message, decode
+from idemp.message import Message, Properties, decode
 from idemp.policy import Policy
 from idemp.ports import Claimed, Delivery, Op, Publication, Reply, Store
 from idemp.protocol import (
@@ -119,9 +119,13 @@ class Worked(NamedTuple):
 
 
 class Confirmed(NamedTuple):
-    """The broker's word on copies: "" or an error."""
+    """The broker's word on copies: an error, or "" when the copy is safe.
 
-    results: Sequence[tuple[Flight, str]]
+    The third says that the same copy would be refused again: no queue takes it, or no header of it
+    can be carried.
+    """
+
+    results: Sequence[tuple[Flight, str, bool]]
 
 
 class Disconnected(NamedTuple):
@@ -248,8 +252,8 @@ class Pipeline:
                 for flight, result in results:
                     self._advance(flight, result)
             case Confirmed(results):
-                for flight, error in results:
-                    self._confirmed(flight, error)
+                for flight, error, hopeless in results:
+                    self._confirmed(flight, error, hopeless)
             case Disconnected():
                 self._disconnected()
             case Tick():
@@ -485,11 +489,14 @@ class Pipeline:
         self._unconfirmed[flight] = (copy, outcome)
         self._sends.append((flight, copy))
 
-    def _confirmed(self, flight: Flight, error: str) -> None:
+    def _confirmed(self, flight: Flight, error: str, hopeless: bool) -> None:
         if flight not in self._unconfirmed:
             return
         if error:
             self._lines.append(("not confirmed", flight, error))
+            if hopeless:
+                copy, outcome = self._unconfirmed[flight]
+                self._unconfirmed[flight] = (_plain(copy), outcome)
             self._after(SEND_AGAIN, flight, self._send_again)
             return
         del self._unconfirmed[flight]
@@ -545,6 +552,15 @@ def unguarded(attempt: int) -> Generator[Any, Any, Verdict]:
             if attempt >= ATTEMPTS:
                 return Refused(f"attempts used up ({attempt}): {describe(error)}", attempt, error)
             return Failed(error, attempt, error.after if isinstance(error, RetryLater) else None)
+
+
+def _plain(copy: Publication) -> Publication:
+    """A copy with none of the publisher's headers, in case it is one of them that nobody can carry."""
+    ours = {name: value for name, value in copy.properties.headers.items() if name.startswith("idemp-")}
+    kept = Properties(
+        timestamp=copy.properties.timestamp, content_type="application/octet-stream", headers=ours
+    )
+    return copy._replace(properties=kept)
 
 
 def _attempts(delivery: Delivery) -> int:

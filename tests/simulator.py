@@ -243,7 +243,7 @@ class Consumer:
 
     def send(self, flight: Any, copy: Publication) -> None:
         if self.world.chance.random() < 0.1:
-            self.step(Confirmed([(flight, "no confirm")]))
+            self.step(Confirmed([(flight, "no confirm", False)]))
             return
         if copy.routing_key.endswith(".dead"):
             self.world.dead.append(copy)
@@ -251,7 +251,7 @@ class Consumer:
             self.world.delayed.append((self.world.now + copy.delay, copy))
         if flight.tag is not None:
             self.copied.add(flight.tag)
-        self.step(Confirmed([(flight, "")]))
+        self.step(Confirmed([(flight, "", False)]))
 
     def acknowledge(self, tag: int) -> None:
         assert tag in self.out, "acknowledged on a connection that is gone"

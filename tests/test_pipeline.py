@@ -113,12 +113,12 @@ def test_a_duplicate_goes_later_when_its_first_fails() -> None:
     [send] = step(line, Replied(STORE, [Applied()]))
     assert [copy.delay for _, copy in send.items] == [0.5, 0.5]
     assert {copy.routing_key for _, copy in send.items} == {"q"}
-    assert step(line, Confirmed([(send.items[1][0], "")])) == [Acknowledge([2])]
-    assert step(line, Confirmed([(send.items[0][0], "nack")])) == []
+    assert step(line, Confirmed([(send.items[1][0], "", False)])) == [Acknowledge([2])]
+    assert step(line, Confirmed([(send.items[0][0], "nack", False)])) == []
     assert line.due() == 1.0
     [again] = step(line, Tick(), 1.0)
     assert again.items == [send.items[0]]
-    assert step(line, Confirmed([(send.items[0][0], "")])) == [Acknowledge([1])]
+    assert step(line, Confirmed([(send.items[0][0], "", False)])) == [Acknowledge([1])]
 
 
 def test_busy_is_looked_at_again_and_then_deferred() -> None:
@@ -173,7 +173,23 @@ def test_bad_messages_are_set_aside_with_the_reason(body: bytes, properties: Any
     assert reason in copy.properties.headers["idemp-reason"]
     assert copy.properties.headers["mine"] == 1
     assert copy.body == body
-    assert step(line, Confirmed([(flight, "")])) == [Acknowledge([1])]
+    assert step(line, Confirmed([(flight, "", False)])) == [Acknowledge([1])]
+
+
+def test_a_copy_that_cannot_be_carried_goes_without_its_headers() -> None:
+    """Set aside it must be, whatever the publisher put on it."""
+    line = pipeline()
+    odd = delivery(1, type="nope", headers={"odd": object()})
+    [send] = deliver(line, odd)
+    flight, copy = send.items[0]
+    assert "odd" in copy.properties.headers
+    assert step(line, Confirmed([(flight, "no place for it", True)])) == []
+    [send] = step(line, Tick(), 1.0)
+    flight, copy = send.items[0]
+    assert copy.body == odd.body
+    assert set(copy.properties.headers) >= {"idemp-reason", "idemp-queue"}
+    assert "odd" not in copy.properties.headers
+    assert step(line, Confirmed([(flight, "", False)])) == [Acknowledge([1])]
 
 
 def test_a_message_older_than_the_retention_is_parked_not_run() -> None:

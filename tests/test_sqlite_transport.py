@@ -269,7 +269,8 @@ def test_big_messages_come_in_portions(tmp_path: Path) -> None:
     big = os.urandom(6_000_000)
     publish(transport, [Publication(big + bytes([n]), Properties(), "", "q") for n in range(8)])
     transport.consume("q", 100)
-    sizes, order = [], []
+    sizes: list[int] = []
+    order: list[int] = []
     while len(order) < 8:
         got = transport.poll(5.0)
         sizes.append(len(got))
@@ -452,7 +453,7 @@ def test_what_no_header_can_hold_is_an_error_of_that_message_alone(opened: Open)
 
 def test_what_amqp_brings_can_be_kept(opened: Open) -> None:
     """As the dead letters of another broker do."""
-    headers = {
+    headers: dict[Any, Any] = {
         "x-death": [{"count": 1, "time": datetime(2024, 1, 2, tzinfo=UTC), "queue": b"q"}],
         "price": Decimal("1.50"),
         b"\xff": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import operator
 import sys
 from typing import Any
 
@@ -53,14 +54,13 @@ def _load(target: str) -> Any:
         raise ConfigError(f"{target!r}: write it like orders.handlers:new_order")
     sys.path.insert(0, "")  # as `python -m` does
     try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: object = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"{module} cannot be imported: {error}") from None
+    try:
+        return operator.attrgetter(name)(found)
     except AttributeError:
         raise ConfigError(f"{module} has no {name}") from None
-    return found
 
 
 def _run(consumer: Consumer, as_json: bool) -> None:

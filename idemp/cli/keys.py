@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from idemp.cli.options import Key, escaped, json_option, store_at, store_option
+from idemp.cli import options
+from idemp.cli.options import escaped, json_option, store_at, store_option
 from idemp.ports import Busy, Done, Doubt, Free, Get, Parked, State, Store
 
 PAGE = 1000
@@ -20,7 +21,7 @@ _WORDS: dict[type, str] = {Done: "done", Busy: "busy", Doubt: "doubt", Parked: "
 
 
 def _paged(command: Callable[..., Any]) -> Callable[..., Any]:
-    after = click.option("--after", type=Key(), default="", help="Continue behind this key.")
+    after = click.option("--after", type=options.key, default="", help="Continue behind this key.")
     least = click.IntRange(min=1)
     limit = click.option("--limit", type=least, default=50, show_default=True, help="Show so many.")
     return limit(after(command))
@@ -30,7 +31,7 @@ def _paged(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("prefix", type=Key(), default="")
+@click.argument("prefix", type=options.key, default="")
 @click.option("--state", type=click.Choice(sorted(_WORDS.values())), help="Only keys in this state.")
 @_paged
 @store_option
@@ -43,7 +44,7 @@ def ls(prefix: str, state: str | None, after: str, limit: int, store: str, as_js
 
 
 @click.command()
-@click.argument("prefix", type=Key(), default="")
+@click.argument("prefix", type=options.key, default="")
 @_paged
 @store_option
 @json_option
@@ -57,7 +58,7 @@ def doubt(prefix: str, after: str, limit: int, store: str, as_json: bool) -> Non
 
 
 @click.command()
-@click.argument("key", type=Key())
+@click.argument("key", type=options.key)
 @store_option
 @json_option
 def get(key: str, store: str, as_json: bool) -> int:

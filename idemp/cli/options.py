@@ -42,19 +42,14 @@ store_option: Decorator = click.option(
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout.")
 
 
-class Key(click.ParamType[str]):
-    """A key as `escaped` prints it; text that is no escape stands for itself."""
-
-    name = "key"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The key that is meant."""
-        try:
-            key = _ESCAPE.sub(_unescape, value)
-            key.encode()
-        except ValueError:
-            self.fail(f"{value!r} is not valid Unicode.", param, ctx)
-        return str(key)
+def key(text: str) -> str:
+    """An option's type: a key as `escaped` prints it; text that is no escape stands for itself."""
+    try:
+        meant = _ESCAPE.sub(_unescape, text)
+        meant.encode()
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not valid Unicode.") from None
+    return meant
 
 
 _ESCAPE = re.compile(r"\\(?:([\\nrt])|x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")

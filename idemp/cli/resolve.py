@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from idemp.cli import options
 from idemp.cli.keys import why
 from idemp.cli.options import (
-    Key,
     escaped,
     json_option,
     store_at,
@@ -22,7 +22,7 @@ from idemp.resolve import NothingToResolve, mark_done, send_back, set_free
 
 
 @click.command()
-@click.argument("key", type=Key())
+@click.argument("key", type=options.key)
 @click.option("--done", "deed", flag_value="done", help="The effect is there: never run it again.")
 @click.option("--retry", "deed", flag_value="retry", help="The effect is not there: let it run again.")
 @click.option("--result", metavar="JSON", help="With --done: what the handler would have returned.")

@@ -205,7 +205,14 @@ class _Link:
         denied = isinstance(cause, exceptions.ProbableAccessDeniedError) and "(530)" in str(cause)
         if denied and "limit" not in str(cause):  # on connections: it may soon have room
             return ConfigError(f"{self._where} has no vhost {vhost!r} for user {user!r}: check the URL")
-        return TransportUnavailable(f"no broker answers at {self._where}: {_text(cause)}")
+        match cause:
+            case exceptions.ConnectionOpenAborted():  # by pika, at the end of stack_timeout
+                why = "it did not answer in time"
+            case exceptions.IncompatibleProtocolError():
+                why = "it hung up on the greeting; does it speak AMQP 0-9-1?"
+            case _:
+                why = _text(cause)
+        return TransportUnavailable(f"no broker answers at {self._where}: {why}")
 
     # ---------------------------------------------------------------- the loop
 
