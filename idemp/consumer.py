@@ -107,7 +107,8 @@ class Consumer:
         def register(function: Handler) -> Handler:
             if type in self._routes:
                 raise ConfigError(f"type {type!r} has a handler already")
-            self._routes[type] = Route(inspect.unwrap(function, stop=_plain), policy_of(function))
+            bare = inspect.unwrap(function, stop=_plain)
+            self._routes[type] = Route(bare, policy_of(function), is_async(bare))
             return function
 
         return register
@@ -356,11 +357,11 @@ class _Shell:
 
     def _run(self, flight: Flight, step: Run | Ask, runner: asyncio.Runner) -> Any:
         assert flight.route is not None
-        function, policy = flight.route
+        function, policy, awaited = flight.route
         current = Context(flight.key, step.claim.token, step.claim.attempt, message=flight.message)
         if self._stopping.is_set() and type(step) is Run:
             return NotStarted()
-        if is_async(function):
+        if awaited:
             function = _blocking(function, runner)
         if policy is None:
             return _run_unguarded(function, current, flight.message)

@@ -69,6 +69,7 @@ class Route(NamedTuple):
 
     function: Callable[..., Any]
     policy: Policy | None
+    is_async: bool = False
 
 
 class Flight:

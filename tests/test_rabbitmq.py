@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from idemp.errors import ConfigError, IdempError, TransportUnavailable, Unroutab
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent, Transport
 from idemp.transports import open_transport, publish
+from idemp.transports import rabbitmq as rabbitmq_module
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
+from idemp.transports.amqp_wire import UNREADABLE, Arrived, Reader, decode, encode
 from idemp.transports.rabbitmq import RabbitMQTransport
 from tests.servers import RabbitMQ, free_port
 
@@ -99,6 +102,7 @@ ODD: dict[Any, Any] = {
     "list": [1, [None, [b"\x01"]], {"deep": [True]}],
     "table": {"empty": {}, "big": 1 << 60},
     "negative": -1,
+    "mixed": {b"\xff": "a key that is no text"},
 }
 
 
@@ -128,8 +132,182 @@ def test_what_is_no_text_comes_and_can_be_sent_on(transport: Transport, amqp_url
     assert odd == [b"\xff\xfe", b"\xff"]
 
 
+class Raw(pika.BasicProperties):  # type: ignore[misc]
+    """Properties as somebody else's client wrote them."""
+
+    def __init__(self, headers: bytes) -> None:
+        super().__init__()
+        self.wire = b"\x20\x00" + len(headers).to_bytes(4, "big") + headers
+
+    def encode(self) -> list[bytes]:
+        return [self.wire]
+
+
 @pytest.mark.parametrize(
-    "odd", [Properties("x" * 256), Properties(headers={"set": {1}}), Properties(timestamp=-1)]
+    ("raw", "read"),
+    [
+        (b"\x02msT" + (1_700_000_000_000).to_bytes(8, "big"), {"ms": 1_700_000_000_000}),
+        (b"\x01dd" + struct.pack(">d", 1.5), {"d": 1.5}),
+        (b"\x01ff" + struct.pack(">f", 0.25), {"f": 0.25}),
+        (b"\x01sS\x00\x00\x00\x01\xff", {"s": b"\xff"}),
+    ],
+)
+def test_headers_of_other_clients_come_and_can_be_sent_on(
+    transport: Transport, amqp_url: str, unique: str, raw: bytes, read: dict[str, Any]
+) -> None:
+    """A time in milliseconds would end pika's connection, each time that it is delivered."""
+    with plain(amqp_url) as channel:
+        channel.basic_publish("", unique, b"", Raw(raw))
+    transport.consume(unique, 1)
+    (first,) = take(transport, 1)
+    transport.send([Publication(first.body, first.properties, "", unique)])
+    transport.ack([first.tag])
+    (second,) = take(transport, 1)
+    assert first.properties.headers == second.properties.headers == read
+
+
+def test_without_its_own_reader_it_reads_with_pika(
+    transport: Transport, amqp_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would if a later pika called it no more."""
+    monkeypatch.delattr(rabbitmq_module._Connection, "_on_data_available")
+    transport.connect()
+    headers = {"n": 1, "list": [None]}
+    given = Properties("id-1", "new_order", "cause", "shop", 1_700_000_000, "application/json", headers)
+    publish(transport, [Publication(b"body", given, "", unique), Publication(b"", Properties(), "", unique)])
+    transport.consume(unique, 10)
+    got = take(transport, 2)
+    assert [(each.body, each.properties) for each in got] == [(b"body", given), (b"", Properties())]
+    transport.ack([each.tag for each in got])
+    transport.connect()
+    assert transport.depth(unique) == 0
+
+
+# ------------------------------------------------------------------ bytes
+
+shorts = st.text(max_size=40)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 63) - 1)
+    | st.text()
+    | st.binary()
+    | st.builds(Decimal, st.integers(-(1 << 31), (1 << 31) - 1)).map(lambda number: number.scaleb(-3))
+    | st.integers(0, 1 << 37).map(lambda seconds: datetime.fromtimestamp(seconds, UTC)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(shorts, inner, max_size=3),
+    max_leaves=10,
+)
+some_properties = st.builds(
+    Properties,
+    *[st.none() | shorts for _ in range(4)],
+    st.none() | st.integers(0, 1 << 40),
+    st.none() | shorts,
+    st.dictionaries(shorts, values, max_size=4),
+)
+
+
+def as_pika(given: Properties, **more: Any) -> pika.BasicProperties:
+    fields = given._asdict()
+    return pika.BasicProperties(**fields | {"headers": given.headers or None} | more)
+
+
+@given(some_properties, st.none() | st.just("100"))
+def test_properties_are_written_as_pika_writes_them(given: Properties, expiration: str | None) -> None:
+    """pika reads the same in them."""
+    read = pika.BasicProperties().decode(encode(given, expiration))
+    assert read == as_pika(given, delivery_mode=2, expiration=expiration)
+
+
+@given(some_properties, st.sets(st.sampled_from(["content_encoding", "reply_to", "user_id", "priority"])))
+def test_properties_are_read_as_pika_reads_them(given: Properties, others: set[str]) -> None:
+    """Also beside those that are of no use to us."""
+    more = {name: 3 if name == "priority" else name for name in others}
+    data = b"".join(as_pika(given, **more).encode())
+    assert decode(data, 2, int.from_bytes(data[:2], "big")) == given
+
+
+@given(st.binary(max_size=60))
+def test_headers_that_are_no_table_are_kept_as_they_are(data: bytes) -> None:
+    """Whatever they are, the message is readable."""
+    wire = len(data).to_bytes(4, "big") + data + b"\x02id"
+    read = decode(wire, 0, 0x2000 | 0x0080)
+    assert read.message_id == "id"
+    if UNREADABLE in read.headers:
+        assert read.headers[UNREADABLE] == wire[: 4 + len(data)]
+    decode(encode(read), 2, int.from_bytes(encode(read)[:2], "big"))
+
+
+def frames(channel: int, tag: int, body: bytes, given: Properties) -> list[bytes]:
+    """A delivery, its body in pieces."""
+    deliver = pika.spec.Basic.Deliver("ctag", tag, tag % 2 == 0, "x", f"key.{tag}")
+    header = pika.frame.Header(channel, len(body), as_pika(given))
+    pieces = [pika.frame.Body(channel, body[at : at + 7]) for at in range(0, len(body), 7)]
+    return [frame.marshal() for frame in (pika.frame.Method(channel, deliver), header, *pieces)]
+
+
+OTHERS = [
+    pika.frame.Heartbeat().marshal(),
+    pika.frame.Method(2, pika.spec.Basic.Ack(7, True)).marshal(),
+    pika.frame.Method(2, pika.spec.Basic.Return(312, "NO_ROUTE", "", "q")).marshal(),
+    pika.frame.Header(2, 5, pika.BasicProperties()).marshal(),
+    pika.frame.Body(2, b"other").marshal(),
+]
+
+
+@given(st.lists(st.binary(max_size=30), max_size=6), st.randoms(), st.data())
+def test_deliveries_are_found_among_other_frames(bodies: list[bytes], random: Any, data: Any) -> None:
+    """However the stream is cut, and with other channels' frames between a delivery's own."""
+    stream, handed_on, expected = [], b"", []
+    for tag, body in enumerate(bodies, 1):
+        given = Properties(f"id-{tag}")
+        expected.append(Arrived(tag, tag % 2 == 0, "x", f"key.{tag}", given, body))
+        for frame in frames(1, tag, body, given):
+            stream.append(frame)
+            if random.random() < 0.5:
+                stream.append(random.choice(OTHERS))
+                handed_on += stream[-1]
+    whole = b"".join(stream)
+    arrived: list[Arrived] = []
+    rest: list[bytes] = []
+    reader = Reader(arrived, rest.append)
+    taken = start = 0
+    while start < len(whole):
+        size = data.draw(st.integers(1, 50))
+        taken += reader.feed(whole[start : start + size])
+        start += size
+    assert arrived == expected
+    assert b"".join(rest) == handed_on
+    assert taken == len(whole) - len(handed_on)
+
+
+@pytest.mark.parametrize("data", [b"AMQP\x00\x00\x09\x01", b"HTTP/1.1 400 Bad Request\r\n"])
+def test_what_is_no_frame_is_for_pika_to_refuse(data: bytes) -> None:
+    handed_on: list[bytes] = []
+    assert Reader([], handed_on.append).feed(data) == 0
+    assert handed_on == [data]
+
+
+def test_a_frame_without_its_end_is_for_pika_to_refuse() -> None:
+    frame = frames(1, 1, b"", Properties())[0]
+    handed_on: list[bytes] = []
+    assert Reader([], handed_on.append).feed(frame[:-1] + b"\x00") == 0
+    assert handed_on == [frame[:-1] + b"\x00"]
+
+
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        Properties("x" * 256),
+        Properties(headers={"set": {1}}),
+        Properties(headers={"nested": nested(600)}),
+        Properties(timestamp=-1),
+    ],
+    ids=["long", "set", "nested", "time"],
 )
 def test_what_amqp_cannot_carry_is_an_error(transport: Transport, unique: str, odd: Properties) -> None:
     """Of that message alone, and sending it again would not help."""
@@ -500,6 +678,29 @@ def test_heartbeats_are_served_by_poll(rabbitmq: RabbitMQ, unique: str) -> None:
     assert transport.poll(4.0) == []
     transport.send([message(unique, "a")])
     assert len(take(transport, 1)) == 1
+    transport.close()
+
+
+def test_a_broker_that_holds_up_publishing_is_told_of_and_not_awaited_for_ever(
+    amqp_url: str, unique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so when its memory or disk is full; what it says is put into its mouth here."""
+    transport = RabbitMQTransport(f"{amqp_url}?blocked_connection_timeout=1")
+    transport.declare(unique)
+    link = transport._link
+    assert link is not None
+    blocked = pika.frame.Method(0, pika.spec.Connection.Blocked("low on memory"))
+    unblocked = pika.frame.Method(0, pika.spec.Connection.Unblocked())
+    for frame in (blocked, unblocked):
+        link._connection._on_data_available(frame.marshal())
+    assert "holds up publishing: low on memory" in caplog.text
+    assert transport.poll(1.5) == []
+
+    link._connection._on_data_available(blocked.marshal())
+    with pytest.raises(TransportUnavailable, match="Blocked"):
+        transport.poll(SECONDS)
+    transport.connect()
+    publish(transport, [message(unique, "a")])
     transport.close()
 
 

@@ -21,6 +21,7 @@ from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
 from idemp.settings import split
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
+from idemp.transports.amqp_wire import Arrived, Reader, encode
 from idemp.transports.topic import no_queue
 
 try:
@@ -41,10 +42,10 @@ HEARTBEAT = 30
 BLOCKED = 60
 """Seconds that the broker may hold up publishing before the connection counts as lost."""
 
-_PERSISTENT = 2
+_MOST = 65535  # deliveries that AMQP can count for basic.qos
 _CONNECTION = 1 << 48  # the tags of one connection and those of the next are so far apart
-# What pika raises for a property or header that AMQP has no place for.
-_UNFIT = (exceptions.AMQPError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
+# For a property, header or name that AMQP has no place for.
+_UNFIT = (exceptions.ShortStringTooLong, ValueError, TypeError, AttributeError, RecursionError, struct.error)
 
 
 class RabbitMQTransport:
@@ -130,6 +131,32 @@ class RabbitMQTransport:
         self._end()
 
 
+class _Connection(pika.SelectConnection):  # type: ignore[misc]
+    """pika's, but for deliveries, which are the most of what comes: they are read here.
+
+    If another pika calls this no more, then it reads them itself, as before.
+    """
+
+    def __init__(self, arrived: list[Arrived], *args: Any, **named: Any) -> None:
+        self._reader = Reader(arrived, super()._on_data_available)
+        super().__init__(*args, **named)
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        # The heartbeat looks at this number, to which pika adds what is handed on to it.
+        self.bytes_received += self._reader.feed(data_in)
+
+
+class _Properties(pika.BasicProperties):  # type: ignore[misc]
+    """Encoded already."""
+
+    def __init__(self, wire: bytes) -> None:
+        super().__init__()
+        self._wire = wire
+
+    def encode(self) -> list[bytes]:
+        return [self._wire]
+
+
 class _Link:
     """One connection of one process.  ``first`` is where its tags begin."""
 
@@ -143,7 +170,7 @@ class _Link:
         self._connection: Any = None
         self._consuming: Any = None
         self._consumer = ""
-        self._came: list[tuple[Any, Any, bytes]] = []
+        self._came: list[Arrived] = []
         self._outstanding = Outstanding()
         self._publishing: Any = None
         self._unconfirmed = Unconfirmed()
@@ -155,7 +182,8 @@ class _Link:
 
     def open(self) -> None:
         """Connect, or raise `ConfigError` or `TransportUnavailable`."""
-        self._connection = pika.SelectConnection(
+        self._connection = _Connection(
+            self._came,
             self._parameters,
             on_open_error_callback=lambda _, error: self._lose(self._explain(error)),
             on_close_callback=lambda _, reason: self._lose(self._gone(reason)),
@@ -187,7 +215,7 @@ class _Link:
     def check(self) -> None:
         """Raise what the connection was lost by."""
         if self._lost is not None:
-            raise self._lost
+            raise type(self._lost)(str(self._lost))  # another each time: a traceback grows
 
     def _lose(self, error: IdempError) -> None:
         self._lost = self._lost or error
@@ -237,7 +265,9 @@ class _Link:
                 if lost:
                     self.check()
                 if late:
-                    raise TransportUnavailable(f"{self._where} did not answer within {seconds:g} s")
+                    silent = TransportUnavailable(f"{self._where} did not answer within {seconds:g} s")
+                    self._lose(silent)
+                    raise silent
                 self._turn()
 
     def poll(self, timeout: float, woken: Callable[[], bool]) -> list[Delivery | Sent]:
@@ -249,10 +279,14 @@ class _Link:
                 self.check()
                 if self._came or self._sent or woken() or late:
                     break
-        came, self._came = self._came, []
         sent, self._sent = self._sent, []
-        deliveries = [self._delivery(*each) for each in came]
-        self._outstanding.add(delivery.tag for delivery in deliveries)
+        first = self._first
+        deliveries = [
+            Delivery(first + tag, body, properties, exchange, key, redelivered)
+            for tag, redelivered, exchange, key, properties, body in self._came
+        ]
+        self._came.clear()
+        self._outstanding.add([delivery.tag for delivery in deliveries])
         return [*sent, *deliveries]
 
     def interrupt(self) -> None:
@@ -310,7 +344,7 @@ class _Link:
             )
         self.cancel()
         channel = self._consuming
-        channel.basic_qos(prefetch_count=prefetch, callback=_nothing)
+        channel.basic_qos(prefetch_count=min(prefetch, _MOST), callback=_nothing)
         tag = f"idemp-{next(self._numbers)}"
         self._ask(
             channel,
@@ -327,14 +361,13 @@ class _Link:
         channel = self._consuming
         self._ask(channel, lambda then: channel.basic_cancel(tag, callback=then))
         self.check()
-        for method, _, _ in self._came:
-            channel.basic_reject(method.delivery_tag)
+        for arrived in self._came:
+            channel.basic_reject(arrived.tag)
         self._came.clear()
 
     def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        self._came.append((method, properties, body))
-
-    def _delivery(self, method: Any, properties: Any, body: bytes) -> Delivery:
+        """One that pika has read."""
+        envelope = method.delivery_tag, method.redelivered, method.exchange, method.routing_key
         given = Properties(
             properties.message_id,
             properties.type,
@@ -344,8 +377,7 @@ class _Link:
             properties.content_type,
             properties.headers or {},
         )
-        tag = self._first + method.delivery_tag
-        return Delivery(tag, body, given, method.exchange, method.routing_key, method.redelivered)
+        self._came.append(Arrived(*envelope, given, body))
 
     def ack(self, tags: Iterable[int]) -> None:
         """Tags of other connections are not outstanding here."""
@@ -423,23 +455,13 @@ class _Link:
         return waiting
 
 
-def _properties(publication: Publication) -> pika.BasicProperties:
-    given, delay = publication.properties, publication.delay
-    headers = dict(given.headers) if given.headers else None
-    if delay and headers:
-        # With the history of earlier delays in it, the broker may take this one for a loop and drop it.
-        headers.pop("x-death", None)
-    return pika.BasicProperties(
-        message_id=given.message_id,
-        type=given.type,
-        correlation_id=given.correlation_id,
-        app_id=given.app_id,
-        timestamp=None if given.timestamp is None else int(given.timestamp),
-        content_type=given.content_type,
-        headers=headers,
-        delivery_mode=_PERSISTENT,
-        expiration=str(math.ceil(delay * 1000)) if delay else None,
-    )
+def _properties(publication: Publication) -> _Properties:
+    properties, delay = publication.properties, publication.delay
+    if not delay:
+        return _Properties(encode(properties))
+    # With the history of earlier delays in it, the broker may take this one for a loop and drop it.
+    headers = {name: value for name, value in properties.headers.items() if name != "x-death"}
+    return _Properties(encode(properties._replace(headers=headers), str(math.ceil(delay * 1000))))
 
 
 def _parameters(url: str) -> pika.URLParameters:

@@ -153,7 +153,7 @@ class SqliteTransport:
             self.connect()
         assert self._link is not None
         if self._link.lost is not None:
-            raise self._link.lost
+            raise type(self._link.lost)(str(self._link.lost))  # another each time: a traceback grows
         return self._link
 
     def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
@@ -470,7 +470,7 @@ class _Link:
             try:
                 if queues:
                     batch.add(pack(publication), queues, publication.delay)
-            except (TypeError, ValueError) as unfit:
+            except (TypeError, ValueError, RecursionError) as unfit:
                 error = f"the message cannot be kept: {unfit}"
             self._sent.append(Sent(number, error, bool(error)))
             if len(batch.blob) >= _MOST:
