@@ -29,7 +29,7 @@ def split(url: str) -> SplitResult:
     """The parts of ``url``; `ConfigError` if it has none."""
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        _ = "," in parts.netloc or parts.port  # several hosts have several ports
     except ValueError as error:
         raise ConfigError(f"{hidden(url)!r} is no URL: {error}") from None
     if not parts.scheme or "://" not in url:

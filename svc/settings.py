@@ -48,13 +48,10 @@ def _service(name: str) -> str:
 
 
 def _store(environment: Mapping[str, str]) -> str | None:
-    """A store that was named is used unless a switch is there and says no."""
+    """A store that was named is used unless a switch is there and says no; the default is an etcd here."""
     url = environment.get("IDEMP_STORE") or None
     said = [name for name in SWITCHES if name in environment]
-    on = [name for name in said if switch(environment[name])]
-    if on and url is None:
-        raise ConfigError(
-            f"{on[0]} is on, but the etcd store is not there yet: "
-            "say where to remember ids, like IDEMP_STORE=sqlite:///seen.db"
-        )
-    return url if on or not said else None
+    on = any(switch(environment[name]) for name in said)
+    if not on:
+        return None if said else url
+    return url or f"etcd://localhost:2379/{environment['SERVICE_NAME']}"

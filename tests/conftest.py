@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.servers import RabbitMQ, need
+from tests.servers import Etcd, RabbitMQ, need
 
 # It tells of every connection, many lines each: a failed test's report is for what idemp says.
 logging.getLogger("pika").setLevel(logging.WARNING)
@@ -32,6 +32,22 @@ def own_rabbitmq() -> Iterator[RabbitMQ]:
     need("rabbitmq")
     with RabbitMQ() as broker:
         yield broker
+
+
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[Etcd]:
+    """One member that the whole run shares.  Tests keep apart by namespaces: see `unique`."""
+    need("etcd")
+    with Etcd() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[Etcd]:
+    """One member for this test alone, which may stop, kill and restart it."""
+    need("etcd")
+    with Etcd() as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from functools import partial
+from urllib.parse import SplitResult, unquote
+
 from idemp.errors import ConfigError
 from idemp.ports import Store
-from idemp.settings import duration, hidden, options, split, sqlite_path
+from idemp.settings import duration, hidden, options, split, sqlite_path, switch
 
 RETENTION = 24 * 3600.0
 """Seconds that done is remembered unless the URL says otherwise."""
@@ -12,26 +17,57 @@ SESSION = 10.0
 """Seconds without a heartbeat after which a session is dead, unless the URL says otherwise."""
 
 _OPTIONS = {"retention": "24h", "session": "10s"}
+_TLS = {"tls": "true", "ca": "ca.pem", "cert": "client.pem", "key": "client.key"}
 
 
 def open_store(url: str) -> Store:
     """The store at ``url``; nothing connects before its first use.
 
-    ``sqlite:///seen.db`` (``sqlite:////absolute/seen.db``), or ``memory://`` for one process.
+    ``sqlite:///seen.db`` (``sqlite:////absolute/seen.db``), ``memory://`` for one process, or
+    ``etcd://host1:2379,host2:2379/namespace``, there with ``user:password@`` and the options ``tls``,
+    ``ca``, ``cert`` and ``key`` (files).
     ``?retention=24h`` says how long done is remembered; the longest that any opener named is in
     force.  ``?session=10s`` says how long a process may be silent before its claims are in doubt.
     Raises `ConfigError`.
     """
     parts = split(url)
-    if parts.scheme not in {"sqlite", "memory"}:
-        raise ConfigError(f"there is no store for {hidden(url)!r}; use sqlite:///seen.db or memory://")
-    found = options(parts, _OPTIONS)
+    if parts.scheme not in {"sqlite", "memory", "etcd"}:
+        offer = "sqlite:///seen.db, etcd://host/namespace or memory://"
+        raise ConfigError(f"there is no store for {hidden(url)!r}; use {offer}")
+    found = options(parts, {**_OPTIONS, **(_TLS if parts.scheme == "etcd" else {})})
     retention = duration(found["retention"], "retention") if "retention" in found else None
     session = duration(found["session"], "session") if "session" in found else SESSION
     if parts.scheme == "memory":
         from idemp.stores.memory import MemoryStore
 
         return MemoryStore(retention=retention or RETENTION)
+    if parts.scheme == "etcd":
+        return _etcd(parts, found, retention or RETENTION, session)
     from idemp.stores.sqlite import SqliteStore
 
     return SqliteStore(sqlite_path(parts), retention=retention or RETENTION, session_ttl=session)
+
+
+def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, session: float) -> Store:
+    from idemp.stores.etcd import EtcdStore
+    from idemp.stores.etcd_client import Client
+
+    login, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    namespace = parts.path.strip("/") or "default"
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", namespace):
+        raise ConfigError(
+            f"etcd namespace {namespace!r}: up to 100 letters, digits, dots, dashes, underscores"
+        )
+    endpoints = [host if ":" in host else f"{host}:2379" for host in hosts.split(",") if host]
+    connect = partial(
+        Client,
+        endpoints or ["localhost:2379"],
+        unquote(user) or None,
+        unquote(password) if user else None,
+        found.get("ca"),
+        found.get("cert"),
+        found.get("key"),
+        tls=switch(found.get("tls", "")),
+    )
+    return EtcdStore(connect, namespace, retention=retention, session_ttl=session)

@@ -1,7 +1,8 @@
 """The real servers of the test suite: found, installed, started, killed, and gone when the run ends."""
 
+from tests.servers.etcd import Etcd
 from tests.servers.need import need
 from tests.servers.ports import free_port
 from tests.servers.rabbitmq import RabbitMQ
 
-__all__ = ["RabbitMQ", "free_port", "need"]
+__all__ = ["Etcd", "RabbitMQ", "free_port", "need"]

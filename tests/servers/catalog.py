@@ -31,4 +31,10 @@ SERVERS = {
         # Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on the user rabbitmq.
         places=("/usr/lib/rabbitmq/bin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/sbin"),
     ),
+    "etcd": Server(
+        program="etcd",
+        package="etcd-server",
+        image="quay.io/coreos/etcd:v3.4.37",
+        places=("/usr/local/bin", "/opt/homebrew/bin"),
+    ),
 }

@@ -1,0 +1,624 @@
+"""The etcd store: a replicated journal, one for each namespace, that every replica replays in memory.
+
+The protocol is in docs/journal.md; the fold of it is journal.py, the memory etcd_replica.py, the
+server's words etcd_client.py.  Here is what moves: the session and its lease, appends one at a
+time, and the keeping of the journal.
+
+Trust the transaction, not the watch and not the keepalive: the tails that come back with an append
+say what precedes it, and its outcomes count when all of that is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from idemp.errors import Closed, ConfigError, StoreUnavailable
+from idemp.laws import CLAIMED, Entry
+from idemp.ports import (
+    Abandon,
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Clock,
+    Complete,
+    Done,
+    Get,
+    Lost,
+    Op,
+    Park,
+    Release,
+    Reply,
+    State,
+    Takeover,
+)
+from idemp.stores.etcd_client import (
+    Client,
+    Compare,
+    Created,
+    Delete,
+    EtcdError,
+    Put,
+    Range,
+    Request,
+    Unsure,
+    Value,
+)
+from idemp.stores.etcd_replica import Layout, Replica, Tails
+from idemp.stores.group import GroupCommit
+from idemp.stores.journal import Append, Begin, Declare, Raise, Record, encode, encode_open
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds that a batch tries to get through before `StoreUnavailable`."""
+CATCH_UP = 1.0
+"""Seconds that the watch has to bring what precedes an append; then the memory is imported again."""
+MOST = 4000
+"""Records in one append."""
+SLICES = 8
+"""Buckets in a retention."""
+_PAGE = 500
+
+
+class EtcdStore:
+    """The namespace of the cluster that ``connect`` reaches.
+
+    retention: seconds that done is remembered (the longest that any opener named is in force).
+    session_ttl: seconds without a keepalive after which this process's claims are in doubt.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Client],
+        namespace: str,
+        *,
+        retention: float,
+        session_ttl: float,
+        clock: Clock | None = None,
+    ) -> None:
+        self._make = partial(_Session, connect, namespace, retention, session_ttl, clock or Clock())
+        self._retention = retention
+        self._lock = threading.Lock()
+        self._session: _Session | None = None
+        self._closed = False
+
+    @property
+    def retention(self) -> float:
+        """See `idemp.ports.Store`."""
+        return self._session.retention if self._session else self._retention
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """See `idemp.ports.Store`."""
+        return self._mine().group.apply(ops)
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """See `idemp.ports.Store`."""
+        self._mine().wait(key, token, timeout)
+
+    def fresh(self) -> bool:
+        """See `idemp.ports.Store`."""
+        return self._mine().fresh()
+
+    def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        return self._mine().scan(prefix, after, limit)
+
+    def close(self) -> None:
+        """See `idemp.ports.Store`."""
+        with self._lock:
+            session, self._session, self._closed = self._session, None, True
+        if session and session.pid == os.getpid():
+            session.close()
+
+    def _mine(self) -> _Session:
+        """This process's session.  After its first use a store cannot go through a fork: grpc cannot."""
+        session = self._session
+        if session is not None:
+            if session.pid == os.getpid():
+                return session
+            # Its client would refuse with the reason; its lock may be held by a thread that is not here.
+            self._session, self._lock = None, threading.Lock()
+        with self._lock:
+            if self._closed:
+                raise Closed("this store was closed")
+            if self._session is None:
+                self._session = self._make()
+            return self._session
+
+
+class _Sent(NamedTuple):
+    """An append as it goes over the wire, to be sent again as it is when its fate is unknown."""
+
+    append: Append
+    bucket: int
+    compares: Sequence[Compare]
+    success: Sequence[Request]
+
+
+class _Never(Exception):
+    """The append was refused, and can never be applied: compose it anew."""
+
+
+def _parts(ops: Sequence[Op]) -> list[Sequence[Op]]:
+    """Batches for one append each: no token is named of a key that the same append changes before.
+
+    On the wire a D, R, Q or P names no token, for nobody else can change a live session's claim; so
+    its token is checked against a memory that has everything before it.
+    """
+    parts: list[Sequence[Op]] = []
+    start, touched = 0, set[str]()
+    for place, op in enumerate(ops):
+        names_token = isinstance(op, Complete | Release | Abandon | Park)
+        if place - start >= MOST or (names_token and op.key in touched):
+            parts.append(ops[start:place])
+            start, touched = place, set()
+        touched.add(op.key)
+    return [*parts, ops[start:]]
+
+
+class _Session:
+    """One process's presence in a namespace: lease, memory, appends."""
+
+    def __init__(
+        self, connect: Callable[[], Client], namespace: str, retention: float, ttl: float, clock: Clock
+    ) -> None:
+        self.pid = os.getpid()
+        client = connect()
+        self.retention = retention
+        self.group = GroupCommit(self._commit)
+        self._client, self._ttl, self._clock = client, max(2, round(ttl)), clock
+        self._layout = Layout(namespace)
+        self._replica = Replica(client, self._layout, clock)
+        self._id, self._lease, self._seq, self._tail = "", 0, 0, b""
+        self._mine: set[str] = set()  # the sessions that this process had
+        self._alive_at = clock.steady() - self._ttl
+        self._unsure: _Sent | None = None
+        self._appended_at = clock.wall()
+        self._ended = threading.Event()
+        try:
+            with self._as_store_error():
+                self._prepare()
+                self._begin_session()
+                self._replica.import_all()
+        except BaseException:
+            client.close()
+            raise
+        threading.Thread(target=self._keep, name="idemp-etcd-keeper", daemon=True).start()
+
+    # ---------------------------------------------------------------- birth
+
+    def _prepare(self) -> None:
+        """A namespace begins with bucket 0 and floor 0; the longest retention named is everybody's."""
+        layout = self._layout
+        self._client.txn(
+            [Created(layout.bucket, 0)],
+            [Put(layout.bucket, b"0"), Put(layout.floor, b"0"), Put(layout.retention, b"0")],
+            [],
+        )
+        while True:
+            text = self._client.range(layout.retention).pairs[0].value
+            if float(text) >= self.retention:
+                self.retention = float(text)
+                return
+            mine = Put(layout.retention, repr(self.retention).encode())
+            if self._client.txn([Value(layout.retention, text)], [mine], []).succeeded:
+                return
+
+    def _begin_session(self) -> None:
+        """A new id on a new lease; its tail is born with it."""
+        self._id, self._seq, self._tail = uuid.uuid4().hex[:16], 0, b"0 0"
+        asked = self._clock.steady()
+        self._lease = self._client.lease_grant(self._ttl)
+        layout = self._layout
+        born: list[Request] = [Put(layout.session(self._id), str(os.getpid()).encode(), self._lease)]
+        born.append(Put(layout.tail(self._id), self._tail))
+        self._client.txn([Created(layout.session(self._id), 0)], born, [])
+        self._mine.add(self._id)
+        self._alive_at = asked
+
+    # ---------------------------------------------------------------- a batch
+
+    def _commit(self, ops: Sequence[Op]) -> list[Reply]:
+        """Answer from memory what is certain there; append the rest, and act on its outcomes."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        with self._as_store_error():
+            return [reply for part in _parts(ops) for reply in self._commit_part(part)]
+
+    def _commit_part(self, ops: Sequence[Op]) -> list[Reply]:
+        deadline = self._clock.steady() + PATIENCE
+        self._trust(deadline)
+        self._settle_unsure(deadline)
+        current = any(isinstance(op, Get) for op in ops) and self._catch_up(deadline)
+        while True:
+            known, records = self._plan(ops)
+            if any(isinstance(reply, Lost) for reply in known) and not current:
+                current = self._catch_up(deadline)  # a loss is told with the state of now, not of before
+                continue
+            if not records:
+                return [self._answer(op, reply, []) for op, reply in zip(ops, known, strict=True)]
+            try:
+                outcomes = self._append(records, deadline)
+            except _Never:
+                continue
+            return [self._answer(op, reply, outcomes) for op, reply in zip(ops, known, strict=True)]
+
+    def _plan(self, ops: Sequence[Op]) -> tuple[list[Reply | int], list[Record]]:
+        """For each operation its reply, if memory is certain, or the place of its record."""
+        plan: list[Reply | int] = []
+        records: list[Record] = []
+        touched: set[str] = set()
+        with self._replica.changed:
+            for op in ops:
+                certain = None if op.key in touched else self._certain(op)
+                if certain is not None:
+                    plan.append(certain)
+                    continue
+                if not isinstance(op, Get):
+                    records += self._records(op)
+                touched.add(op.key)
+                plan.append(len(records) - 1)
+        return plan, records
+
+    def _certain(self, op: Op) -> Reply | None:
+        """A done is true by itself; a busy key's claimer waits on memory; a token is checked here."""
+        state = self._replica.journal.state(op.key)
+        match op:
+            case Claim():
+                return state if isinstance(state, Done | Busy) else None
+            case Get():
+                return state
+            case Complete(_, token) | Release(_, token) | Abandon(_, token) | Park(_, token):
+                if isinstance(op, Complete) and isinstance(state, Done) and state.token == token:
+                    return Applied()
+                entry = self._replica.journal.entry(op.key)
+                if entry is None or (entry.state, entry.token) != (CLAIMED, token):
+                    return Lost(state)
+                return None if entry.session in (self._id, "") else Lost(state)
+        return None
+
+    def _records(self, op: Op) -> list[Record]:
+        """The records of an operation.  A claim of a session that is dead is taken over first."""
+        if isinstance(op, Complete | Release | Abandon | Park):
+            entry = self._replica.journal.entry(op.key)
+            if entry is not None and entry.session == "":
+                return [Takeover(op.key, op.token), op]
+        return [op]
+
+    def _answer(self, op: Op, known: Reply | int, outcomes: Sequence[Reply]) -> Reply:
+        """The outcome at the record's line, never a later look."""
+        if not isinstance(known, int):
+            return known
+        if isinstance(op, Get):
+            with self._replica.changed:
+                return self._replica.journal.state(op.key)
+        return outcomes[known]
+
+    # ---------------------------------------------------------------- an append
+
+    def _append(
+        self,
+        records: Sequence[Record],
+        deadline: float,
+        *,
+        bucket: int | None = None,
+        compares: Sequence[Compare] = (),
+        requests: Sequence[Request] = (),
+    ) -> list[Reply]:
+        """Append and return the outcomes.  `_Never` if it must be composed anew."""
+        with self._replica.changed:
+            current = self._replica.journal.bucket
+        return self._send(self._compose(records, current, bucket, compares, requests), deadline)
+
+    def _compose(
+        self,
+        records: Sequence[Record],
+        current: int,
+        bucket: int | None,
+        compares: Sequence[Compare],
+        requests: Sequence[Request],
+    ) -> _Sent:
+        """The transaction: if I live, this is my next, and the bucket is the one I know."""
+        layout, seq, wall = self._layout, self._seq + 1, self._clock.wall()
+        target = current if bucket is None else bucket
+        guards: list[Compare] = [
+            Created(layout.session(self._id), equal=False),
+            Value(layout.tail(self._id), self._tail),
+            Value(layout.bucket, str(current).encode()),
+        ]
+        success = [
+            *requests,
+            Put(layout.log(target, self._id, seq), encode(wall, records)),
+            Put(layout.tail(self._id), f"{seq} {target}".encode()),
+            Range(layout.tails, prefix=True),
+        ]
+        append = Append(0, self._id, seq, round(wall, 3), records)
+        return _Sent(append, target, [*guards, *compares], success)
+
+    def _send(self, sent: _Sent, deadline: float) -> list[Reply]:
+        layout, append = self._layout, sent.append
+        failure = [
+            Range(layout.tail(append.session)),
+            Range(layout.session(append.session)),
+            Range(layout.log(sent.bucket, append.session, append.seq)),
+            Range(layout.tails, prefix=True),
+        ]
+        self._replica.expect(append.session, append.seq)
+        self._unsure = sent
+        while True:
+            try:
+                result = self._client.txn(sent.compares, sent.success, failure)
+                break
+            except Unsure:
+                # Sent again it says what became of it, because its compares, once false, stay false.
+                if self._clock.steady() >= deadline:
+                    raise
+                self._clock.sleep(0.05)
+        if result.succeeded:
+            tails = layout.read_tails(result.responses[-1].pairs)
+            return self._settled(sent, result.revision, tails, deadline)
+        tail, session, logged, tails_now = (response.pairs for response in result.responses)
+        if tail and int(tail[0].value.split()[0]) >= append.seq:
+            revision = logged[0].mod_revision if logged else 0
+            return self._settled(sent, revision, layout.read_tails(tails_now), deadline)
+        self._unsure = None
+        self._replica.forget(append.session, append.seq)
+        if not session:
+            self._renew(deadline)
+        else:
+            self._wait_for(lambda: self._replica.complete(layout.read_tails(tails_now)), deadline)
+        raise _Never
+
+    def _settled(self, sent: _Sent, revision: int, tails: Tails, deadline: float) -> list[Reply]:
+        """It was applied: wait until what precedes it is applied here too."""
+        append = sent.append._replace(revision=revision)
+        found: list[Reply] | None = None
+
+        def ready() -> bool:
+            nonlocal found
+            found = self._replica.outcomes(append, tails)
+            return found is not None
+
+        self._wait_for(ready, deadline)
+        self._seq, self._tail = append.seq, f"{append.seq} {sent.bucket}".encode()
+        self._unsure = None
+        self._appended_at = append.wall
+        self._replica.forget(append.session, append.seq)
+        assert found is not None
+        return found
+
+    def _settle_unsure(self, deadline: float) -> None:
+        """An append whose caller was told `StoreUnavailable` is finished first, and its claims given back."""
+        sent = self._unsure
+        if sent is None:
+            return
+        try:
+            outcomes = self._send(sent, deadline)
+        except _Never:
+            return
+        undo: list[Record] = []
+        for record, outcome in zip(sent.append.records, outcomes, strict=True):
+            match record, outcome:
+                case Claim(key), Claimed(token, attempt):
+                    undo.append(Release(key, token, attempt - 1))
+                case Takeover(key), Claimed(token):
+                    undo.append(Abandon(key, token))
+        while undo:
+            with contextlib.suppress(_Never):
+                self._append(undo, deadline)
+                return
+
+    # ---------------------------------------------------------------- catching up
+
+    def _wait_for(self, ready: Callable[[], bool], deadline: float) -> None:
+        """Until ``ready``; an untrusted or slow memory is imported again."""
+        patience = self._clock.steady() + CATCH_UP
+        while not ready():
+            now = self._clock.steady()
+            if now >= deadline:
+                raise StoreUnavailable("etcd: the watch does not bring what precedes our append")
+            if not self._replica.trusted or now >= patience:
+                self._replica.distrust("the watch is behind")
+                self._import(deadline)
+                patience = self._clock.steady() + CATCH_UP
+                continue
+            with self._replica.changed:
+                self._replica.changed.wait(0.005)
+
+    def _trust(self, deadline: float) -> None:
+        if not self._replica.trusted:
+            self._import(deadline)
+
+    def _import(self, deadline: float) -> None:
+        while True:
+            try:
+                self._replica.import_all()
+                return
+            except EtcdError as error:
+                if isinstance(error, ConfigError) or self._clock.steady() >= deadline:
+                    raise
+                self._clock.sleep(0.1)
+
+    def _catch_up(self, deadline: float) -> bool:
+        """Memory is complete to now; true."""
+        tails = self._layout.read_tails(self._client.range(self._layout.tails, prefix=True).pairs)
+        self._wait_for(lambda: self._replica.complete(tails), deadline)
+        return True
+
+    def _renew(self, deadline: float) -> None:
+        """The session is gone: begin another, and let the old one's claims be in doubt."""
+        log.warning("session %s was lost; its claims are in doubt", self._id)
+        self._begin_session()
+        self._declare_dead(deadline)
+        self._catch_up(deadline)
+
+    # ---------------------------------------------------------------- keeping
+
+    def fresh(self) -> bool:
+        """Whether the session was heard of less than two thirds of its time to live ago."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        return self._replica.trusted and self._clock.steady() - self._alive_at < self._ttl * 2 / 3
+
+    def _keep(self) -> None:
+        """Thrice in a time to live, and often enough for the buckets."""
+        pause = min(self._ttl / 3, self.retention / SLICES)
+        while not self._ended.wait(pause):
+            try:
+                self._keep_alive()
+                with self.group.paused():
+                    if not self._ended.is_set():
+                        self._keep_journal(self._clock.steady() + self._ttl / 3)
+            except _Never:
+                continue  # somebody was first, or the bucket moved: next time
+            except (EtcdError, StoreUnavailable) as error:
+                log.warning("keeping %s: %s", self._layout.root, error)
+
+    def _keep_alive(self) -> None:
+        asked = self._clock.steady()
+        if self._client.lease_keepalive(self._lease) > 0:
+            self._alive_at = asked
+
+    def _keep_journal(self, deadline: float) -> None:
+        self._trust(deadline)
+        self._settle_unsure(deadline)
+        self._declare_dead(deadline)
+        self._roll(deadline)
+
+    def _declare_dead(self, deadline: float) -> None:
+        """X for every tail without its session; found by a read, so that a lost event cannot hide it."""
+        layout = self._layout
+        found = self._client.txn(
+            [], [Range(layout.sessions, prefix=True), Range(layout.tails, prefix=True)], []
+        )
+        alive = {pair.key[len(layout.sessions) :] for pair in found.responses[0].pairs}
+        if self._id not in alive:
+            self._renew(deadline)
+            return
+        for session, (seq, bucket) in layout.read_tails(found.responses[1].pairs).items():
+            if session not in alive:
+                gone: list[Compare] = [Created(layout.session(session), 0)]
+                gone.append(Value(layout.tail(session), f"{seq} {bucket}".encode()))
+                with contextlib.suppress(_Never):
+                    declared = [Declare(session, seq)]
+                    self._append(declared, deadline, compares=gone, requests=[Delete(layout.tail(session))])
+
+    def _roll(self, deadline: float) -> None:
+        """Begin a bucket when the present one is old, write its snapshot, raise the floor, sweep.
+
+        The clock is the earliest of the last ones of all sessions, so that one that runs ahead cannot
+        shorten the retention; therefore an idle session says what time it is.
+        """
+        slice_ = self.retention / SLICES
+        if self._clock.wall() - self._appended_at >= slice_ / 4:
+            self._append([], deadline)
+        with self._replica.changed:
+            journal = self._replica.journal
+            now = min(journal.walls.values(), default=0.0)
+            bucket, floor, began = journal.bucket, journal.floor, dict(journal.began)
+            opens = {each: list(found) for each, found in journal.opens.items() if each > floor}
+        if now - began.get(bucket, now) >= slice_:
+            after = [Put(self._layout.bucket, str(bucket + 1).encode())]
+            self._append([Begin(bucket + 1)], deadline, bucket=bucket + 1, requests=after)
+        for each, found in opens.items():
+            self._snapshot(each, found)
+        over = [each for each, at in began.items() if floor < each and now - at >= self.retention]
+        if over:
+            self._raise(max(over), deadline)
+        self._sweep(floor)
+
+    def _snapshot(self, bucket: int, entries: Sequence[tuple[str, Entry]]) -> None:
+        """Write what was open where ``bucket`` began, unless somebody has."""
+        end = self._layout.snap_end(bucket)
+        if self._client.range(end).pairs:
+            return
+        for start in range(0, len(entries), _PAGE):
+            page = encode_open(entries[start : start + _PAGE])
+            self._client.put(f"{self._layout.snap_of(bucket)}{self._id}/{start:010d}", page)
+        self._client.txn([Created(end, 0)], [Put(end, self._id.encode())], [])
+
+    def _raise(self, bucket: int, deadline: float) -> None:
+        """B: a whole retention after the bucket began, and once its snapshot is whole."""
+        ends = self._client.range(self._layout.snap_end(bucket)).pairs
+        if ends:
+            whole = [Value(self._layout.snap_end(bucket), ends[0].value)]
+            floor = [Put(self._layout.floor, str(bucket).encode())]
+            self._append([Raise(bucket)], deadline, compares=whole, requests=floor)
+
+    def _sweep(self, floor: int) -> None:
+        """Delete what lies below the floor, page by page.  To memory it means nothing."""
+        layout = self._layout
+        for prefix, end in ((layout.logs, layout.log_of(floor)), (layout.snaps, layout.snap_of(floor))):
+            while True:
+                page = self._client.range(prefix, end=end, limit=_PAGE, keys_only=True)
+                if not page.pairs:
+                    break
+                self._client.delete(prefix, end=page.pairs[-1].key + "\0")
+
+    # ---------------------------------------------------------------- reading
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """On memory: whatever changes it comes through the journal."""
+        deadline = self._clock.steady() + timeout
+        with self._replica.changed:
+            while not self._ended.is_set():
+                state = self._replica.journal.state(key)
+                left = deadline - self._clock.steady()
+                if left <= 0 or not (isinstance(state, Busy) and state.token == token):
+                    return
+                self._replica.changed.wait(left)
+        raise Closed("this store was closed")
+
+    def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        with self._as_store_error(), self.group.paused():
+            self._catch_up(self._clock.steady() + PATIENCE)
+        with self._replica.changed:
+            journal = self._replica.journal
+            found = sorted(key for key in journal.known() if key.startswith(prefix) and key > after)
+            return [(key, journal.state(key)) for key in found[:limit]]
+
+    # ---------------------------------------------------------------- end
+
+    def close(self) -> None:
+        """What is still claimed is in doubt from here on; then the lease goes."""
+        self._ended.set()
+        with self.group.paused():
+            with contextlib.suppress(EtcdError, StoreUnavailable, _Never):
+                self._abandon_all()
+            with contextlib.suppress(EtcdError):
+                self._client.lease_revoke(self._lease)
+            self._replica.stop()
+            self._client.close()
+        with self._replica.changed:
+            self._replica.changed.notify_all()
+
+    def _abandon_all(self) -> None:
+        with self._replica.changed:
+            mine = [
+                Abandon(key, entry.token)
+                for key, entry in self._replica.journal.opened()
+                if entry.state == CLAIMED and entry.session == self._id
+            ]
+        if mine:
+            self._append(mine, self._clock.steady() + 2.0)
+
+    @contextlib.contextmanager
+    def _as_store_error(self) -> Iterator[None]:
+        """To the heart every trouble of the server is `StoreUnavailable`."""
+        try:
+            yield
+        except (ConfigError, StoreUnavailable):
+            raise
+        except EtcdError as error:
+            raise StoreUnavailable(f"etcd: {error}") from error

@@ -1,0 +1,255 @@
+"""A replica of one namespace: imported at one revision, then fed by the watch; and its keys in etcd.
+
+Whatever seems out of order (an append that is missing, late, or from before a compaction) makes the
+memory untrusted until it is imported again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+from idemp.laws import Entry
+from idemp.ports import Clock, Reply
+from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
+from idemp.stores.journal import Append, Journal, OutOfOrder, decode, decode_open
+
+log = logging.getLogger(__name__)
+
+PAGE = 500
+"""Keys in one page of an import."""
+
+Tails = Mapping[str, tuple[int, int]]
+"""session -> (seq, bucket) of its last append."""
+
+
+class Layout:
+    """The keys of a namespace.  Buckets are padded, so that they sort."""
+
+    def __init__(self, namespace: str) -> None:
+        self.root = f"/idemp/v1/{namespace}/"
+        self.sessions = self.root + "session/"
+        self.tails = self.root + "tail/"
+        self.logs = self.root + "log/"
+        self.snaps = self.root + "snap/"
+        self.bucket = self.root + "bucket"
+        self.floor = self.root + "floor"
+        self.retention = self.root + "retention"
+
+    def session(self, session: str) -> str:
+        """The presence of a session."""
+        return self.sessions + session
+
+    def tail(self, session: str) -> str:
+        """Its last append."""
+        return self.tails + session
+
+    def log_of(self, bucket: int) -> str:
+        """All appends of a bucket."""
+        return f"{self.logs}{bucket:010d}/"
+
+    def log(self, bucket: int, session: str, seq: int) -> str:
+        """One append."""
+        return f"{self.log_of(bucket)}{session}/{seq}"
+
+    def snap_of(self, bucket: int) -> str:
+        """All pages of a bucket's snapshot."""
+        return f"{self.snaps}{bucket:010d}/"
+
+    def snap_end(self, bucket: int) -> str:
+        """Says that a snapshot is whole; its value is the session whose pages count."""
+        return self.snap_of(bucket) + "end"
+
+    def append(self, pair: KeyValue) -> Append:
+        """The append that a log key holds."""
+        session, seq = self.place(pair.key)
+        wall, records = decode(pair.value)
+        return Append(pair.mod_revision, session, seq, wall, records)
+
+    def place(self, key: str) -> tuple[str, int]:
+        """Session and seq of a log key."""
+        _, session, seq = key[len(self.logs) :].split("/")
+        return session, int(seq)
+
+    def read_tails(self, pairs: Sequence[KeyValue]) -> Tails:
+        """Tails as they came back from a range."""
+        found = {}
+        for pair in pairs:
+            seq, bucket = pair.value.split()
+            found[pair.key[len(self.tails) :]] = (int(seq), int(bucket))
+        return found
+
+
+class Replica:
+    """The memory.  ``changed`` guards everything here and tells of every change."""
+
+    def __init__(self, client: Client, layout: Layout, clock: Clock) -> None:
+        self.layout = layout
+        self.changed = threading.Condition()
+        self.journal = Journal()
+        self.trusted = False
+        self._client, self._clock = client, clock
+        self._watch: Watch | None = None
+        self._generation = 0
+        self._early: list[WatchBatch] | None = None
+        self._expected: dict[tuple[str, int], list[Reply] | None] = {}
+
+    # ---------------------------------------------------------------- import
+
+    def import_all(self) -> None:
+        """Read everything at one revision and follow the watch from there.
+
+        Raises what the client raises.  Only when it returns is the memory trusted.
+        """
+        self.stop()
+        layout = self.layout
+        page = self._client.range(layout.tails, prefix=True)
+        revision = page.revision
+        with self.changed:
+            self._generation += 1
+            generation = self._generation
+            self._early = []
+        self._watch = self._client.watch(
+            layout.logs, start_revision=revision + 1, deliver=lambda batch: self._hear(generation, batch)
+        )
+        journal = self._read(revision, layout.read_tails(page.pairs))
+        with self.changed:
+            early, self._early = self._early or [], None
+            self.journal, self.trusted = journal, True
+            for batch in early:
+                self._feed(batch)
+            self.changed.notify_all()
+
+    def _read(self, revision: int, tails: Tails) -> Journal:
+        """The journal as it stood at ``revision``: the snapshot at the floor and the log from there."""
+        layout, journal = self.layout, Journal()
+        floor, bucket = self._number(layout.floor, revision), self._number(layout.bucket, revision)
+        if floor:
+            journal.restore(floor, list(self._snapshot(floor, revision)))
+        for each in range(floor, bucket + 1):
+            # All appends of a bucket come before all of the next, so it is sorted bucket by bucket.
+            pairs = sorted(self._pages(layout.log_of(each), revision), key=lambda pair: pair.mod_revision)
+            for pair in pairs:
+                self._fold(journal, layout.append(pair), importing=True)
+        for session, (seq, _) in tails.items():
+            journal.seqs.setdefault(session, seq)
+        journal.revision = revision
+        return journal
+
+    def _snapshot(self, bucket: int, revision: int) -> Iterator[tuple[str, Entry]]:
+        layout = self.layout
+        author = self._client.range(layout.snap_end(bucket), revision=revision).pairs[0].value.decode()
+        for pair in self._pages(f"{layout.snap_of(bucket)}{author}/", revision):
+            yield from decode_open(pair.value)
+
+    def _pages(self, prefix: str, revision: int) -> Iterator[KeyValue]:
+        """Everything below ``prefix`` at ``revision``, page by page."""
+        after = ""
+        while True:
+            page = self._client.range(prefix, prefix=True, after=after, revision=revision, limit=PAGE)
+            yield from page.pairs
+            if not page.more:
+                return
+            after = page.pairs[-1].key
+
+    def _number(self, key: str, revision: int) -> int:
+        pairs = self._client.range(key, revision=revision).pairs
+        return int(pairs[0].value) if pairs else 0
+
+    # ---------------------------------------------------------------- watch
+
+    def _hear(self, generation: int, batch: WatchBatch) -> None:
+        """On the watch's thread."""
+        with self.changed:
+            if generation != self._generation:
+                return
+            if self._early is not None:
+                self._early.append(batch)
+                return
+            self._feed(batch)
+            self.changed.notify_all()
+
+    def _feed(self, batch: WatchBatch) -> None:
+        if batch.broken:
+            self._distrust(batch.broken)
+            return
+        for event in batch.events:
+            if event.deleted or not self.trusted:
+                continue
+            session, seq = self.layout.place(event.key)
+            if seq <= self.journal.seqs.get(session, 0):
+                continue  # most are one's own, applied already
+            try:
+                self._fold(self.journal, self.layout.append(event))
+            except OutOfOrder:
+                self._distrust(f"append {event.key} is out of order")
+
+    def _distrust(self, why: str) -> None:
+        if self.trusted:
+            log.warning("%s: importing again: %s", self.layout.root, why)
+        self.trusted = False
+
+    def distrust(self, why: str) -> None:
+        """Something does not fit: answer nothing from memory until it is imported again."""
+        with self.changed:
+            self._distrust(why)
+            self.changed.notify_all()
+
+    def _fold(self, journal: Journal, append: Append, *, importing: bool = False) -> None:
+        place = (append.session, append.seq)
+        outcomes = journal.apply(append, importing=importing)
+        if place in self._expected and len(outcomes) == len(append.records):
+            self._expected[place] = outcomes
+
+    # ---------------------------------------------------------------- one's own appends
+
+    def expect(self, session: str, seq: int) -> None:
+        """The outcomes of that append will be asked for."""
+        with self.changed:
+            self._expected[session, seq] = None
+
+    def forget(self, session: str, seq: int) -> None:
+        """They will not."""
+        with self.changed:
+            self._expected.pop((session, seq), None)
+
+    def outcomes(self, append: Append, tails: Tails) -> list[Reply] | None:
+        """What became of one's own append, or None while something that precedes it is not applied.
+
+        ``append.revision`` is 0 when all that is known is that it was applied.
+        """
+        with self.changed:
+            place = (append.session, append.seq)
+            found = self._expected.get(place)
+            if found is None and self.trusted and append.revision and self._complete(append, tails):
+                try:
+                    self._fold(self.journal, append)
+                except OutOfOrder:
+                    self._distrust("an append came late")
+                found = self._expected.get(place)
+                self.changed.notify_all()
+            return found
+
+    def _complete(self, append: Append, tails: Tails) -> bool:
+        """Whether everything that precedes ``append`` is applied, and nothing after it."""
+        seqs = self.journal.seqs
+        others = all(
+            seqs.get(session, 0) >= seq for session, (seq, _) in tails.items() if session != append.session
+        )
+        return others and seqs.get(append.session, 0) == append.seq - 1
+
+    def complete(self, tails: Tails) -> bool:
+        """Whether everything that ``tails`` tell of is applied."""
+        with self.changed:
+            seqs = self.journal.seqs
+            return self.trusted and all(seqs.get(session, 0) >= seq for session, (seq, _) in tails.items())
+
+    def stop(self) -> None:
+        """End the watch."""
+        watch, self._watch = self._watch, None
+        with self.changed:
+            self.trusted = False
+            self._generation += 1
+        if watch is not None:
+            watch.cancel()

@@ -1,0 +1,306 @@
+"""The journal's state machine: its text, the agreement of replicas, the laws, bounded memory."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from idemp.laws import Entry
+from idemp.ports import (
+    Abandon,
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Complete,
+    Done,
+    Doubt,
+    Forget,
+    Free,
+    Lost,
+    Park,
+    Parked,
+    Release,
+    Takeover,
+)
+from idemp.stores.journal import (
+    LINES,
+    Append,
+    Begin,
+    Declare,
+    Journal,
+    OutOfOrder,
+    Raise,
+    Seed,
+    decode,
+    decode_open,
+    encode,
+    encode_open,
+)
+
+keys = st.text(min_size=1, max_size=30).filter(lambda text: text.isprintable() or text.isascii())
+blobs = st.one_of(st.none(), st.just(b"null"), st.binary(max_size=40))
+prints = st.one_of(st.none(), st.binary(min_size=1, max_size=16))
+tokens = st.integers(0, 2**60)
+records = st.one_of(
+    st.builds(Claim, keys),
+    st.builds(lambda k, r, f: Complete(k, 0, r, f), keys, blobs, prints),
+    st.builds(lambda k, n: Release(k, 0, n), keys, st.integers(0, 99)),
+    st.builds(lambda k: Abandon(k, 0), keys),
+    st.builds(lambda k, r: Park(k, 0, r), keys, st.text(max_size=20)),
+    st.builds(Takeover, keys, tokens),
+    st.builds(Forget, keys, tokens),
+    st.builds(Seed, keys),
+    st.builds(Declare, st.just("5e551011"), st.integers(0, 9)),
+    st.builds(Begin, st.integers(0, 99)),
+    st.builds(Raise, st.integers(0, 99)),
+)
+
+
+@given(st.lists(records, max_size=8))
+def test_what_is_written_is_read(written: list[Any]) -> None:
+    """Any key, result and reason, one readable line each."""
+    text = encode(1234.5, written)
+    assert decode(text) == (1234.5, written)
+    assert len(text.split(b"\n")) == len(written) + 1
+    assert text.decode().isprintable() or "\n" in text.decode()
+
+
+entries = st.builds(
+    lambda token, attempt, session, reason: Entry("claimed", token, attempt, session, 5.0, reason),
+    tokens,
+    st.integers(1, 9),
+    st.sampled_from(["", "s1"]),
+    st.text(max_size=9),
+)
+
+
+@given(st.lists(st.tuples(keys, entries), max_size=5))
+def test_snapshots_are_read_as_written(opened: list[tuple[str, Entry]]) -> None:
+    """Page by page."""
+    assert decode_open(encode_open(opened)) == opened
+
+
+def test_the_lines_are_readable() -> None:
+    """What a person sees with etcdctl."""
+    written: list[Any] = [
+        Claim("orders.new_order/a b"),
+        Complete("k", 0, b"null"),
+        Complete("k", 0, b'{"n": 1}', b"\1"),
+    ]
+    assert encode(7, written) == b'7.000\nC orders.new_order/a%20b\nD k\nD k ={"n":%201} 01'
+
+
+class Log:
+    """A log that writers append to and replicas read."""
+
+    def __init__(self) -> None:
+        self.appends: list[Append] = []
+        self.seqs: dict[str, int] = {}
+
+    def append(self, session: str, *written: Any, wall: float = 0.0) -> Append:
+        self.seqs[session] = self.seqs.get(session, 0) + 1
+        append = Append(len(self.appends) + 1, session, self.seqs[session], wall, written)
+        self.appends.append(append)
+        return append
+
+
+def replay(appends: list[Append]) -> Journal:
+    journal = Journal()
+    for append in appends:
+        journal.apply(append)
+    return journal
+
+
+def test_the_first_in_the_order_wins() -> None:
+    """And the token is the place in the order."""
+    log, journal = Log(), Journal()
+    [won] = journal.apply(log.append("s", Claim("k")))
+    assert won == Claimed(1 * LINES, 1)
+    [lost, other] = journal.apply(log.append("z", Claim("k"), Claim("l")))
+    assert isinstance(lost, Busy)
+    assert other == Claimed(2 * LINES + 1, 1)
+    assert (
+        journal.apply(log.append("z", Complete("k", 0), Release("k", 0, 1), Park("k", 0, "x")))
+        == [Lost(lost)] * 3
+    )
+    assert journal.apply(log.append("s", Complete("k", 0, b"1"))) == [Applied()]
+    assert isinstance(journal.state("k"), Done)
+
+
+def test_an_append_is_applied_once_and_in_its_place() -> None:
+    """What is missing, late or doubled is noticed."""
+    log, journal = Log(), Journal()
+    first, second, third = (log.append("s", Claim(str(n))) for n in range(3))
+    other = log.append("z", Claim("z"))
+    assert len(journal.apply(first)) == 1
+    assert journal.apply(first) == []
+    with pytest.raises(OutOfOrder):
+        journal.apply(third)
+    journal.apply(other)
+    with pytest.raises(OutOfOrder):
+        journal.apply(second)
+
+
+def test_a_declared_sessions_claims_are_in_doubt() -> None:
+    """From that line on, for everybody; its late records are void; one taker wins."""
+    log, journal = Log(), Journal()
+    journal.apply(log.append("s", Claim("k"), Claim("parked"), Park("parked", 0, "x")))
+    journal.apply(log.append("z", Declare("s", 1)))
+    doubt = journal.state("k")
+    assert isinstance(doubt, Doubt)
+    assert journal.apply(Append(3, "s", 2, 0.0, [Complete("k", 0)])) == []
+    taken, late, parked = journal.apply(
+        Append(
+            3,
+            "z",
+            2,
+            0.0,
+            [Takeover("k", doubt.token), Takeover("k", doubt.token), Takeover("parked", 65538)],
+        )
+    )
+    assert isinstance(taken, Claimed)
+    assert taken.attempt == 2
+    assert isinstance(late, Busy)
+    assert isinstance(parked, Parked), "the token is not the current one"
+    with pytest.raises(OutOfOrder):
+        journal.apply(Append(4, "z", 3, 0.0, [Declare("z", 9)]))
+
+
+def test_abandoned_and_forgotten() -> None:
+    """Q leaves a doubt that its holder may not complete by D any more, but by T; F never hits a claim."""
+    log, journal = Log(), Journal()
+    [claim] = journal.apply(log.append("s", Claim("k")))
+    assert isinstance(claim, Claimed)
+    assert isinstance(journal.apply(log.append("s", Forget("k", claim.token)))[0], Lost)
+    assert journal.apply(log.append("s", Abandon("k", 0))) == [Applied()]
+    taken, done = journal.apply(log.append("s", Takeover("k", claim.token), Complete("k", 0)))
+    assert (type(taken), done) == (Claimed, Applied())
+    assert isinstance(taken, Claimed)
+    assert journal.apply(log.append("s", Forget("k", taken.token))) == [Applied()]
+    assert journal.state("k") == Free(0)
+
+
+def test_memory_is_bounded_by_the_buckets() -> None:
+    """B drops what was done before its bucket, and what was set free; open keys stay."""
+    log, journal = Log(), Journal()
+    for bucket in range(1, 40):
+        names = [f"{bucket}/{n}" for n in range(10)]
+        written: list[Any] = [Claim(name) for name in names] + [Complete(name, 0) for name in names[:8]]
+        journal.apply(log.append("s", *written, Release(names[8], 0, 1), Seed(f"seed/{bucket}")))
+        journal.apply(log.append("s", Begin(bucket), wall=float(bucket)))
+        if bucket >= 4:
+            journal.apply(log.append("s", Raise(bucket - 3)))
+            # An open key of every bucket stays; of the others those of the last four buckets.
+            assert len(journal.known()) == bucket + 4 * 10 - 10
+            assert journal.remembered() == 3 * 9
+    assert journal.began.keys() == {36, 37, 38, 39}
+    assert journal.opens.keys() == {36, 37, 38, 39}
+
+
+class Replicas(RuleBasedStateMachine):
+    """Writers that see only outcomes, replicas that lag, importers: all agree, and the laws hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Log()
+        self.live = Journal()
+        self.lagging = Journal()
+        self.snapshots: dict[int, tuple[bytes, int]] = {}
+        self.held: dict[str, tuple[str, int]] = {}
+        self.tokens: dict[str, int] = {}
+        self.dead: set[str] = set()
+        self.bucket = 0
+        self.chance = random.Random(0)
+
+    def write(self, session: str, *written: Any) -> list[Any]:
+        append = self.log.append(session, *written, wall=float(len(self.log.appends)))
+        # What the writer composed is what a replica reads.
+        wall, read = decode(encode(append.wall, append.records))
+        outcomes = self.live.apply(append._replace(wall=wall, records=read))
+        for record, outcome in zip(written, outcomes, strict=True):
+            if isinstance(outcome, Claimed):
+                assert outcome.token > self.tokens.get(record.key, 0)
+                assert isinstance(record, Takeover) or record.key not in self.held
+                self.tokens[record.key] = outcome.token
+                self.held[record.key] = (session, outcome.token)
+            elif outcome == Applied() and isinstance(record, Forget):
+                self.held.pop(record.key, None)
+            elif outcome == Applied() and isinstance(record, Complete | Release | Park | Abandon):
+                assert self.held[record.key][0] == session
+                if not isinstance(record, Park | Abandon):
+                    del self.held[record.key]
+        return outcomes
+
+    @rule(session=st.sampled_from("abc"), key=st.sampled_from("xyz"), what=st.integers(0, 8))
+    def record(self, session: str, key: str, what: int) -> None:
+        if session in self.dead:
+            return
+        token = self.tokens.get(key, 0)
+        made: list[Any] = [
+            Claim(key), Claim(key), Complete(key, 0, b"1"), Release(key, 0, 2), Abandon(key, 0),
+            Park(key, 0, "why"), Takeover(key, token), Forget(key, token), Complete(key, 0),
+        ]  # fmt: skip
+        self.write(session, made[what], Claim(key))
+
+    @precondition(lambda self: len(self.dead) < 2)
+    @rule(session=st.sampled_from("abc"))
+    def die(self, session: str) -> None:
+        others = [other for other in "abc" if other != session and other not in self.dead]
+        if session in self.dead or not others:
+            return
+        self.dead.add(session)
+        self.write(others[0], Declare(session, self.log.seqs.get(session, 0)))
+
+    @rule()
+    def begin(self) -> None:
+        writer = next(session for session in "abc" if session not in self.dead)
+        self.bucket += 1
+        self.write(writer, Begin(self.bucket))
+        self.snapshots[self.bucket] = (encode_open(self.live.opens[self.bucket]), len(self.log.appends) - 1)
+
+    @precondition(lambda self: self.bucket >= 2)
+    @rule()
+    def drop(self) -> None:
+        writer = next(session for session in "abc" if session not in self.dead)
+        if self.bucket - 1 > self.live.floor:
+            self.write(writer, Raise(self.bucket - 1))
+            self.held = {k: h for k, h in self.held.items() if self.live.entry(k) is not None}
+
+    @rule(count=st.integers(1, 5))
+    def lag(self, count: int) -> None:
+        for append in self.log.appends[len_applied(self.lagging) :][:count]:
+            self.lagging.apply(append)
+
+    @invariant()
+    def an_importer_agrees(self) -> None:
+        imported = Journal()
+        start = 0
+        if self.live.floor:
+            page, start = self.snapshots[self.live.floor]
+            imported.restore(self.live.floor, decode_open(page))
+        for append in self.log.appends[start:]:
+            imported.apply(append, importing=True)
+        assert everything(imported) == everything(self.live)
+
+    def teardown(self) -> None:
+        for append in self.log.appends[len_applied(self.lagging) :]:
+            self.lagging.apply(append)
+        assert everything(self.lagging) == everything(self.live)
+
+
+def len_applied(journal: Journal) -> int:
+    return journal.revision
+
+
+def everything(journal: Journal) -> dict[str, Any]:
+    return {key: journal.entry(key) for key in journal.known()}
+
+
+TestReplicas = Replicas.TestCase
+TestReplicas.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
