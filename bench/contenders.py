@@ -1,8 +1,10 @@
-"""The contenders, each a process of its own: `python -m bench.contenders NAME AMQP_URL QUEUE COUNT FOLDER`.
+"""The contenders, each a process of its own: `python -m bench.contenders NAME AMQP_URL QUEUE COUNT STORE_URL`.
 
     plain     pika as people write it: prefetch, acknowledge each message
     ceiling   pika at its best: acknowledge a hundred at a time; remembers nothing
+    seed      the way of the service before idemp, made safe: one etcd put a message, then its ack
     sqlite    idemp with the SQLite store: claimed and done durably, each message once
+    etcd      idemp with the etcd store: the same, replicated
 
 All decode the same payload.  Each prints its messages a second, from the first handler to the last
 acknowledgement, and how many it remembers at the end.
@@ -18,6 +20,7 @@ from typing import Any
 import pika
 
 from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp.stores.etcd_client import Client
 
 PREFETCH = 512
 
@@ -46,6 +49,35 @@ def plain(url: str, queue: str, count: int, every: int = 1) -> tuple[float, int]
     return count / (time.perf_counter() - began), 0
 
 
+def seed(url: str, queue: str, count: int, store_url: str) -> tuple[float, int]:
+    """A set in memory, one put a message in etcd, acknowledge each."""
+    host, _, namespace = store_url.removeprefix("etcd://").partition("/")
+    client, known = Client([host]), set[str]()
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    channel = connection.channel()
+    channel.basic_qos(prefetch_count=PREFETCH)
+    began = 0.0
+
+    def handle(_: Any, method: Any, properties: Any, body: bytes) -> None:
+        nonlocal began
+        began = began or time.perf_counter()
+        identity = json.loads(body)["id"]
+        if identity not in known:
+            known.add(identity)
+            client.put(f"/service/{namespace}/{identity}", b"true")
+        channel.basic_ack(method.delivery_tag)
+        if len(known) == count:
+            channel.stop_consuming()
+
+    channel.basic_consume(queue, handle)
+    channel.start_consuming()
+    took = time.perf_counter() - began
+    connection.close()
+    remembered = client.range(f"/service/{namespace}/", prefix=True, keys_only=True).count
+    client.close()
+    return count / took, remembered
+
+
 def idemp(url: str, queue: str, count: int, store_url: str) -> tuple[float, int]:
     """The product, with its defaults."""
     store = open_store(store_url)
@@ -71,17 +103,19 @@ def idemp(url: str, queue: str, count: int, store_url: str) -> tuple[float, int]
     return count / took, remembered
 
 
-def main(name: str, url: str, queue: str, count: str, folder: str) -> None:
+def main(name: str, url: str, queue: str, count: str, store: str) -> None:
     """Run one contender on a queue that is full already."""
     match name:
         case "plain":
             rate, remembered = plain(url, queue, int(count))
         case "ceiling":
             rate, remembered = plain(url, queue, int(count), every=100)
-        case "sqlite":
-            rate, remembered = idemp(url, queue, int(count), f"sqlite:///{folder}/seen.db")
+        case "seed":
+            rate, remembered = seed(url, queue, int(count), store)
+        case "sqlite" | "etcd":
+            rate, remembered = idemp(url, queue, int(count), store)
         case _:
-            sys.exit(f"no contender {name!r}; there are plain, ceiling, sqlite")
+            sys.exit(f"no contender {name!r}; there are plain, ceiling, seed, sqlite, etcd")
     print(json.dumps({"rate": rate, "remembered": remembered}))
 
 

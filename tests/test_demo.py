@@ -141,9 +141,12 @@ def test_a_store_that_forgets_is_found_out(demos: dict[str, Demo]) -> None:
     assert out.endswith("\n4 of 21 numbers are not as expected.\n")
 
 
-def test_the_story_is_true_on_rabbitmq(own_rabbitmq: Any, tmp_path: Path) -> None:
-    """N15: the same with a real broker, whose password is not shown, and which is left empty."""
-    demo = Demo(tmp_path / "demo", "--transport", own_rabbitmq.url)
+def test_the_story_is_true_on_rabbitmq_and_etcd(
+    own_rabbitmq: Any, etcd: Any, unique: str, tmp_path: Path
+) -> None:
+    """N15: the same with a real broker and a real store, whose password is not shown, and which is left empty."""
+    stack = ("--stack", "real", "--transport", own_rabbitmq.url, "--store", f"{etcd.url}{unique}")
+    demo = Demo(tmp_path / "demo", *stack)
     code, out, err = demo.told()
     assert (code, err) == (0, ""), out
     assert "events through: amqp://guest:***@127.0.0.1" in out

@@ -110,7 +110,9 @@ def test_only_faces_read_the_environment() -> None:
     """Everything else is told."""
     for module, file in modules().items():
         if floor(module) != "faces":
-            text = file.read_text().replace('os.environ.setdefault("GRPC', "")  # a driver is told, nothing read
+            text = file.read_text().replace(
+                'os.environ.setdefault("GRPC', ""
+            )  # a driver is told, nothing read
             assert not re.search(r"\benviron\b|\bgetenv\b", text), f"{module} reads the environment"
 
 

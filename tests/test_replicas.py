@@ -34,9 +34,9 @@ class Effect(NamedTuple):
 class Stage:
     """A folder, a store, a service name, and the replicas that run there."""
 
-    def __init__(self, folder: Path, url: str, service: str, policy: str = "retry") -> None:
+    def __init__(self, folder: Path, url: str, service: str, store: str = "", policy: str = "retry") -> None:
         self.folder, self.url, self.service, self.policy = folder, url, service, policy
-        self.store_url = f"sqlite:///{folder}/seen.db?session={SESSION}"
+        self.store_url = f"{store or f'sqlite:///{folder}/seen.db'}?session={SESSION}"
         self.store: Store = open_store(self.store_url)
         self.replicas: list[Program] = []
         with closing(open_transport(url)) as transport:
@@ -124,10 +124,18 @@ class Stage:
         self.store.close()
 
 
+@pytest.fixture(params=["sqlite", "etcd"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> str:
+    """The URL of an empty store."""
+    if request.param == "etcd":
+        return f"{request.getfixturevalue('etcd').url}{unique}"
+    return f"sqlite:///{tmp_path}/seen.db"
+
+
 @pytest.fixture
-def stage(tmp_path: Path, unique: str, rabbitmq: RabbitMQ) -> Iterator[Stage]:
-    """On the shared broker."""
-    made = Stage(tmp_path, rabbitmq.url, unique)
+def stage(tmp_path: Path, unique: str, rabbitmq: RabbitMQ, store: str) -> Iterator[Stage]:
+    """On the shared broker, with each store."""
+    made = Stage(tmp_path, rabbitmq.url, unique, store)
     yield made
     made.close()
 
@@ -161,11 +169,12 @@ def test_kill_9_ten_times_with_a_claim_open(stage: Stage) -> None:
     """
     stage.start()
     stage.start()
-    stage.publish(three_times(10_000))
+    deliveries = three_times(10_000)
     trapped: dict[str, str] = {}
     for kill in range(10):
         moment = "after" if kill % 2 else "before"
         stage.arm(moment)
+        stage.publish(deliveries[kill::10])
         victim = stage.caught()
         trapped[stage.key_in_trap(victim).partition("/")[2]] = moment
         victim.stop(signal.SIGKILL)
@@ -190,9 +199,9 @@ def test_kill_9_ten_times_with_a_claim_open(stage: Stage) -> None:
     assert all(states[id].attempt > 1 for id in (*doubled, *trapped))  # type: ignore[attr-defined]
 
 
-def test_in_doubt_park_never_doubles(tmp_path: Path, unique: str, rabbitmq: RabbitMQ) -> None:
+def test_in_doubt_park_never_doubles(tmp_path: Path, unique: str, rabbitmq: RabbitMQ, store: str) -> None:
     """N11 for who must not run twice: after a kill the message is parked, and at hand in the dead letters."""
-    stage = Stage(tmp_path, rabbitmq.url, unique, "park")
+    stage = Stage(tmp_path, rabbitmq.url, unique, store, "park")
     stage.start()
     stage.arm("after")
     stage.publish([f"{n}" for n in range(50)])

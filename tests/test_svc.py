@@ -19,7 +19,9 @@ import pytest
 from idemp import ConfigError, Message, open_store
 from idemp.message import Properties
 from idemp.ports import Done, Get
+from idemp.stores.etcd_client import Client
 from svc.settings import read
+from tests.servers import Etcd
 from tests.service import Stand, finished, stand
 
 BOTH = pytest.mark.parametrize("desk", ["sqlite", "rabbitmq"], indirect=True)
@@ -95,13 +97,10 @@ def test_the_switch(environment: dict[str, str], store: str | None) -> None:
 
 
 @pytest.mark.parametrize("switch", ["ENABLE_ETCD", "ENABLE_STATE"])
-def test_the_switch_without_a_store_names_the_fix(switch: str) -> None:
-    """N4: on means etcd, which is not there yet: one sentence, exit code 2."""
-    done = finished("-m", "svc", settings={"SERVICE_NAME": "orders", switch: "true"})
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"svc: {switch} is on, but ")
-    assert "IDEMP_STORE=sqlite:///seen.db" in done.stderr
+def test_the_switch_without_a_store_means_etcd(switch: str) -> None:
+    """N4: at the seed's address, in a namespace of the service's name."""
+    told = {"SERVICE_NAME": "orders", switch: "true"}
+    assert read(told).store == "etcd://localhost:2379/orders"
 
 
 @pytest.mark.parametrize(
@@ -294,6 +293,35 @@ def test_ids_survive_a_restart(desk: Stand, unique: str) -> None:
     desk.publish(*events)
     desk.counted(**{f"{unique}_new_order_skipped": 20})
     desk.exactly(**{f"{unique}_new_order_ok": 20, f"{unique}_new_order_skipped": 20})
+
+
+@EMBEDDED
+def test_with_etcd(desk: Stand, unique: str, etcd: Etcd) -> None:
+    """N4, N5, N6, N7: the seed's keys count as done, ids survive a restart, in the seed's layout too."""
+    client = Client(etcd.endpoints)
+    client.put(f"/service/{unique}/from the seed", b"true")
+    settings = {"ENABLE_ETCD": "true", "IDEMP_STORE": f"{etcd.url}{unique}?seed_layout=1"}
+    service = desk.service(unique, **settings)
+    events = [order() for _ in range(150)]
+    desk.publish(order("from the seed"), *events, *events)
+    desk.counted(**{f"{unique}_new_order_ok": 150, f"{unique}_new_order_skipped": 151})
+    assert service.stop() == 0
+    desk.service(unique, **settings)
+    desk.publish(order("from the seed"), *events)
+    desk.counted(**{f"{unique}_new_order_skipped": 302})
+    kept = client.range(f"/service/{unique}/", prefix=True).pairs
+    assert {pair.key.rpartition("/")[2] for pair in kept} == {
+        "from the seed",
+        *(event.id for event in events),
+    }
+    assert {pair.value for pair in kept} == {b"true"}
+    logged = client.range(f"/idemp/v1/{unique}/log/", prefix=True).pairs
+    lines = [line for pair in logged for line in pair.value.decode().splitlines()[1:]]
+    assert f"C {unique}.new_order/{events[0].id}" in lines
+    assert f"D {unique}.new_order/{events[0].id}" in lines
+    assert f"S {unique}.new_order/from%20the%20seed" in lines
+    client.close()
+    desk.exactly(**{f"{unique}_new_order_ok": 150, f"{unique}_new_order_skipped": 302})
 
 
 @EMBEDDED

@@ -19,17 +19,27 @@ from idemp.settings import hidden
 from idemp.stores import open_store
 
 EMBEDDED = "SQLite in a temporary folder"
+REAL = ("amqp://guest:guest@localhost:5672/", "etcd://localhost:2379/demo")
 
 
 @click.command()
-@click.option("--transport", metavar="URL", help=f"A broker; by default {EMBEDDED}.")
-@click.option("--store", metavar="URL", help=f"A store; by default {EMBEDDED}.")
+@click.option(
+    "--stack",
+    type=click.Choice(["embedded", "real"]),
+    default="embedded",
+    show_default=True,
+    help=f"real: {REAL[0]} and {REAL[1]}; embedded: {EMBEDDED}.",
+)
+@click.option("--transport", metavar="URL", help="A broker other than the stack's.")
+@click.option("--store", metavar="URL", help="A store other than the stack's.")
 @json_option
-def demo(transport: str | None, store: str | None, as_json: bool) -> int:
+def demo(stack: str, transport: str | None, store: str | None, as_json: bool) -> int:
     """See it work: two services, a duplicate, a restart.
 
     Exit code 0 if every number is as expected, else 1.
     """
+    if stack == "real":
+        transport, store = transport or REAL[0], store or REAL[1]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the services are ended, too
     with tempfile.TemporaryDirectory(prefix="idemp-demo-", ignore_cleanup_errors=True) as folder:
         broker = transport or f"sqlite:///{folder}/queues.db"

@@ -17,7 +17,7 @@ SESSION = 10.0
 """Seconds without a heartbeat after which a session is dead, unless the URL says otherwise."""
 
 _OPTIONS = {"retention": "24h", "session": "10s"}
-_TLS = {"tls": "true", "ca": "ca.pem", "cert": "client.pem", "key": "client.key"}
+_ETCD = {"tls": "true", "ca": "ca.pem", "cert": "client.pem", "key": "client.key", "seed_layout": "1"}
 
 
 def open_store(url: str) -> Store:
@@ -25,7 +25,7 @@ def open_store(url: str) -> Store:
 
     ``sqlite:///seen.db`` (``sqlite:////absolute/seen.db``), ``memory://`` for one process, or
     ``etcd://host1:2379,host2:2379/namespace``, there with ``user:password@`` and the options ``tls``,
-    ``ca``, ``cert`` and ``key`` (files).
+    ``ca``, ``cert`` and ``key`` (files); ``seed_layout=1`` writes ``/service/<namespace>/<id>`` too.
     ``?retention=24h`` says how long done is remembered; the longest that any opener named is in
     force.  ``?session=10s`` says how long a process may be silent before its claims are in doubt.
     Raises `ConfigError`.
@@ -34,7 +34,7 @@ def open_store(url: str) -> Store:
     if parts.scheme not in {"sqlite", "memory", "etcd"}:
         offer = "sqlite:///seen.db, etcd://host/namespace or memory://"
         raise ConfigError(f"there is no store for {hidden(url)!r}; use {offer}")
-    found = options(parts, {**_OPTIONS, **(_TLS if parts.scheme == "etcd" else {})})
+    found = options(parts, {**_OPTIONS, **(_ETCD if parts.scheme == "etcd" else {})})
     retention = duration(found["retention"], "retention") if "retention" in found else None
     session = duration(found["session"], "session") if "session" in found else SESSION
     if parts.scheme == "memory":
@@ -70,4 +70,5 @@ def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, sessio
         found.get("key"),
         tls=switch(found.get("tls", "")),
     )
-    return EtcdStore(connect, namespace, retention=retention, session_ttl=session)
+    seed_layout = switch(found.get("seed_layout", ""))
+    return EtcdStore(connect, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)

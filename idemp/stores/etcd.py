@@ -53,7 +53,7 @@ from idemp.stores.etcd_client import (
 )
 from idemp.stores.etcd_replica import Layout, Replica, Tails
 from idemp.stores.group import GroupCommit
-from idemp.stores.journal import Append, Begin, Declare, Raise, Record, encode, encode_open
+from idemp.stores.journal import Append, Begin, Declare, Raise, Record, Seed, encode, encode_open
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ CATCH_UP = 1.0
 """Seconds that the watch has to bring what precedes an append; then the memory is imported again."""
 MOST = 4000
 """Records in one append."""
+SEED_MOST = 100
+"""The same where each done writes a key of its own too: a transaction has at most 128 requests."""
 SLICES = 8
 """Buckets in a retention."""
 _PAGE = 500
@@ -73,6 +75,7 @@ class EtcdStore:
 
     retention: seconds that done is remembered (the longest that any opener named is in force).
     session_ttl: seconds without a keepalive after which this process's claims are in doubt.
+    seed_layout: write ``/service/<namespace>/<id>`` too, as the services before idemp did.
     """
 
     def __init__(
@@ -82,9 +85,11 @@ class EtcdStore:
         *,
         retention: float,
         session_ttl: float,
+        seed_layout: bool = False,
         clock: Clock | None = None,
     ) -> None:
-        self._make = partial(_Session, connect, namespace, retention, session_ttl, clock or Clock())
+        clock = clock or Clock()
+        self._make = partial(_Session, connect, namespace, retention, session_ttl, seed_layout, clock)
         self._retention = retention
         self._lock = threading.Lock()
         self._session: _Session | None = None
@@ -147,7 +152,7 @@ class _Never(Exception):
     """The append was refused, and can never be applied: compose it anew."""
 
 
-def _parts(ops: Sequence[Op]) -> list[Sequence[Op]]:
+def _parts(ops: Sequence[Op], most: int) -> list[Sequence[Op]]:
     """Batches for one append each: no token is named of a key that the same append changes before.
 
     On the wire a D, R, Q or P names no token, for nobody else can change a live session's claim; so
@@ -157,7 +162,7 @@ def _parts(ops: Sequence[Op]) -> list[Sequence[Op]]:
     start, touched = 0, set[str]()
     for place, op in enumerate(ops):
         names_token = isinstance(op, Complete | Release | Abandon | Park)
-        if place - start >= MOST or (names_token and op.key in touched):
+        if place - start >= most or (names_token and op.key in touched):
             parts.append(ops[start:place])
             start, touched = place, set()
         touched.add(op.key)
@@ -168,7 +173,13 @@ class _Session:
     """One process's presence in a namespace: lease, memory, appends."""
 
     def __init__(
-        self, connect: Callable[[], Client], namespace: str, retention: float, ttl: float, clock: Clock
+        self,
+        connect: Callable[[], Client],
+        namespace: str,
+        retention: float,
+        ttl: float,
+        seed_layout: bool,
+        clock: Clock,
     ) -> None:
         self.pid = os.getpid()
         client = connect()
@@ -176,6 +187,7 @@ class _Session:
         self.group = GroupCommit(self._commit)
         self._client, self._ttl, self._clock = client, max(2, round(ttl)), clock
         self._layout = Layout(namespace)
+        self._seed_layout = seed_layout
         self._replica = Replica(client, self._layout, clock)
         self._id, self._lease, self._seq, self._tail = "", 0, 0, b""
         self._mine: set[str] = set()  # the sessions that this process had
@@ -188,6 +200,7 @@ class _Session:
                 self._prepare()
                 self._begin_session()
                 self._replica.import_all()
+                self._import_seed(clock.steady() + PATIENCE)
         except BaseException:
             client.close()
             raise
@@ -224,6 +237,22 @@ class _Session:
         self._mine.add(self._id)
         self._alive_at = asked
 
+    def _import_seed(self, deadline: float) -> None:
+        """Ids that a service before idemp left count as done; they are put into the journal once."""
+        layout, after = self._layout, ""
+        if self._client.range(layout.seeded).pairs:
+            return
+        while True:
+            page = self._client.range(layout.seed, prefix=True, after=after, limit=_PAGE, keys_only=True)
+            if page.pairs:
+                seeds = [Seed(layout.key_of_seed(pair.key)) for pair in page.pairs]
+                self._append_surely(seeds, deadline)
+                after = page.pairs[-1].key
+            if not page.more:
+                break
+        if after:
+            self._client.put(layout.seeded, b"true")
+
     # ---------------------------------------------------------------- a batch
 
     def _commit(self, ops: Sequence[Op]) -> list[Reply]:
@@ -231,7 +260,8 @@ class _Session:
         if self._ended.is_set():
             raise Closed("this store was closed")
         with self._as_store_error():
-            return [reply for part in _parts(ops) for reply in self._commit_part(part)]
+            most = SEED_MOST if self._seed_layout else MOST
+            return [reply for part in _parts(ops, most) for reply in self._commit_part(part)]
 
     def _commit_part(self, ops: Sequence[Op]) -> list[Reply]:
         deadline = self._clock.steady() + PATIENCE
@@ -316,7 +346,21 @@ class _Session:
         """Append and return the outcomes.  `_Never` if it must be composed anew."""
         with self._replica.changed:
             current = self._replica.journal.bucket
+        if self._seed_layout:
+            requests = [*requests, *self._seed_requests(records)]
         return self._send(self._compose(records, current, bucket, compares, requests), deadline)
+
+    def _seed_requests(self, records: Sequence[Record]) -> list[Request]:
+        """A key for each id that is done here, which is true by itself: only a holder writes a D."""
+        done = [self._layout.seed_of(record.key) for record in records if isinstance(record, Complete)]
+        return [Put(key, b"true") for key in dict.fromkeys(done) if key]
+
+    def _append_surely(self, records: Sequence[Record], deadline: float) -> None:
+        """Compose it anew until it is applied."""
+        while True:
+            with contextlib.suppress(_Never):
+                self._append(records, deadline)
+                return
 
     def _compose(
         self,
@@ -411,10 +455,8 @@ class _Session:
                     undo.append(Release(key, token, attempt - 1))
                 case Takeover(key), Claimed(token):
                     undo.append(Abandon(key, token))
-        while undo:
-            with contextlib.suppress(_Never):
-                self._append(undo, deadline)
-                return
+        if undo:
+            self._append_surely(undo, deadline)
 
     # ---------------------------------------------------------------- catching up
 

@@ -680,8 +680,6 @@ class Watch:
                 return
             events = tuple([_event(event) for event in response.events])
             self._hand_over(WatchBatch(_header(response.header), events, response.created))
-            if self._cancelled:
-                return
         raise Unsure("etcd ended a watch without a word")
 
     def _canceled(self, response: Any) -> None:

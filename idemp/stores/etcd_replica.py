@@ -36,6 +36,17 @@ class Layout:
         self.bucket = self.root + "bucket"
         self.floor = self.root + "floor"
         self.retention = self.root + "retention"
+        self.seeded = self.root + "seeded"
+        self.seed = f"/service/{namespace}/"
+        self._seed_handler = f"{namespace}.new_order/"
+
+    def key_of_seed(self, key: str) -> str:
+        """The key that an id of the services before idemp stands for."""
+        return self._seed_handler + key[len(self.seed) :]
+
+    def seed_of(self, key: str) -> str:
+        """Where they would have written it; "" for what they did not remember."""
+        return self.seed + key[len(self._seed_handler) :] if key.startswith(self._seed_handler) else ""
 
     def session(self, session: str) -> str:
         """The presence of a session."""
