@@ -1,4 +1,4 @@
-"""The contenders, each a process of its own: `python -m bench.contenders NAME AMQP_URL QUEUE COUNT STORE_URL`.
+"""The contenders, each a process of its own: `python -m bench.contenders NAME AMQP QUEUE COUNT STORE`.
 
     plain     pika as people write it: prefetch, acknowledge each message
     ceiling   pika at its best: acknowledge a hundred at a time; remembers nothing

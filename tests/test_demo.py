@@ -144,7 +144,7 @@ def test_a_store_that_forgets_is_found_out(demos: dict[str, Demo]) -> None:
 def test_the_story_is_true_on_rabbitmq_and_etcd(
     own_rabbitmq: Any, etcd: Any, unique: str, tmp_path: Path
 ) -> None:
-    """N15: the same with a real broker and a real store, whose password is not shown, and which is left empty."""
+    """N15: the same with a real broker and store, whose password is not shown, and which is left empty."""
     stack = ("--stack", "real", "--transport", own_rabbitmq.url, "--store", f"{etcd.url}{unique}")
     demo = Demo(tmp_path / "demo", *stack)
     code, out, err = demo.told()

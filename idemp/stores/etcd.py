@@ -20,7 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 from idemp.errors import Closed, ConfigError, StoreUnavailable
-from idemp.laws import CLAIMED, Entry
+from idemp.laws import CLAIMED, DONE, Entry
 from idemp.ports import (
     Abandon,
     Applied,
@@ -193,6 +193,7 @@ class _Session:
         self._mine: set[str] = set()  # the sessions that this process had
         self._alive_at = clock.steady() - self._ttl
         self._unsure: _Sent | None = None
+        self._complete_to = -1  # the bucket up to whose beginning the tails say that nothing is missing
         self._appended_at = clock.wall()
         self._ended = threading.Event()
         try:
@@ -269,6 +270,7 @@ class _Session:
         self._settle_unsure(deadline)
         current = any(isinstance(op, Get) for op in ops) and self._catch_up(deadline)
         while True:
+            ops = [self._retake(op, deadline) for op in ops]
             known, records = self._plan(ops)
             if any(isinstance(reply, Lost) for reply in known) and not current:
                 current = self._catch_up(deadline)  # a loss is told with the state of now, not of before
@@ -280,6 +282,20 @@ class _Session:
             except _Never:
                 continue
             return [self._answer(op, reply, outcomes) for op, reply in zip(ops, known, strict=True)]
+
+    def _retake(self, op: Op, deadline: float) -> Op:
+        """A claim that is in doubt by now is taken over before it is settled, if nobody was first.
+
+        By an append of its own: a D is true by itself, so it is written only by a holder who knows it.
+        """
+        if isinstance(op, Complete | Release | Abandon | Park):
+            with self._replica.changed:
+                entry = self._replica.journal.entry(op.key)
+            if entry is not None and (entry.state, entry.token, entry.session) == (CLAIMED, op.token, ""):
+                [taken] = self._append_surely([Takeover(op.key, op.token)], deadline)
+                if isinstance(taken, Claimed):
+                    return op._replace(token=taken.token)
+        return op
 
     def _plan(self, ops: Sequence[Op]) -> tuple[list[Reply | int], list[Record]]:
         """For each operation its reply, if memory is certain, or the place of its record."""
@@ -293,35 +309,27 @@ class _Session:
                     plan.append(certain)
                     continue
                 if not isinstance(op, Get):
-                    records += self._records(op)
+                    records.append(op)
                 touched.add(op.key)
                 plan.append(len(records) - 1)
         return plan, records
 
     def _certain(self, op: Op) -> Reply | None:
         """A done is true by itself; a busy key's claimer waits on memory; a token is checked here."""
-        state = self._replica.journal.state(op.key)
-        match op:
-            case Claim():
-                return state if isinstance(state, Done | Busy) else None
-            case Get():
-                return state
-            case Complete(_, token) | Release(_, token) | Abandon(_, token) | Park(_, token):
-                if isinstance(op, Complete) and isinstance(state, Done) and state.token == token:
-                    return Applied()
-                entry = self._replica.journal.entry(op.key)
-                if entry is None or (entry.state, entry.token) != (CLAIMED, token):
-                    return Lost(state)
-                return None if entry.session in (self._id, "") else Lost(state)
-        return None
-
-    def _records(self, op: Op) -> list[Record]:
-        """The records of an operation.  A claim of a session that is dead is taken over first."""
+        entry = self._replica.journal.entry(op.key)
+        if isinstance(op, Claim):
+            if entry is None:
+                return None
+            state = self._replica.journal.state(op.key)
+            return state if isinstance(state, Done | Busy) else None
         if isinstance(op, Complete | Release | Abandon | Park):
-            entry = self._replica.journal.entry(op.key)
-            if entry is not None and entry.session == "":
-                return [Takeover(op.key, op.token), op]
-        return [op]
+            if entry is not None and entry.token == op.token:
+                if entry.state == CLAIMED and entry.session == self._id:
+                    return None
+                if entry.state == DONE and isinstance(op, Complete):
+                    return Applied()
+            return Lost(self._replica.journal.state(op.key))
+        return self._replica.journal.state(op.key) if isinstance(op, Get) else None
 
     def _answer(self, op: Op, known: Reply | int, outcomes: Sequence[Reply]) -> Reply:
         """The outcome at the record's line, never a later look."""
@@ -346,6 +354,11 @@ class _Session:
         """Append and return the outcomes.  `_Never` if it must be composed anew."""
         with self._replica.changed:
             current = self._replica.journal.bucket
+        if current != self._complete_to:
+            # No claim of this bucket may lose against a done of an earlier one that the watch forgot to tell.
+            self._catch_up(deadline)
+            self._complete_to = current
+            raise _Never
         if self._seed_layout:
             requests = [*requests, *self._seed_requests(records)]
         return self._send(self._compose(records, current, bucket, compares, requests), deadline)
@@ -355,12 +368,11 @@ class _Session:
         done = [self._layout.seed_of(record.key) for record in records if isinstance(record, Complete)]
         return [Put(key, b"true") for key in dict.fromkeys(done) if key]
 
-    def _append_surely(self, records: Sequence[Record], deadline: float) -> None:
+    def _append_surely(self, records: Sequence[Record], deadline: float) -> list[Reply]:
         """Compose it anew until it is applied."""
         while True:
             with contextlib.suppress(_Never):
-                self._append(records, deadline)
-                return
+                return self._append(records, deadline)
 
     def _compose(
         self,
@@ -395,7 +407,7 @@ class _Session:
             Range(layout.log(sent.bucket, append.session, append.seq)),
             Range(layout.tails, prefix=True),
         ]
-        self._replica.expect(append.session, append.seq)
+        self._replica.expect(append)
         self._unsure = sent
         while True:
             try:
@@ -410,11 +422,11 @@ class _Session:
             tails = layout.read_tails(result.responses[-1].pairs)
             return self._settled(sent, result.revision, tails, deadline)
         tail, session, logged, tails_now = (response.pairs for response in result.responses)
-        if tail and int(tail[0].value.split()[0]) >= append.seq:
+        if logged or (tail and int(tail[0].value.split()[0]) >= append.seq):
             revision = logged[0].mod_revision if logged else 0
             return self._settled(sent, revision, layout.read_tails(tails_now), deadline)
         self._unsure = None
-        self._replica.forget(append.session, append.seq)
+        self._replica.forget(append)
         if not session:
             self._renew(deadline)
         else:
@@ -435,7 +447,7 @@ class _Session:
         self._seq, self._tail = append.seq, f"{append.seq} {sent.bucket}".encode()
         self._unsure = None
         self._appended_at = append.wall
-        self._replica.forget(append.session, append.seq)
+        self._replica.forget(append)
         assert found is not None
         return found
 
@@ -574,7 +586,7 @@ class _Session:
             self._snapshot(each, found)
         over = [each for each, at in began.items() if floor < each and now - at >= self.retention]
         if over:
-            self._raise(max(over), deadline)
+            self._raise(floor, max(over), deadline)
         self._sweep(floor)
 
     def _snapshot(self, bucket: int, entries: Sequence[tuple[str, Entry]]) -> None:
@@ -587,13 +599,14 @@ class _Session:
             self._client.put(f"{self._layout.snap_of(bucket)}{self._id}/{start:010d}", page)
         self._client.txn([Created(end, 0)], [Put(end, self._id.encode())], [])
 
-    def _raise(self, bucket: int, deadline: float) -> None:
+    def _raise(self, floor: int, bucket: int, deadline: float) -> None:
         """B: a whole retention after the bucket began, and once its snapshot is whole."""
         ends = self._client.range(self._layout.snap_end(bucket)).pairs
         if ends:
-            whole = [Value(self._layout.snap_end(bucket), ends[0].value)]
-            floor = [Put(self._layout.floor, str(bucket).encode())]
-            self._append([Raise(bucket)], deadline, compares=whole, requests=floor)
+            sure: list[Compare] = [Value(self._layout.snap_end(bucket), ends[0].value)]
+            sure.append(Value(self._layout.floor, str(floor).encode()))  # it must never go back
+            put = [Put(self._layout.floor, str(bucket).encode())]
+            self._append([Raise(bucket)], deadline, compares=sure, requests=put)
 
     def _sweep(self, floor: int) -> None:
         """Delete what lies below the floor, page by page.  To memory it means nothing."""
@@ -653,7 +666,7 @@ class _Session:
                 if entry.state == CLAIMED and entry.session == self._id
             ]
         if mine:
-            self._append(mine, self._clock.steady() + 2.0)
+            self._append_surely(mine, self._clock.steady() + 2.0)
 
     @contextlib.contextmanager
     def _as_store_error(self) -> Iterator[None]:

@@ -13,8 +13,8 @@ A call ends in one of four ways:
 
 What was not sent, or only reads, is tried at each endpoint in turn; what may have been sent is not.
 
-grpc and fork: a child of `os.fork` gets connections of its own at its first call.  grpc promises that only
-if the parent made no call before; fork first, then work.
+grpc and fork: fork first, then work.  A child whose parent had made a call before would hang in its own
+first one, so that it gets a `ConfigError` instead; one that leaves etcd alone is not disturbed.
 """
 
 from __future__ import annotations
@@ -494,6 +494,8 @@ class Client:
         """At one endpoint, with a new token if it finds ours too old."""
         here = self._here()
         metadata = _LEADER if method == "authenticate" else self._metadata(number, end)
+        if method == "status":
+            metadata = metadata[1:]  # a member without a leader can say just that
         call = getattr(here.link(number), method)
         try:
             return call(request, timeout=max(0.001, end - time.monotonic()), metadata=metadata)
@@ -581,6 +583,7 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", int(BACKOFF[1] * 1000)),
     ("grpc.keepalive_time_ms", int(SILENCE * 1000)),
     ("grpc.keepalive_timeout_ms", int(PATIENCE * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(PATIENCE * 1000)),  # else a minute, whatever keepalive says
     ("grpc.http2.max_pings_without_data", 0),  # no limit
 )
 
@@ -679,7 +682,8 @@ class Watch:
                 self._canceled(response)
                 return
             events = tuple([_event(event) for event in response.events])
-            self._hand_over(WatchBatch(_header(response.header), events, response.created))
+            if not self._hand_over(WatchBatch(_header(response.header), events, response.created)):
+                return
         raise Unsure("etcd ended a watch without a word")
 
     def _canceled(self, response: Any) -> None:
@@ -694,14 +698,15 @@ class Watch:
         self._here.leave(number)
         self._hand_over(WatchBatch(Header(0, 0, 0, 0), broken=reason))
 
-    def _hand_over(self, batch: WatchBatch) -> None:
-        if self._cancelled:
-            return
-        try:
-            self._deliver(batch)
-        except Exception:
-            log.exception("a batch of a watch could not be delivered; the watch ends")
-            self._cancelled = True
+    def _hand_over(self, batch: WatchBatch) -> bool:
+        """Whether more is wanted."""
+        if not self._cancelled:
+            try:
+                self._deliver(batch)
+                return True
+            except Exception:
+                log.exception("a batch of a watch could not be delivered; the watch ends")
+        return False
 
 
 # ---------------------------------------------------------------- to and from the wire

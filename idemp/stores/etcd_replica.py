@@ -104,7 +104,8 @@ class Replica:
         self._watch: Watch | None = None
         self._generation = 0
         self._early: list[WatchBatch] | None = None
-        self._expected: dict[tuple[str, int], list[Reply] | None] = {}
+        self._expected: dict[tuple[str, int], Append] = {}
+        self._outcomes: dict[tuple[str, int], list[Reply]] = {}
 
     # ---------------------------------------------------------------- import
 
@@ -191,8 +192,10 @@ class Replica:
             session, seq = self.layout.place(event.key)
             if seq <= self.journal.seqs.get(session, 0):
                 continue  # most are one's own, applied already
+            mine = self._expected.get((session, seq))
+            append = mine._replace(revision=event.mod_revision) if mine else self.layout.append(event)
             try:
-                self._fold(self.journal, self.layout.append(event))
+                self._fold(self.journal, append)
             except OutOfOrder:
                 self._distrust(f"append {event.key} is out of order")
 
@@ -208,22 +211,23 @@ class Replica:
             self.changed.notify_all()
 
     def _fold(self, journal: Journal, append: Append, *, importing: bool = False) -> None:
-        place = (append.session, append.seq)
         outcomes = journal.apply(append, importing=importing)
+        place = (append.session, append.seq)
         if place in self._expected and len(outcomes) == len(append.records):
-            self._expected[place] = outcomes
+            self._outcomes[place] = outcomes
 
     # ---------------------------------------------------------------- one's own appends
 
-    def expect(self, session: str, seq: int) -> None:
+    def expect(self, append: Append) -> None:
         """The outcomes of that append will be asked for."""
         with self.changed:
-            self._expected[session, seq] = None
+            self._expected[append.session, append.seq] = append
 
-    def forget(self, session: str, seq: int) -> None:
+    def forget(self, append: Append) -> None:
         """They will not."""
         with self.changed:
-            self._expected.pop((session, seq), None)
+            self._expected.pop((append.session, append.seq), None)
+            self._outcomes.pop((append.session, append.seq), None)
 
     def outcomes(self, append: Append, tails: Tails) -> list[Reply] | None:
         """What became of one's own append, or None while something that precedes it is not applied.
@@ -232,15 +236,15 @@ class Replica:
         """
         with self.changed:
             place = (append.session, append.seq)
-            found = self._expected.get(place)
-            if found is None and self.trusted and append.revision and self._complete(append, tails):
+            if place not in self._outcomes and self.trusted and append.revision:
+                if not self._complete(append, tails):
+                    return None
                 try:
                     self._fold(self.journal, append)
                 except OutOfOrder:
                     self._distrust("an append came late")
-                found = self._expected.get(place)
                 self.changed.notify_all()
-            return found
+            return self._outcomes.get(place)
 
     def _complete(self, append: Append, tails: Tails) -> bool:
         """Whether everything that precedes ``append`` is applied, and nothing after it."""

@@ -21,6 +21,7 @@ The first line of an append is the writer's wall clock.  Keys, results and reaso
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import quote, quote_from_bytes, unquote, unquote_to_bytes
@@ -45,6 +46,7 @@ LINES = 1 << 16
 """Tokens of one append: token = revision * LINES + line."""
 # Everything that can be seen stays as it is, but the percent sign.
 _SAFE = "/:.-_~!$&'()*+,;=@?#[]{}|^`\"<>\\"
+_PLAIN = re.compile(r"[!-$&-~]+").fullmatch
 _NULL = b"null"
 
 
@@ -178,7 +180,7 @@ def _what_is_kept(words: Sequence[str]) -> tuple[bytes | None, bytes | None]:
 
 
 def _quote(text: str) -> str:
-    return quote(text, _SAFE)
+    return text if _PLAIN(text) else quote(text, _SAFE)
 
 
 def encode_open(entries: Sequence[tuple[str, Entry]]) -> bytes:
@@ -243,7 +245,8 @@ class Journal:
 
     revision: of the last append applied.  bucket, floor: the present one, and the oldest that counts.
     seqs: session -> its last append.  walls: session -> the clock of its last append.
-    began: bucket -> the clock at its beginning.  opens: bucket -> what was open there, until it is written.
+    began: bucket -> the latest clock when its first append was written.
+    opens: bucket -> what was open where it begins.
     """
 
     def __init__(self) -> None:
@@ -297,7 +300,9 @@ class Journal:
         self.revision = append.revision
         self.seqs[append.session] = append.seq
         self.walls[append.session] = append.wall
-        self.began.setdefault(self.bucket, append.wall)
+        # Not the clock of E, which was composed while the bucket before still took records; and the
+        # latest clock, so that one that runs behind cannot shorten the retention.
+        self.began.setdefault(self.bucket, max(self.walls.values()))
         fold = _Fold(self._keys, bool, append.session, 0, append.wall)  # type: ignore[arg-type]
         fold.settled = self._settled[self.bucket]
         first = append.revision * LINES
@@ -325,7 +330,7 @@ class Journal:
                     raise OutOfOrder
                 self._declare_dead(session)
             case Begin(bucket):
-                self._begin(bucket, append.wall)
+                self._begin(bucket)
             case Raise(bucket):
                 self._raise(bucket)
         return Applied()
@@ -339,9 +344,8 @@ class Journal:
             if entry.session == session and entry.state == CLAIMED:
                 self._keys.open[key] = entry._replace(session="")
 
-    def _begin(self, bucket: int, wall: float) -> None:
+    def _begin(self, bucket: int) -> None:
         self.bucket = bucket
-        self.began[bucket] = wall
         self._settled.setdefault(bucket, [])
         self.opens[bucket] = self.opened()
 
