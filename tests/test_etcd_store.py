@@ -1,0 +1,260 @@
+"""What only the etcd store has: lost replies, restarts, a silent watch, the keeping of the journal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from idemp import ConfigError, open_store
+from idemp.errors import StoreUnavailable
+from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Free, Get, Store
+from idemp.stores.etcd import EtcdStore
+from idemp.stores.etcd_client import Client, Unsure, WatchBatch
+from idemp.stores.etcd_replica import Layout
+from tests.servers import Etcd
+
+
+class Wire(Client):
+    """A client whose transactions and watch a test can hinder."""
+
+    def __init__(self, endpoints: list[str]) -> None:
+        super().__init__(endpoints)
+        self.lose: Callable[[], bool] = lambda: False  # the reply of a transaction that took effect
+        self.drop: Callable[[WatchBatch], bool] = lambda batch: False  # what the watch brings
+        self.calls = 0
+
+    def txn(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        result = super().txn(*args, **kwargs)
+        if self.lose():
+            raise Unsure("the reply was lost")
+        return result
+
+    def watch(self, prefix: str, start_revision: int, deliver: Any, progress_notify: bool = False) -> Any:
+        def filtered(batch: WatchBatch) -> None:
+            if not self.drop(batch):
+                deliver(batch)
+
+        return super().watch(prefix, start_revision, filtered, progress_notify)
+
+
+Make = Callable[..., tuple[Store, Wire]]
+
+
+@pytest.fixture
+def make(etcd: Etcd, unique: str) -> Iterator[Make]:
+    """Opens stores on one namespace, each on a wire of its own."""
+    opened: list[tuple[Store, Wire]] = []
+
+    def build(retention: float = 3600.0, session_ttl: float = 10.0) -> tuple[Store, Wire]:
+        wire = Wire(etcd.endpoints)
+        store = EtcdStore(lambda: wire, unique, retention=retention, session_ttl=session_ttl)
+        store.apply([])
+        opened.append((store, wire))
+        return opened[-1]
+
+    yield build
+    for store, wire in opened:
+        wire.lose, wire.drop = lambda: False, lambda batch: False
+        store.close()
+
+
+def one(store: Store, op: Any) -> Any:
+    return store.apply([op])[0]
+
+
+def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def times(n: int) -> Callable[[], bool]:
+    """True ``n`` times, then false."""
+    left = [n]
+
+    def lose() -> bool:
+        left[0] -= 1
+        return left[0] >= 0
+
+    return lose
+
+
+def test_a_lost_reply_is_resolved(make: Make) -> None:
+    """Law 10: the same append is sent again, and its else branch says that it was applied."""
+    store, wire = make()
+    one(store, Claim("warm"))
+    wire.lose = times(1)
+    claimed = one(store, Claim("a"))
+    assert claimed == Claimed(claimed.token, 1)
+    wire.lose = times(2)
+    assert one(store, Complete("a", claimed.token, b"1")) == Applied()
+    assert one(store, Claim("a")).result == b"1"
+
+
+def test_a_claim_that_nobody_heard_of_is_given_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 10: after `StoreUnavailable` no claim of the batch is held."""
+    monkeypatch.setattr("idemp.stores.etcd.PATIENCE", 0.3)
+    store, wire = make()
+    other, _ = make()
+    wire.lose = lambda: True
+    with pytest.raises(StoreUnavailable):
+        one(store, Claim("a"))
+    wire.lose = lambda: False
+    assert isinstance(one(store, Claim("b")), Claimed)
+    assert one(other, Get("a")) == Free(0)
+    assert one(other, Claim("a")).attempt == 1
+
+
+def test_what_the_watch_does_not_bring_is_fetched(make: Make) -> None:
+    """The tails tell that something precedes; nobody decides without it."""
+    store, wire = make()
+    other, _ = make()
+    one(store, Claim("warm"))
+    wire.drop = lambda batch: bool(batch.events)
+    claimed = one(other, Claim("a"))
+    one(other, Complete("a", claimed.token, b"1"))
+
+    began = time.monotonic()
+    state = one(store, Claim("a"))
+
+    assert isinstance(state, Done)
+    assert state.result == b"1"
+    assert time.monotonic() - began < 8
+
+
+def test_one_event_that_is_dropped_is_noticed(make: Make) -> None:
+    """A gap in a session's appends, or a late one, makes the memory untrusted until it is read anew."""
+    store, wire = make()
+    other, _ = make()
+    drop = times(1)
+    wire.drop = lambda batch: bool(batch.events) and drop()
+    first = one(other, Claim("a"))
+    one(other, Claim("b"))
+    assert one(other, Complete("a", first.token)) == Applied()
+    assert isinstance(one(store, Claim("a")), Done)
+    assert isinstance(one(store, Claim("b")), Busy)
+
+
+def test_a_duplicate_costs_no_round_trip(make: Make) -> None:
+    """Done is answered from memory."""
+    store, wire = make()
+    other, there = make()
+    claimed = one(store, Claim("a"))
+    one(store, Complete("a", claimed.token, b"1"))
+    until(lambda: isinstance(one(other, Claim("a")), Done))
+    before = there.calls
+    for _ in range(1000):
+        assert one(other, Claim("a")).result == b"1"
+    assert there.calls - before <= 3, "only the keeper spoke"
+
+
+def test_a_waiter_is_woken_by_the_watch(make: Make) -> None:
+    """No polling: it hears of the completion by another process's append."""
+    store, _ = make()
+    other, there = make()
+    claimed = one(store, Claim("a"))
+    assert isinstance(one(other, Claim("a")), Busy)
+    before = there.calls
+    other.wait("a", claimed.token, 0.2)
+    one(store, Complete("a", claimed.token))
+    began = time.monotonic()
+    other.wait("a", claimed.token, 20.0)
+    assert time.monotonic() - began < 5
+    assert there.calls - before <= 3
+    assert isinstance(one(other, Claim("a")), Done)
+
+
+def test_a_lost_session_is_replaced_and_its_claims_completed(make: Make, etcd: Etcd, unique: str) -> None:
+    """The lease is revoked behind our back: a new session takes the claim over, if nobody was first."""
+    store, _ = make()
+    claimed = one(store, Claim("a"))
+    admin = Client(etcd.endpoints)
+    [presence] = admin.range(Layout(unique).sessions, prefix=True).pairs
+    admin.lease_revoke(presence.lease)
+    assert one(store, Complete("a", claimed.token, b"1")) == Applied()
+    assert one(store, Claim("a")).result == b"1"
+    [renewed] = admin.range(Layout(unique).sessions, prefix=True).pairs
+    assert renewed.key != presence.key
+    admin.close()
+
+
+def test_buckets_roll_and_what_is_over_is_deleted(make: Make, etcd: Etcd, unique: str) -> None:
+    """Law 8 (N12): etcd holds what the retention explains, and an importer agrees with who was there."""
+    store, _ = make(retention=2.0)
+    admin, layout = Client(etcd.endpoints), Layout(unique)
+    claimed = one(store, Claim("open"))
+    end = time.monotonic() + 9
+    sizes = []
+    while time.monotonic() < end:
+        keys = [f"k/{time.monotonic()}/{n}" for n in range(20)]
+        claims = store.apply([Claim(key) for key in keys])
+        store.apply([Complete(k, c.token) for k, c in zip(keys, claims, strict=True)])  # type: ignore[union-attr]
+        sizes.append(admin.range(layout.logs, prefix=True, keys_only=True).count)
+        time.sleep(0.02)
+    assert int(admin.range(layout.floor).pairs[0].value) > 8
+    late = sizes[len(sizes) // 2 :]
+    assert max(late) < max(sizes[: len(sizes) // 2]) * 1.5, "the log grows without end"
+    other, _ = make()
+    assert isinstance(one(other, Get("open")), Busy)
+    assert {key for key, _ in store.scan("k/")} == {key for key, _ in other.scan("k/")}
+    assert one(store, Complete("open", claimed.token)) == Applied()
+    admin.close()
+
+
+def test_etcd_restarts(own_etcd: Etcd) -> None:
+    """N16: stopped, killed and started again on its data; what was done is done, and it goes on by itself."""
+    store = open_store(f"{own_etcd.url}x")
+    claimed = one(store, Claim("a"))
+    own_etcd.restart()
+    assert one(store, Complete("a", claimed.token, b"1")) == Applied()
+    own_etcd.kill()
+    own_etcd.start()
+    assert isinstance(one(store, Claim("b")), Claimed)
+    assert one(store, Claim("a")).result == b"1"
+    store.close()
+
+
+def test_etcd_is_away(own_etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unavailable, in one sentence; nothing is claimed."""
+    monkeypatch.setattr("idemp.stores.etcd.PATIENCE", 1.0)
+    store = open_store(f"{own_etcd.url}x")
+    one(store, Claim("a"))
+    own_etcd.stop()
+    with pytest.raises(StoreUnavailable):
+        one(store, Claim("b"))
+    own_etcd.start()
+    until(lambda: _claims(store))
+    store.close()
+
+
+def _claims(store: Store) -> bool:
+    try:
+        return isinstance(one(store, Claim("b")), Claimed | Busy)
+    except StoreUnavailable:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("etcd://localhost/a b", "etcd namespace"),
+        ("etcd://localhost/x?cert=only.pem", "needs cert and key"),
+        ("etcd://localhost/x?retention=never", "retention='never' is no duration"),
+        ("etcd://localhost/x?ttl=1", "has no option 'ttl'"),
+    ],
+)
+def test_wrong_urls(url: str, sentence: str) -> None:
+    """One sentence that names the setting."""
+    with pytest.raises(ConfigError, match=sentence):
+        open_store(url).apply([])
+
+
+def test_a_closed_port_is_unavailable() -> None:
+    """One sentence that names the host."""
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
+        open_store("etcd://127.0.0.1:1/x").apply([])
