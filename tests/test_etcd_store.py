@@ -14,7 +14,7 @@ from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Free, Get
 from idemp.stores.etcd import EtcdStore
 from idemp.stores.etcd_client import Client, Unsure, WatchBatch
 from idemp.stores.etcd_replica import Layout
-from tests.servers import Etcd
+from tests.servers import Etcd, need
 
 
 class Wire(Client):
@@ -142,7 +142,7 @@ def test_one_event_that_is_dropped_is_noticed(make: Make) -> None:
 
 def test_a_duplicate_costs_no_round_trip(make: Make) -> None:
     """Done is answered from memory."""
-    store, wire = make()
+    store, _ = make()
     other, there = make()
     claimed = one(store, Claim("a"))
     one(store, Complete("a", claimed.token, b"1"))
@@ -258,3 +258,33 @@ def test_a_closed_port_is_unavailable() -> None:
     """One sentence that names the host."""
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
         open_store("etcd://127.0.0.1:1/x").apply([])
+
+
+def test_three_members_lose_their_leader_and_their_quorum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes on without the leader; without a quorum nothing is claimed, and what was done is not forgotten."""
+    monkeypatch.setattr("idemp.stores.etcd.PATIENCE", 3.0)
+    need("etcd")
+    with Etcd(members=3) as cluster:
+        store = open_store(f"{cluster.url}x?session=5s")
+        first = one(store, Claim("a"))
+        leader = cluster.leader()
+        cluster.members[leader].kill()
+        until(lambda: _completes(store, first.token), 30)
+        assert isinstance(one(store, Claim("a")), Done)
+
+        other = (leader + 1) % 3
+        cluster.members[other].kill()
+        with pytest.raises(StoreUnavailable):
+            one(store, Claim("b"))
+        for index in (leader, other):
+            cluster.members[index].start()
+        until(lambda: _claims(store), 30)
+        assert isinstance(one(store, Claim("a")), Done)
+        store.close()
+
+
+def _completes(store: Store, token: int) -> bool:
+    try:
+        return bool(one(store, Complete("a", token)) == Applied())
+    except StoreUnavailable:
+        return False

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -750,3 +750,20 @@ class Relay:
         self._open.set()
         for wire in (*self._wires, self._server):
             wire.close()
+
+
+def test_a_channel_that_ends_in_the_middle_of_a_call(amqp_url: str, unique: str) -> None:
+    """As a connection that is cut between two steps leaves it: lost, and not pika's error."""
+    with closing(open_transport(amqp_url)) as transport:
+        transport.declare(unique)
+        link: Any = transport._link  # type: ignore[attr-defined]
+        channel = link._channel()
+        channel.close()
+        link._until(lambda: channel.is_closed)
+        link._channel = lambda: channel
+        with pytest.raises(TransportUnavailable):
+            transport.consume(unique, 1)
+        with pytest.raises(TransportUnavailable):
+            transport.declare(unique)
+        transport.connect()
+        transport.consume(unique, 1)

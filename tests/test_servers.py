@@ -1,5 +1,6 @@
 """The servers themselves: they start apart, come back with their data, and never outlive the run."""
 
+import base64
 import os
 import signal
 import subprocess
@@ -8,11 +9,12 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pika
 import pytest
 
-from tests.servers import RabbitMQ, __main__, container, free_port, install, need
+from tests.servers import Etcd, RabbitMQ, __main__, container, free_port, install, need
 from tests.servers.catalog import SERVERS, Server
 
 ROOT = Path(__file__).parents[1]
@@ -201,3 +203,104 @@ def test_an_installation_starts_no_service(tmp_path: Path, before: str | None) -
         assert subprocess.run([policy], check=False).returncode == 101
     assert (policy.read_text() if policy.exists() else None) == before
     assert len(list(tmp_path.iterdir())) == (before is not None)
+
+
+# ------------------------------------------------------------------ etcd
+
+
+def ask(etcd: Etcd, path: str, **texts: str) -> dict[str, Any]:
+    """Its JSON gateway wants keys and values in base 64."""
+    coded = {name: base64.b64encode(text.encode()).decode() for name, text in texts.items()}
+    answer: dict[str, Any] = etcd.members[0].call(path, **coded)
+    return answer
+
+
+def value(etcd: Etcd, key: str) -> str:
+    return base64.b64decode(ask(etcd, "/v3/kv/range", key=key)["kvs"][0]["value"]).decode()
+
+
+def test_etcd_listens_on_the_loopback_address_only(etcd: Etcd) -> None:
+    assert etcd.url == f"etcd://127.0.0.1:{etcd.members[0].port}/"
+    assert open_at("127.0.0.1", etcd.members[0].port)
+    assert not open_at("127.0.0.2", etcd.members[0].port)
+
+
+def test_what_etcd_took_outlasts_restart_and_kill(own_etcd: Etcd, etcd: Etcd) -> None:
+    ask(own_etcd, "/v3/kv/put", key="a", value="hello")
+    own_etcd.restart()
+    assert value(own_etcd, "a") == "hello"
+    own_etcd.kill()
+    assert not open_at("127.0.0.1", own_etcd.members[0].port)
+    assert etcd.members[0].serves(), "only its own processes"
+    own_etcd.start()
+    assert value(own_etcd, "a") == "hello"
+
+
+def test_members_of_a_cluster_die_pause_and_come_back() -> None:
+    need("etcd")
+    with Etcd(members=3) as cluster:
+        first = cluster.leader()
+        cluster.members[first].kill()
+        second = cluster.leader()
+        assert second != first
+        cluster.members[first].start()
+        cluster.members[second].pause()
+        wait_until(lambda: cluster.leader() != second, seconds=30)
+        cluster.members[second].resume()
+        wait_until(lambda: all(member.serves() for member in cluster.members))
+        cluster.kill()
+        cluster.start()
+        assert cluster.url == f"etcd://{','.join(cluster.endpoints)}/"
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_etcd_ends_with_its_run_also_when_it_is_paused(tmp_path: Path, paused: bool) -> None:
+    need("etcd")
+    code = (
+        "import sys, time; from tests.servers import Etcd;"
+        "e = Etcd(); e.start(); sys.argv[1:] and e.members[0].pause();"
+        "print(e.members[0].port, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *(["pause"] if paused else [])],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        port = int(run.stdout.readline())
+        if SERVERS["etcd"].path() and Path("/proc/self/environ").exists():
+            assert "etcd" in processes_of(tmp_path)
+        run.kill()
+    wait_until(lambda: not open_at("127.0.0.1", port))
+    wait_until(lambda: not processes_of(tmp_path))
+    wait_until(lambda: not list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("end", [Etcd.stop, Etcd.kill, Etcd.close])
+def test_an_ended_etcd_leaves_no_process_also_when_it_was_paused(
+    end: Callable[[Etcd], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("etcd")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Etcd() as etcd:
+        etcd.members[0].pause()
+        end(etcd)
+        wait_until(lambda: not processes_of(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_etcd_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "etcd"
+    broken.write_text("#!/bin/sh\necho no luck today\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(Server, "path", lambda self: str(broken))
+    with pytest.raises(RuntimeError, match="no luck today"), Etcd():
+        pass
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_a_cluster_of_containers_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="needs etcd itself"):
+        Etcd(members=3)

@@ -78,44 +78,61 @@ class RabbitMQTransport:
             # A fork's copy of its parent's connection: to end it would end the parent's.
             self._inherited.append(link)
 
-    def _connected(self) -> _Link:
-        """This process's connection; the first call makes it."""
+    @contextmanager
+    def _connected(self) -> Iterator[_Link]:
+        """This process's connection, which the first call makes; lost if it ends in the middle of a call."""
         if self._closed or self._link is None or self._link.pid != os.getpid():
             self.connect()
-        assert self._link is not None
-        self._link.check()
-        return self._link
+        link = self._link
+        assert link is not None
+        link.check()
+        try:
+            yield link
+        except exceptions.AMQPError as error:
+            link.lose(error)
+            link.check()
 
     def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
         """Make ``queue`` without arguments, so that one that was made so before is welcome."""
-        self._connected().declare(queue, exchange, binding)
+        with self._connected() as link:
+            link.declare(queue, exchange, binding)
 
     def consume(self, queue: str, prefetch: int) -> None:
         """Start deliveries from ``queue``; they end from the one before."""
-        self._connected().consume(queue, prefetch)
+        with self._connected() as link:
+            link.consume(queue, prefetch)
 
     def cancel(self) -> None:
         """Stop new deliveries; those that `poll` has not handed out go back."""
-        self._connected().cancel()
+        with self._connected() as link:
+            link.cancel()
 
     def poll(self, timeout: float) -> list[Delivery | Sent]:
         """Serve the connection, and what came."""
-        link = self._connected()
-        came = link.poll(timeout, lambda: self._woken)
+        came: list[Delivery | Sent] = []
+        with self._connected() as link:
+            came = link.poll(timeout, lambda: self._woken)
         self._woken = False
         return came
 
     def ack(self, tags: Iterable[int]) -> None:
         """Acknowledge all up to the first that is not settled at once, what is beyond singly."""
-        self._connected().ack(tags)
+        with self._connected() as link:
+            link.ack(tags)
 
     def send(self, publications: Sequence[Publication]) -> list[int]:
         """Start publishing."""
-        return self._connected().send(publications)
+        numbers: list[int] = []
+        with self._connected() as link:
+            numbers = link.send(publications)
+        return numbers
 
     def depth(self, queue: str) -> int:
         """Messages in ``queue`` that are ready for delivery."""
-        return self._connected().depth(queue) or 0
+        found: int | None = 0
+        with self._connected() as link:
+            found = link.depth(queue)
+        return found or 0
 
     def wake(self) -> None:
         """From any thread; free until the next `poll` has returned."""
@@ -216,6 +233,10 @@ class _Link:
         """Raise what the connection was lost by."""
         if self._lost is not None:
             raise type(self._lost)(str(self._lost))  # another each time: a traceback grows
+
+    def lose(self, reason: object) -> None:
+        """It is of no use any more."""
+        self._lose(self._gone(reason))
 
     def _lose(self, error: IdempError) -> None:
         self._lost = self._lost or error

@@ -13,6 +13,7 @@ class Server:
     package: str  # of Debian and Ubuntu
     image: str  # for a machine with a Docker engine and without the program
     places: tuple[str, ...] = ()  # where the program is when PATH does not say, or says it wrong
+    service: str = ""  # what the package starts, if that has another name
 
     def path(self) -> str | None:
         """The program itself, if it is installed."""
@@ -34,6 +35,7 @@ SERVERS = {
     "etcd": Server(
         program="etcd",
         package="etcd-server",
+        service="etcd",
         image="quay.io/coreos/etcd:v3.4.37",
         places=("/usr/local/bin", "/opt/homebrew/bin"),
     ),

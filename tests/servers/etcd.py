@@ -253,5 +253,5 @@ def _peer(port: int) -> str:
 def _json(url: str, body: bytes | None = None) -> Any:
     # Without the proxies of the environment: it is this machine.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(url, body, timeout=2) as answer:
+    with direct.open(url, body, timeout=1) as answer:
         return json.load(answer)

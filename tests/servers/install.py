@@ -42,7 +42,9 @@ def _apt_install(server: Server) -> bool:
     with services_stay_down():
         installed = run(*apt, "install", "-y", "--no-install-recommends", server.package)
     if installed:
-        run("update-rc.d", server.package, "disable")  # the tests run their own, so none at the next boot
+        run(
+            "update-rc.d", server.service or server.package, "disable"
+        )  # the tests run their own, so none at the next boot
     return installed
 
 
