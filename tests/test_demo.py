@@ -18,6 +18,7 @@ import pytest
 from idemp import Message, open_transport
 from idemp.ports import Publication
 from idemp.transports import publish
+from tests.servers.need import missing
 from tests.service import environment, finished, until
 
 TELLS = 100.0
@@ -51,7 +52,7 @@ class Demo:
         """The processes that it has started."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         if not children.exists():
-            pytest.skip("this system does not say who a process has started")
+            missing("this system does not say who a process has started")
         return [int(pid) for pid in children.read_text().split()]
 
     def close(self) -> None:

@@ -40,6 +40,7 @@ from idemp.stores.etcd_client import (
 )
 from tests.proxy import Proxy
 from tests.servers import Etcd, free_port, need
+from tests.servers.need import missing
 
 
 @pytest.fixture
@@ -697,7 +698,7 @@ def test_a_password_is_no_fault_where_none_is_needed(etcd: Etcd, root: str) -> N
 def papers(tmp_path: Path) -> Path:
     """A folder with an authority, a server's and a client's certificate, and a stranger's authority."""
     if not shutil.which("openssl"):
-        pytest.skip("openssl is not on this machine")
+        missing("openssl is not on this machine")
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True)

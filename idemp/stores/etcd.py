@@ -39,6 +39,7 @@ from idemp.ports import (
     State,
     Takeover,
 )
+from idemp.stores.door import SessionStore
 from idemp.stores.etcd_client import (
     Client,
     Compare,
@@ -70,7 +71,7 @@ SLICES = 8
 _PAGE = 500
 
 
-class EtcdStore:
+class EtcdStore(SessionStore):
     """The namespace of the cluster that ``connect`` reaches.
 
     retention: seconds that done is remembered (the longest that any opener named is in force).
@@ -89,54 +90,8 @@ class EtcdStore:
         clock: Clock | None = None,
     ) -> None:
         clock = clock or Clock()
-        self._make = partial(_Session, connect, namespace, retention, session_ttl, seed_layout, clock)
-        self._retention = retention
-        self._lock = threading.Lock()
-        self._session: _Session | None = None
-        self._closed = False
-
-    @property
-    def retention(self) -> float:
-        """See `idemp.ports.Store`."""
-        return self._session.retention if self._session else self._retention
-
-    def apply(self, ops: Sequence[Op]) -> list[Reply]:
-        """See `idemp.ports.Store`."""
-        return self._mine().group.apply(ops)
-
-    def wait(self, key: str, token: int, timeout: float) -> None:
-        """See `idemp.ports.Store`."""
-        self._mine().wait(key, token, timeout)
-
-    def fresh(self) -> bool:
-        """See `idemp.ports.Store`."""
-        return self._mine().fresh()
-
-    def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
-        """See `idemp.ports.Store`."""
-        return self._mine().scan(prefix, after, limit)
-
-    def close(self) -> None:
-        """See `idemp.ports.Store`."""
-        with self._lock:
-            session, self._session, self._closed = self._session, None, True
-        if session and session.pid == os.getpid():
-            session.close()
-
-    def _mine(self) -> _Session:
-        """This process's session.  After its first use a store cannot go through a fork: grpc cannot."""
-        session = self._session
-        if session is not None:
-            if session.pid == os.getpid():
-                return session
-            # Its client would refuse with the reason; its lock may be held by a thread that is not here.
-            self._session, self._lock = None, threading.Lock()
-        with self._lock:
-            if self._closed:
-                raise Closed("this store was closed")
-            if self._session is None:
-                self._session = self._make()
-            return self._session
+        make = partial(_Session, connect, namespace, retention, session_ttl, seed_layout, clock)
+        super().__init__(make, retention)
 
 
 class _Sent(NamedTuple):

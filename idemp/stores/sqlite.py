@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, view
 from idemp.ports import Abandon, Busy, Claim, Claimed, Clock, Op, Release, Reply, State, Takeover
+from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ _SESSIONS = "SELECT id FROM session WHERE boot = :boot AND expires > :now"
 Connect = Callable[..., sqlite3.Connection]
 
 
-class SqliteStore:
+class SqliteStore(SessionStore):
     """The store in the file ``path``.
 
     retention: seconds that done is remembered (the longest that any opener named is in force).
@@ -114,55 +115,8 @@ class SqliteStore:
         clock: Clock | None = None,
         connect: Connect = sqlite3.connect,
     ) -> None:
-        self._make = partial(_Session, path, retention, session_ttl, clock or Clock(), connect)
-        self._retention = retention
-        self._lock = threading.Lock()
-        self._session: _Session | None = None
-        self._inherited: list[_Session] = []
-        self._closed = False
-
-    @property
-    def retention(self) -> float:
-        """See `idemp.ports.Store`."""
-        return self._session.retention if self._session else self._retention
-
-    def apply(self, ops: Sequence[Op]) -> list[Reply]:
-        """See `idemp.ports.Store`."""
-        return self._mine().group.apply(ops)
-
-    def wait(self, key: str, token: int, timeout: float) -> None:
-        """See `idemp.ports.Store`."""
-        self._mine().wait(key, token, timeout)
-
-    def fresh(self) -> bool:
-        """See `idemp.ports.Store`."""
-        return self._mine().fresh()
-
-    def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
-        """See `idemp.ports.Store`."""
-        return self._mine().scan(prefix, after, limit)
-
-    def close(self) -> None:
-        """See `idemp.ports.Store`."""
-        with self._lock:
-            session, self._session, self._closed = self._session, None, True
-        if session and session.pid == os.getpid():
-            session.close()
-
-    def _mine(self) -> _Session:
-        """This process's session.  What a fork inherited is kept, never used and never closed."""
-        session = self._session
-        if session is not None and session.pid == os.getpid():
-            return session
-        if session is not None:
-            self._inherited.append(session)
-            self._session, self._lock = None, threading.Lock()
-        with self._lock:
-            if self._closed:
-                raise Closed("this store was closed")
-            if self._session is None:
-                self._session = self._make()
-            return self._session
+        make = partial(_Session, path, retention, session_ttl, clock or Clock(), connect)
+        super().__init__(make, retention)
 
 
 class _Unsure(NamedTuple):

@@ -1,0 +1,90 @@
+"""The door of a store: its session is made at the first use, one for each process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from idemp.errors import Closed
+from idemp.ports import Op, Reply, State
+from idemp.stores.group import GroupCommit
+
+
+class Session(Protocol):
+    """One process's presence in a store."""
+
+    pid: int
+    retention: float
+    group: GroupCommit
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """See `idemp.ports.Store`."""
+
+    def fresh(self) -> bool:
+        """See `idemp.ports.Store`."""
+        ...
+
+    def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+
+
+class SessionStore:
+    """A store over sessions that ``make`` opens."""
+
+    def __init__(self, make: Callable[[], Session], retention: float) -> None:
+        self._make = make
+        self._retention = retention
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._inherited: list[Session] = []
+        self._closed = False
+
+    @property
+    def retention(self) -> float:
+        """See `idemp.ports.Store`."""
+        return self._session.retention if self._session else self._retention
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """See `idemp.ports.Store`."""
+        return self._mine().group.apply(ops)
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """See `idemp.ports.Store`."""
+        self._mine().wait(key, token, timeout)
+
+    def fresh(self) -> bool:
+        """See `idemp.ports.Store`."""
+        return self._mine().fresh()
+
+    def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        return self._mine().scan(prefix, after, limit)
+
+    def close(self) -> None:
+        """See `idemp.ports.Store`."""
+        with self._lock:
+            session, self._session, self._closed = self._session, None, True
+        if session and session.pid == os.getpid():
+            session.close()
+
+    def _mine(self) -> Session:
+        """This process's session.  What a fork inherited is kept, never used and never closed."""
+        session = self._session
+        if session is not None and session.pid == os.getpid():
+            return session
+        if session is not None:
+            self._inherited.append(session)
+            # Its lock may be held by a thread that is not here.
+            self._session, self._lock = None, threading.Lock()
+        with self._lock:
+            if self._closed:
+                raise Closed("this store was closed")
+            if self._session is None:
+                self._session = self._make()
+            return self._session
