@@ -630,6 +630,8 @@ def test_a_lost_connection_is_unavailable(name: str, request: pytest.FixtureRequ
     server = request.getfixturevalue(OWN_SERVERS[name])
     transport = open_transport(server.url)
     transport.declare(unique)
+    server.restart()  # so that the queue itself, which no confirm speaks of, is on the disk for certain
+    transport.connect()
     publish(transport, [to(unique, "a")])
     transport.consume(unique, 10)
     (old,) = take(transport, 1)
