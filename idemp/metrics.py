@@ -1,4 +1,12 @@
-"""The statsd meter.  Counters are summed in the process and sent once a second."""
+"""Meters, and the names that they know.
+
+    <service>_<type>_<outcome>                       a counter for each type of message
+    <service>_rejected                               one for messages without a known type
+    <service>_claim, _complete, _handler             timers
+
+statsd gets the names as they are, from counters that are summed in the process and sent once a second.
+Prometheus gets their parts as labels.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +17,99 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from idemp.errors import ConfigError, MissingExtra
+from idemp.ports import Meter
 
 log = logging.getLogger(__name__)
+
+OUTCOMES = ("ok", "skipped", "failed", "deferred", "parked", "lost", "conflict", "rejected")
+TIMERS = ("claim", "complete", "handler")
 
 FLUSH = 1.0
 """Seconds between two sends."""
 _SAMPLES = 50
 """Observations of one timer that are sent a flush; more would say no more."""
+
+
+_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""Seconds: a batch of claims takes milliseconds, a handler what it takes."""
+
+
+class Meters:
+    """Several meters as one."""
+
+    def __init__(self, *meters: Meter) -> None:
+        self._meters = meters
+
+    def count(self, name: str, n: int = 1) -> None:
+        """See `idemp.ports.Meter`."""
+        for meter in self._meters:
+            meter.count(name, n)
+
+    def time(self, name: str, seconds: float) -> None:
+        """See `idemp.ports.Meter`."""
+        for meter in self._meters:
+            meter.time(name, seconds)
+
+    def close(self) -> None:
+        """See `idemp.ports.Meter`."""
+        for meter in self._meters:
+            meter.close()
+
+
+class PrometheusMeter:
+    """``idemp_messages_total`` and ``idemp_duration_seconds`` of ``service``, at ``/metrics`` of ``port``.
+
+    Whoever scrapes comes from elsewhere: it listens on every address of this machine.
+    """
+
+    def __init__(self, service: str, port: int) -> None:
+        try:
+            import prometheus_client as library
+        except ImportError:
+            raise MissingExtra("the Prometheus meter", "prometheus") from None
+        self._prefix = f"{service}_"
+        registry = library.CollectorRegistry()
+        labels = ("service", "type", "outcome")
+        self._messages = library.Counter(
+            "idemp_messages", "Outcomes of deliveries.", labels, registry=registry
+        )
+        self._durations = library.Histogram(
+            "idemp_duration_seconds",
+            "A batch of claims, a batch of completions, a handler.",
+            ("service", "step"),
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._service = service
+        # Looking a child up by its labels takes longer than counting.
+        self._counters: dict[str, Any] = {}
+        self._timers: dict[str, Any] = {}
+        try:
+            self._server, self._thread = library.start_http_server(port, registry=registry)
+        except OSError as error:
+            raise ConfigError(f"port {port}: {error.strerror}") from None
+
+    def count(self, name: str, n: int = 1) -> None:
+        """See `idemp.ports.Meter`."""
+        counter = self._counters.get(name)
+        if counter is None:
+            kind, _, outcome = name.removeprefix(self._prefix).rpartition("_")
+            counter = self._counters[name] = self._messages.labels(self._service, kind, outcome)
+        counter.inc(n)
+
+    def time(self, name: str, seconds: float) -> None:
+        """See `idemp.ports.Meter`."""
+        timer = self._timers.get(name)
+        if timer is None:
+            step = name.removeprefix(self._prefix)
+            timer = self._timers[name] = self._durations.labels(self._service, step)
+        timer.observe(seconds)
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 class StatsdMeter:

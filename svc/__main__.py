@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 
 from idemp import ConfigError, Consumer, idempotent, open_store, open_transport
 from idemp.errors import IdempError
-from idemp.metrics import StatsdMeter
+from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
 from idemp.ports import Meter, Store, Transport
 from idemp.settings import hidden
 from svc.handlers import HANDLERS, Handler
@@ -38,7 +38,7 @@ def serve(settings: Settings, handlers: Mapping[str, Handler]) -> None:
     """Open what the settings name and consume until stopped."""
     name = settings.service
     with ExitStack() as stack:
-        meter = stack.enter_context(closing(_meter(settings.statsd)))
+        meter = stack.enter_context(closing(_meter(settings)))
         store = None if settings.store is None else stack.enter_context(closing(_store(settings.store)))
         transport = stack.enter_context(closing(_transport(settings.transport)))
         _say_start(settings)
@@ -68,9 +68,13 @@ def _say_start(settings: Settings) -> None:
     )
 
 
-def _meter(address: str) -> Meter:
+def _meter(settings: Settings) -> Meter:
     with _about("IDEMP_STATSD"):
-        return StatsdMeter(address)
+        statsd = StatsdMeter(settings.statsd)
+    if settings.metrics_port is None:
+        return statsd
+    with _about("IDEMP_METRICS_PORT"):
+        return Meters(statsd, PrometheusMeter(settings.service, settings.metrics_port))
 
 
 def _store(url: str) -> Store:

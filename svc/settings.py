@@ -18,12 +18,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one service was told.  ``store`` is None when every delivery is to be processed."""
+    """What one service was told.
+
+    ``store`` is None when every delivery is to be processed, ``metrics_port`` when Prometheus gets nothing.
+    """
 
     service: str
     transport: str
     store: str | None
     statsd: str
+    metrics_port: int | None
 
 
 def read(environment: Mapping[str, str]) -> Settings:
@@ -33,6 +37,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         transport=environment.get("IDEMP_TRANSPORT") or TRANSPORT,
         store=_store(environment),
         statsd=environment.get("IDEMP_STATSD") or STATSD,
+        metrics_port=_port(environment.get("IDEMP_METRICS_PORT", "")),
     )
 
 
@@ -45,6 +50,14 @@ def _service(name: str) -> str:
             "the first a letter or digit, like orders"
         )
     return name
+
+
+def _port(text: str) -> int | None:
+    if not text:
+        return None
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise ConfigError(f"IDEMP_METRICS_PORT={text!r}: a port is a number from 1 to 65535, like 9100")
+    return int(text)
 
 
 def _store(environment: Mapping[str, str]) -> str | None:

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.servers import Etcd, RabbitMQ, need
+from tests.servers import Etcd, Graphite, RabbitMQ, Statsd, need
 
 # It tells of every connection, many lines each: a failed test's report is for what idemp says.
 logging.getLogger("pika").setLevel(logging.WARNING)
@@ -48,6 +48,23 @@ def own_etcd() -> Iterator[Etcd]:
     need("etcd")
     with Etcd() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def graphite() -> Iterator[Graphite]:
+    """Carbon and graphite-web for the whole run."""
+    need("carbon")
+    need("graphite-web")
+    with Graphite() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def statsd(graphite: Graphite) -> Iterator[Statsd]:
+    """The statsd before it."""
+    need("statsd")
+    with Statsd(graphite.carbon_port) as daemon:
+        yield daemon
 
 
 @pytest.fixture

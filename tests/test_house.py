@@ -32,7 +32,7 @@ BELOW = {
     "adapters": {"words", "ports", "adapters"},
     "faces": {"words", "ports", "heart", "adapters", "faces"},
 }
-DRIVERS = {"pika", "pyetcd", "grpc", "google", "redis", "psycopg", "statsd", "sqlite3"}
+DRIVERS = {"pika", "pyetcd", "grpc", "google", "redis", "psycopg", "statsd", "prometheus_client", "sqlite3"}
 
 
 def modules() -> dict[str, Path]:
@@ -95,7 +95,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.transports.sqlite": {"sqlite3"},
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
-        "idemp.metrics": {"statsd"},
+        "idemp.metrics": {"statsd", "prometheus_client"},
     }
     assert drivers <= allowed.get(module, set())
 

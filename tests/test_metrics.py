@@ -1,4 +1,4 @@
-"""Metrics: what a statsd gets, over a real UDP socket, and what a missing one costs."""
+"""Metrics: what a statsd gets, over a real UDP socket, what a missing one costs, what Prometheus reads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import re
 import socket
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from idemp import ConfigError
-from idemp.metrics import FLUSH, StatsdMeter
+from idemp import ConfigError, Message
+from idemp.metrics import FLUSH, OUTCOMES, Meters, PrometheusMeter, StatsdMeter
 from idemp.ports import NoMeter
+from svc.settings import read
+from tests.servers import free_port
+from tests.service import finished, stand, until
 
 
 class Listener:
@@ -138,6 +145,131 @@ def test_the_port_may_be_left_out() -> None:
     """8125 is statsd's own."""
     meter = StatsdMeter("localhost")
     meter.close()
+
+
+# ------------------------------------------------------------------ Prometheus
+
+
+def scraped(port: int) -> dict[tuple[str, ...], float]:
+    """What ``/metrics`` says: a name and the values of its labels, in the order of the labels' names."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {
+            (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+
+def test_prometheus_gets_the_parts_of_a_name_as_labels() -> None:
+    """N8: the same names as statsd's; a type may have underscores, and a bad message has no type."""
+    port = free_port()
+    with closing(PrometheusMeter("shop_eu", port)) as meter:
+        for _ in range(3):
+            meter.count("shop_eu_new_order_ok", 2)
+        meter.count("shop_eu_new_order_skipped", 0)
+        meter.count("shop_eu_rejected")
+        seen = scraped(port)
+    # By name: outcome, service, type.
+    assert seen["idemp_messages_total", "ok", "shop_eu", "new_order"] == 6
+    assert seen["idemp_messages_total", "skipped", "shop_eu", "new_order"] == 0
+    assert seen["idemp_messages_total", "rejected", "shop_eu", ""] == 1
+
+
+def test_prometheus_gets_timers_as_histograms() -> None:
+    """In seconds, with buckets fine enough for a store's milliseconds."""
+    port = free_port()
+    with closing(PrometheusMeter("orders", port)) as meter:
+        for seconds in (0.0007, 0.004, 0.004, 2.0):
+            meter.time("orders_claim", seconds)
+        seen = scraped(port)
+    bucket = {float(le): n for (name, le, *_), n in seen.items() if name == "idemp_duration_seconds_bucket"}
+    assert [bucket[le] for le in (0.0005, 0.001, 0.005, 1, 2.5)] == [0, 1, 3, 3, 4]
+    assert seen["idemp_duration_seconds_count", "orders", "claim"] == 4
+    assert seen["idemp_duration_seconds_sum", "orders", "claim"] == pytest.approx(2.0087)
+
+
+def test_closing_lets_go_of_the_port() -> None:
+    """The next one may have it at once; two at a time may not."""
+    port = free_port()
+    for _ in range(2):
+        with closing(PrometheusMeter("orders", port)), pytest.raises(ConfigError, match=f"port {port}: "):
+            PrometheusMeter("orders", port)
+
+
+def test_several_meters_are_one(statsd: Listener) -> None:
+    """Each gets everything."""
+    port = free_port()
+    meter = Meters(StatsdMeter(statsd.address), PrometheusMeter("orders", port))
+    meter.count("orders_new_order_ok", 2)
+    meter.time("orders_handler", 0.25)
+    seen = scraped(port)
+    meter.close()
+    assert sorted(statsd.waiting()) == ["orders_handler:250.000000|ms", "orders_new_order_ok:2|c"]
+    assert seen["idemp_messages_total", "ok", "orders", "new_order"] == 2
+    assert seen["idemp_duration_seconds_count", "orders", "handler"] == 1
+
+
+def test_a_service_counts_for_both(tmp_path: Path) -> None:
+    """N8 N10: statsd and Prometheus at the same time, the same numbers, zeros at start."""
+    port = free_port()
+    with stand(f"sqlite:///{tmp_path}/queues.db", tmp_path) as desk:
+        desk.service("orders", IDEMP_STORE=desk.store, IDEMP_METRICS_PORT=str(port))
+
+        def numbers() -> dict[str, float]:
+            """By statsd's names."""
+            return {
+                "_".join(filter(None, [service, kind, outcome])): n
+                for (name, outcome, service, *rest), n in scraped(port).items()
+                for kind in rest
+                if name == "idemp_messages_total"
+            }
+
+        zeros = {f"orders_{kind}_{each}": 0 for kind in ("new_order", "ban_user") for each in OUTCOMES}
+        assert numbers() == {**zeros, "orders_rejected": 0}
+        desk.publish(*[Message("1", "new_order")] * 3, b"no message")
+        desk.counted(orders_new_order_ok=1, orders_new_order_skipped=2, orders_rejected=1)
+        until(lambda: numbers() == desk.statsd.counts(), lambda: (numbers(), desk.statsd.counts()))
+        assert scraped(port)["idemp_duration_seconds_count", "orders", "handler"] == 1
+
+
+@pytest.mark.parametrize("port", ["x", "0", "65536", "-1", "1.5", " 9100", "9100 ", "٩١٠٠", "123456"])
+def test_a_wrong_port_is_a_sentence(port: str) -> None:
+    """It shows the variable and how to write one."""
+    with pytest.raises(ConfigError, match="a port is a number from 1 to 65535, like 9100") as error:
+        read({"SERVICE_NAME": "orders", "IDEMP_METRICS_PORT": port})
+    assert f"IDEMP_METRICS_PORT={port!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("environment", [{}, {"IDEMP_METRICS_PORT": ""}])
+def test_without_a_port_prometheus_gets_nothing(environment: dict[str, str]) -> None:
+    """Nothing listens unless somebody asks for it."""
+    assert read({"SERVICE_NAME": "orders", **environment}).metrics_port is None
+
+
+def test_a_port_that_cannot_be_had_is_a_sentence() -> None:
+    """Wrong or taken: exit code 2."""
+    with closing(PrometheusMeter("other", port := free_port())):
+        for text, sentence in (
+            ("high", "svc: IDEMP_METRICS_PORT='high': a port is "),
+            (str(port), f"svc: IDEMP_METRICS_PORT: port {port}: "),
+        ):
+            done = finished("-m", "svc", settings={"SERVICE_NAME": "orders", "IDEMP_METRICS_PORT": text})
+            assert done.returncode == 2
+            [said] = done.stderr.splitlines()
+            assert said.startswith(sentence)
+
+
+def test_a_missing_extra_is_a_sentence() -> None:
+    """With the line to type."""
+    code = (
+        "import sys; sys.modules['prometheus_client'] = None; from svc.__main__ import main; sys.exit(main())"
+    )
+    done = finished("-c", code, settings={"SERVICE_NAME": "orders", "IDEMP_METRICS_PORT": str(free_port())})
+    assert done.returncode == 2
+    assert done.stderr.startswith("svc: IDEMP_METRICS_PORT: ")
+    assert "pip install 'idemp[prometheus]'" in done.stderr
 
 
 def test_no_meter_counts_nothing() -> None:

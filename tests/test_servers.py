@@ -173,6 +173,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "has_image", lambda image: False)
     monkeypatch.setattr(container, "pull", lambda image: False)
     monkeypatch.setattr(install, "_apt_install", lambda server: False)
+    monkeypatch.setattr(install, "_npm_install", lambda: False)
 
 
 @pytest.mark.usefixtures("bare_machine")

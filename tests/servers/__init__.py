@@ -1,8 +1,10 @@
 """The real servers of the test suite: found, installed, started, killed, and gone when the run ends."""
 
 from tests.servers.etcd import Etcd
+from tests.servers.graphite import Graphite
 from tests.servers.need import need
 from tests.servers.ports import free_port
 from tests.servers.rabbitmq import RabbitMQ
+from tests.servers.statsd import Statsd
 
-__all__ = ["Etcd", "RabbitMQ", "free_port", "need"]
+__all__ = ["Etcd", "Graphite", "RabbitMQ", "Statsd", "free_port", "need"]

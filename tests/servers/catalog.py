@@ -3,25 +3,39 @@
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.servers import container
+
+NPM = Path(__file__).with_name("npm")
+"""What comes from npm, with its pins."""
+FROM_NPM = Path(__file__).parents[2] / ".venv" / "npm"
 
 
 @dataclass(frozen=True)
 class Server:
     program: str
     package: str  # of Debian and Ubuntu
-    image: str  # for a machine with a Docker engine and without the program
+    image: str = ""  # for a machine with a Docker engine and without the program
     places: tuple[str, ...] = ()  # where the program is when PATH does not say, or says it wrong
     service: str = ""  # what the package starts, if that has another name
+    npm: bool = False  # comes from npm, which is what ``package`` brings
 
     def path(self) -> str | None:
         """The program itself, if it is installed."""
+        if self.npm and not _pinned():
+            return None
         return shutil.which(self.program, path=os.pathsep.join([*self.places, os.environ.get("PATH", "")]))
 
     def here(self) -> bool:
         """Can a test start one now?"""
         return self.path() is not None or container.has_image(self.image)
+
+
+def _pinned() -> bool:
+    """Whether what is here from npm is what the lock says."""
+    lock = FROM_NPM / "package-lock.json"
+    return lock.exists() and lock.read_bytes() == (NPM / lock.name).read_bytes()
 
 
 SERVERS = {
@@ -39,4 +53,11 @@ SERVERS = {
         image="quay.io/coreos/etcd:v3.4.37",
         places=("/usr/local/bin", "/opt/homebrew/bin"),
     ),
+    "carbon": Server(program="carbon-cache", package="graphite-carbon", service="carbon-cache"),
+    "graphite-web": Server(program="graphite-manage", package="graphite-web"),
+    "statsd": Server(
+        program="statsd", package="npm", npm=True, places=(str(FROM_NPM / "node_modules/.bin"),)
+    ),
+    # No server: it makes the disk of one stand still.
+    "strace": Server(program="strace", package="strace"),
 }

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +20,7 @@ from tests.servers.ports import free_port
 from tests.servers.processes import Processes
 
 DEADLINE = 60.0  # seconds; a start takes about 1
+STALL = 600_000_000  # microseconds: longer than any test
 INSIDE = (2379, 2380, 2381)  # where a container's clients, peers and its /health are
 
 
@@ -163,6 +166,17 @@ class Member:
     def resume(self) -> None:
         self._runs.resume()
 
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Its disk stands still: what it wants durable waits until the end; all else in it goes on.
+
+        Needs `strace`, and the right to trace another process, which root has.
+        """
+        if not isinstance(self._runs, _Processes):
+            raise RuntimeError("strace cannot reach into a container")
+        with self._runs.traced("fdatasync", f"delay_enter={STALL}"):
+            yield
+
     def serves(self) -> bool:
         """Does it answer reads?  A full database makes etcd say it is not healthy, but it does."""
         try:
@@ -210,6 +224,20 @@ class _Processes(Processes):
     def resume(self) -> None:
         if self.alive():
             os.kill(int(self._pid.read_text()), signal.SIGCONT)
+
+    @contextmanager
+    def traced(self, call: str, fault: str) -> Iterator[None]:
+        """With strace between it and the kernel, which meets every such ``call`` with ``fault``."""
+        command = ["strace", "-f", "-p", self._pid.read_text().strip(), "-o", "/dev/null"]
+        command += ["-e", f"trace={call}", "-e", f"inject={call}:{fault}"]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as strace:
+            assert strace.stderr is not None
+            if "attached" not in (said := strace.stderr.readline()):
+                raise RuntimeError(f"strace cannot hold etcd: {said}")
+            try:
+                yield
+            finally:
+                strace.terminate()  # it lets go at once, also of the calls that it held back
 
 
 class _Container(Container):

@@ -1,0 +1,85 @@
+"""The dashboards: every metric they name is one that idemp sends, and none that it sends is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+
+from idemp import pipeline
+from idemp.metrics import OUTCOMES, TIMERS
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "dashboards"
+DASHBOARDS = {"graphite": FOLDER / "graphite.json", "grafana": FOLDER / "grafana.json"}
+PATH = re.compile(r"\bstats(?:_counts|\.timers)?\.(?:\{[^}]*\}|[^\s,(){}'])+")
+
+
+def targets(name: str, service: str) -> list[str]:
+    """Everything that a dashboard asks Graphite for."""
+    board = json.loads(DASHBOARDS[name].read_text())
+    if name == "graphite":
+        return [target for _, graph in board["graphs"] for target in graph["target"]]
+    asked = [target["target"] for panel in board["panels"] for target in panel.get("targets", [])]
+    return [target.replace("${service}", service) for target in asked]
+
+
+def service_variable() -> tuple[str, re.Pattern[str]]:
+    """Where Grafana looks for services, and what of a name is the service's."""
+    _, variable = json.loads(DASHBOARDS["grafana"].read_text())["templating"]["list"]
+    return variable["query"], re.compile(variable["regex"].strip("/"))
+
+
+def metrics(name: str) -> Iterator[str]:
+    """The metrics in them, with ``orders`` and ``new_order`` for the stars and braces written out."""
+    for target in targets(name, service="orders"):
+        for path in PATH.findall(target):
+            full = path.replace("orders_*", "orders_new_order").replace("*", "orders_new_order")
+            start, brace, rest = full.partition("{")
+            choices, _, end = rest.partition("}")
+            yield from (f"{start}{each}{end}" for each in choices.split(",")) if brace else [full]
+
+
+COUNTER = re.compile(rf"stats_counts\.orders(?:_new_order)?_({'|'.join(OUTCOMES)})")
+TIMER = re.compile(rf"stats\.timers\.orders(?:_new_order)?_({'|'.join(TIMERS)})(?:\.(?:median|upper_99))?")
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_every_metric_is_known(name: str) -> None:
+    """N8: an outcome or a timer of idemp.metrics, and each of them is on the dashboard."""
+    seen = set()
+    for metric in metrics(name):
+        known = COUNTER.fullmatch(metric) or TIMER.fullmatch(metric)
+        assert known, metric
+        seen.add(known[1])
+    assert seen == {*OUTCOMES, *TIMERS}
+
+
+def test_the_outcomes_are_those_of_the_consumer() -> None:
+    """Meters stand beside the heart and cannot import its table."""
+    assert OUTCOMES == pipeline.OUTCOMES
+
+
+def test_the_graphite_dashboard_is_what_its_page_saves() -> None:
+    """A graph is a query string and the same as parameters."""
+    board: dict[str, Any] = json.loads(DASHBOARDS["graphite"].read_text())
+    assert {"name", "timeConfig", "refreshConfig", "graphSize", "defaultGraphParams", "graphs"} == set(board)
+    for query, graph in board["graphs"]:
+        assert parse_qs(query)["target"] == graph["target"]
+
+
+def test_the_grafana_dashboard_is_for_any_service_and_any_graphite() -> None:
+    """Both are variables; what Graphite lists for the second ends as services' names."""
+    board: dict[str, Any] = json.loads(DASHBOARDS["grafana"].read_text())
+    source, service = board["templating"]["list"]
+    assert (source["name"], source["query"], service["name"]) == ("datasource", "graphite", "service")
+    query, regex = service_variable()
+    assert TIMER.fullmatch(query.replace("*", "orders"))
+    assert [match[1] for match in regex.finditer("shop_eu-1_handler")] == ["shop_eu-1"]
+    graphs = [panel for panel in board["panels"] if panel["type"] == "timeseries"]
+    assert all(panel["datasource"] == {"type": "graphite", "uid": "${datasource}"} for panel in graphs)
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
