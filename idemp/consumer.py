@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import tenacity
@@ -157,6 +157,8 @@ class Consumer:
                 stop_at = now + self._grace
                 shell.inbox.append(Stop())
             if stop_at is not None and not shell.inbox and (pipeline.idle() or now >= stop_at):
+                with suppress(TransportUnavailable):
+                    self._transport.poll(0.0)  # the last acknowledgements go out
                 return
             try:
                 self._turn(pipeline, shell, report, now)
@@ -297,7 +299,7 @@ class _Shell:
 
     def _serve(self, store: Store, lane: queue.SimpleQueue[Sequence[Op] | None]) -> None:
         try:
-            while (ops := lane.get()) is not None:
+            while ops := _gathered(lane):
                 began = time.perf_counter()
                 replies = self._apply(store, ops)
                 took = time.perf_counter() - began
@@ -368,6 +370,18 @@ class _Shell:
         if type(step) is Run:
             return run(policy, function, current, (flight.message,), {})
         return ask(policy, current, (flight.message,), {})
+
+
+def _gathered(lane: queue.SimpleQueue[Sequence[Op] | None]) -> list[Op]:
+    """All that waits to be asked, and at least one batch; nothing at the end."""
+    ops = list(lane.get() or ())
+    while ops and not lane.empty():
+        more = lane.get()
+        if more is None:
+            lane.put(None)
+            break
+        ops += more
+    return ops
 
 
 def _blocking(function: Callable[..., Any], runner: asyncio.Runner) -> Callable[..., Any]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
+
+import msgspec
 
 from idemp.errors import (
     ClaimLost,
@@ -62,8 +63,7 @@ _waiters = ThreadPoolExecutor(64, "idemp-wait")
 # ------------------------------------------------------------------ what a handler can know
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(msgspec.Struct, frozen=True):
     """One call.  ``key`` is the handler's name and the message's id; ``attempt`` counts from 1.
 
     fencing_token: grows with every claim of the key; for stores that can compare it.
@@ -248,13 +248,15 @@ def _perform(
 
 def run(policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any) -> Any:
     """Call the handler: `Returned`, `Raised`, or `NotStarted` if the session is stale."""
-    if not policy.store.fresh():
+    if not policy.store.fresh(current.fencing_token):
         return NotStarted()
+    before = _running.set(current)  # `running` costs a microsecond more, and this is the hot path
     try:
-        with running(current):
-            value = function(*args, **kwargs)
+        value = function(*args, **kwargs)
     except BaseException as error:
         return Raised(error)
+    finally:
+        _running.reset(before)
     return Returned(value, policy.encode(value))
 
 
@@ -321,7 +323,7 @@ async def run_async(
     policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any
 ) -> Any:
     """`run` for ``async def``.  Being cancelled is `Raised`, so that the claim is left in doubt."""
-    if not policy.store.fresh():
+    if not policy.store.fresh(current.fencing_token):
         return NotStarted()
     try:
         with running(current):
@@ -402,7 +404,7 @@ def once(store: Store, name: str, identity: str | int | uuid.UUID, **options: An
         return
     block = Step(done=False, result=None)
     event = NotStarted()
-    if store.fresh():
+    if store.fresh(step.claim.token):
         try:
             with running(Context(key, step.claim.token, step.claim.attempt)):
                 yield block

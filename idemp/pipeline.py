@@ -1,8 +1,8 @@
 """The consumer's decisions: ``step(event, now) -> commands``.  Pure; consumer.py carries them out.
 
 A delivery is a `Flight`: it is decoded, gets a claim protocol (protocol.py), and is moved along it
-until its verdict settles it.  Whatever the flights ask of a store while its last batch is under
-way becomes its next batch; nothing ever waits for a batch to fill.
+until its verdict settles it.  What the flights ask of a store goes out at once; whatever gathers
+while its last batch is under way is its next; nothing ever waits for a batch to fill.
 
     verdict              settled by                                            outcome
     Ok                   ack                                                   ok
@@ -107,7 +107,7 @@ class Delivered(NamedTuple):
 
 
 class Replied(NamedTuple):
-    """A store answered the batch it was given."""
+    """A store answered, in the order of what it was asked; one answer may be for many `Apply`."""
 
     store: Store
     replies: Sequence[Reply]
@@ -148,7 +148,7 @@ Event = Delivered | Replied | Worked | Confirmed | Disconnected | Tick | Stop
 
 
 class Apply(NamedTuple):
-    """Send a batch to a store; answer with `Replied`."""
+    """Send a batch to a store, in order, together with others if it is busy; answer with `Replied`."""
 
     store: Store
     ops: Sequence[Op]
@@ -192,7 +192,7 @@ class _Lane:
 
     ops: list[Op] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
-    under_way: list[Flight] = field(default_factory=list)
+    under_way: deque[Flight] = field(default_factory=deque)
 
 
 class Pipeline:
@@ -216,7 +216,7 @@ class Pipeline:
         self._chance = chance
         self._lanes: dict[int, _Lane] = {}
         self._stores: dict[int, Store] = {}
-        self._window: dict[str, deque[Flight]] = {}
+        self._window: dict[str, list[Flight]] = {}  # each key's first, and those that wait for it
         self._timers: list[tuple[float, int, Flight, Callable[[Flight], None]]] = []
         self._order = itertools.count()
         self._working = 0
@@ -244,10 +244,9 @@ class Pipeline:
                 for delivery in deliveries:
                     self._deliver(delivery, wall)
             case Replied(store, replies):
-                lane = self._lanes[id(store)]
-                asked, lane.under_way = lane.under_way, []
-                for flight, reply in zip(asked, replies, strict=True):
-                    self._advance(flight, reply)
+                asked = self._lanes[id(store)].under_way
+                for reply in replies:
+                    self._advance(asked.popleft(), reply)
             case Worked(results):
                 self._working -= len(results)
                 for flight, result in results:
@@ -282,9 +281,10 @@ class Pipeline:
     def _commands(self) -> list[Command]:
         commands: list[Command] = []
         for place, lane in self._lanes.items():
-            if lane.ops and not lane.under_way:
+            if lane.ops:
                 commands.append(Apply(self._stores[place], lane.ops))
-                lane.ops, lane.flights, lane.under_way = [], [], lane.flights
+                lane.under_way.extend(lane.flights)
+                lane.ops, lane.flights = [], []
         if self._work:
             self._working += len(self._work)
             commands.append(Work(self._work))
@@ -327,7 +327,7 @@ class Pipeline:
         if first is not None:
             first.append(flight)
             return
-        self._window[flight.key] = deque((flight,))
+        self._window[flight.key] = [flight]
         self._advance(flight, None)
 
     def _identify(self, flight: Flight, policy: Policy | None, message: Message) -> None:
@@ -438,10 +438,8 @@ class Pipeline:
 
     def _leave_window(self, flight: Flight, *, done: bool = False, delay: float | None = None) -> None:
         """Let the duplicates that waited for ``flight`` go on: skipped, later like it, or on their own."""
-        waiting = self._window.pop(flight.key)
-        waiting.popleft()
-        while waiting:
-            duplicate = waiting.popleft()
+        waiting = self._window.pop(flight.key)[1:]
+        for place, duplicate in enumerate(waiting):
             if self._stopping:
                 continue
             if done and duplicate.fingerprint is None:
@@ -450,8 +448,7 @@ class Pipeline:
                 attempts = _attempts(duplicate.delivery)
                 self._again_later(duplicate, "deferred", delay, "waited for one that failed", attempts)
             else:
-                waiting.appendleft(duplicate)
-                self._window[flight.key] = waiting
+                self._window[flight.key] = waiting[place:]
                 self._advance(duplicate, None)
                 return
 
@@ -573,7 +570,7 @@ def _too_old(flight: Flight, policy: Policy, wall: float) -> str:
     """Why the message may have been done and forgotten: it is older than the retention."""
     headers = flight.delivery.properties.headers
     published = headers.get("idemp-retried-at", flight.delivery.properties.timestamp)
-    if not isinstance(published, int | float) or wall - published <= policy.store.retention:
+    if not isinstance(published, (int, float)) or wall - published <= policy.store.retention:
         return ""
     age, kept = wall - published, policy.store.retention
     return f"older than the retention: published {age:.0f} s ago, ids are kept for {kept:.0f} s"

@@ -236,6 +236,8 @@ def _follow(value: Any, path: list[str], spec: str) -> Any:
 
 
 def _identity(name: str, value: Any) -> str:
+    if isinstance(value, str) and value.isascii() and 0 < len(value) <= MAX_ID:
+        return value
     if isinstance(value, int | uuid.UUID) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -243,7 +245,7 @@ def _identity(name: str, value: Any) -> str:
     if not value:
         raise BadMessage(f"the key of {name} is empty")
     try:
-        size = len(value) if value.isascii() else len(value.encode())
+        size = len(value.encode())
     except UnicodeEncodeError:
         raise BadMessage(f"the key of {name} is not valid Unicode") from None
     # A CloudEvents identity is a source and an id, each within the limit.

@@ -186,10 +186,11 @@ class Store(Protocol):
         """Return when ``key`` is no longer busy with ``token``, after ``timeout`` seconds at the latest."""
         ...
 
-    def fresh(self) -> bool:
+    def fresh(self, token: int = 0) -> bool:
         """Whether the session was confirmed less than two thirds of its time to live ago.
 
-        Asked right before a handler's first instruction: false means do not start it.
+        Asked right before a handler's first instruction: false means do not start it.  ``token``: of
+        the handler's claim, which must not be of an earlier session.
         """
         ...
 

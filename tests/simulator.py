@@ -6,7 +6,7 @@ Everything follows from the seed.  The laws are checked while it runs and when i
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +162,7 @@ class Consumer:
         self.out: dict[int, Publication] = {}
         self.copied: set[int] = set()
         self.todo: list[Callable[[], None]] = []
+        self.asked: deque[tuple[Any, Any]] = deque()
         self.stopping = False
 
     def apply(self, ops: Any) -> Any:
@@ -205,7 +206,8 @@ class Consumer:
     def perform(self, command: Any) -> None:
         match command:
             case Apply(store, ops):
-                self.todo.append(lambda: self.step(Replied(store, self.apply(ops))))
+                self.asked.append((store, ops))
+                self.todo.append(self.answer)
             case Work(items):
                 for item in items:
                     self.todo.append(lambda item=item: self.work(*item))  # type: ignore[misc]
@@ -219,6 +221,13 @@ class Consumer:
                 self.stopping = True
             case Tell(counts):
                 self.world.did.update({outcome: n for (_, outcome), n in counts.items()})
+
+    def answer(self) -> None:
+        """One or more of the batches that were asked first, as one."""
+        if self.asked:
+            batches = [self.asked.popleft() for _ in range(self.world.chance.randint(1, len(self.asked)))]
+            replies = self.apply([op for _, ops in batches for op in ops])
+            self.step(Replied(batches[0][0], replies))
 
     def work(self, flight: Any, command: Any) -> None:
         world, chance = self.world, self.world.chance

@@ -282,7 +282,7 @@ def test_a_session_that_was_lost_starts_nothing(make: Callable[..., Bench]) -> N
     def handle(message: Message) -> None:
         runs.append(context().attempt)
 
-    bench.store.fresh = lambda: answers.pop() if answers else fresh()  # type: ignore[method-assign]
+    bench.store.fresh = lambda token=0: answers.pop() if answers else fresh(token)  # type: ignore[method-assign]
     with bench.running():
         bench.publish(Message("1", "t"))
         until(lambda: isinstance(bench.state("s.t/1"), Done))

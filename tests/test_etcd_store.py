@@ -14,6 +14,7 @@ from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Free, Get
 from idemp.stores.etcd import EtcdStore
 from idemp.stores.etcd_client import Client, Unsure, WatchBatch
 from idemp.stores.etcd_replica import Layout
+from idemp.stores.journal import Record, encode
 from tests.servers import Etcd, need
 
 
@@ -24,7 +25,12 @@ class Wire(Client):
         super().__init__(endpoints)
         self.lose: Callable[[], bool] = lambda: False  # the reply of a transaction that took effect
         self.drop: Callable[[WatchBatch], bool] = lambda batch: False  # what the watch brings
-        self.calls = 0
+        self.calls = 0  # transactions
+        self.requests = 0
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self.requests += 1
+        return super()._call(*args, **kwargs)
 
     def txn(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
@@ -151,6 +157,29 @@ def test_a_duplicate_costs_no_round_trip(make: Make) -> None:
     for _ in range(1000):
         assert one(other, Claim("a")).result == b"1"
     assert there.calls - before <= 3, "only the keeper spoke"
+
+
+def test_a_million_remembered_ids(own_etcd: Etcd, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are there when it is ready, and the first duplicate is skipped without a single request."""
+    layout, wire = Layout("m"), Wire(own_etcd.endpoints)
+    for seq in range(1, 251):
+        keys = [f"h/{seq:06d}{n:026d}" for n in range(4000)]
+        records: list[Record] = [Claim(key) for key in keys]
+        records += [Complete(key, 0, b"null") for key in keys]
+        wire.put(layout.log(0, "writer", seq), encode(time.time(), records))
+    store = EtcdStore(lambda: wire, "m", retention=86_400, session_ttl=10.0)
+    began = time.perf_counter()
+    store.apply([])
+    took = time.perf_counter() - began
+    before = wire.requests
+    assert isinstance(one(store, Claim(f"h/{7:06d}{9:026d}")), Done)
+    assert wire.requests == before
+    assert isinstance(one(store, Claim("h/another")), Claimed)
+    found = store._mine()._replica.journal.remembered()  # type: ignore[attr-defined]
+    store.close()
+    with capsys.disabled():
+        print(f" [1 000 000 ids ready in {took:.1f} s]", end="")
+    assert found == 1_000_000
 
 
 def test_a_waiter_is_woken_by_the_watch(make: Make) -> None:

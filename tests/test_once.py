@@ -527,7 +527,7 @@ class Stale:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def fresh(self) -> bool:
+    def fresh(self, token: int = 0) -> bool:
         return False
 
 

@@ -80,17 +80,17 @@ def test_a_message_goes_claim_run_complete_ack() -> None:
     assert line.idle()
 
 
-def test_what_gathers_while_a_batch_is_under_way_is_the_next() -> None:
-    """Claims and completions together, one batch at a time."""
+def test_what_is_asked_goes_out_at_once_and_is_answered_in_order() -> None:
+    """Claims and completions together; one answer may be for several batches, or for a part of one."""
     line = pipeline()
-    deliver(line, delivery(1, "a"))
-    assert deliver(line, delivery(2, "b"), delivery(3, "c")) == []
-    apply, work = step(line, Replied(STORE, [Claimed(1, 1)]))
-    assert apply == Apply(STORE, [Claim("h/b"), Claim("h/c")])
-    assert step(line, Worked([(work.items[0][0], Returned(None, None))])) == []
-    apply, _, ack = step(line, Replied(STORE, [Claimed(2, 1), Done(9, None, None, 0.0)]))
-    assert apply == Apply(STORE, [Complete("h/a", 1)])
-    assert ack == Acknowledge([3])
+    assert deliver(line, delivery(1, "a")) == [Apply(STORE, [Claim("h/a")])]
+    assert deliver(line, delivery(2, "b"), delivery(3, "c")) == [Apply(STORE, [Claim("h/b"), Claim("h/c")])]
+    [work] = step(line, Replied(STORE, [Claimed(1, 1), Claimed(2, 1)]))
+    assert step(line, Worked([(work.items[0][0], Returned(None, None))])) == [
+        Apply(STORE, [Complete("h/a", 1)])
+    ]
+    assert not line.idle()
+    assert step(line, Replied(STORE, [Done(9, None, None, 0.0), Applied()])) == [Acknowledge([3, 1])]
 
 
 def test_a_duplicate_in_flight_waits_for_its_first() -> None:
@@ -226,6 +226,7 @@ def test_nothing_is_acknowledged_on_a_connection_that_is_gone() -> None:
     [work] = step(line, Replied(STORE, [Claimed(1, 1), Claimed(2, 1)]))
     assert step(line, Disconnected()) == []
     [apply] = step(line, Worked([(work.items[0][0], Returned(None, None))]))
+    assert apply.ops == [Complete("h/1", 1, None)]
     assert deliver(line, delivery(11), delivery(12, "2")) == []
     assert step(line, Replied(STORE, [Applied()])) == [Acknowledge([11])]
     [apply] = step(line, Worked([(work.items[1][0], NotStarted())]))
@@ -251,11 +252,11 @@ def test_stop_gives_back_what_did_not_start() -> None:
     deliver(line, delivery(4, "c"))
     assert step(line, Stop()) == [Cancel()]
     assert deliver(line, delivery(5, "d")) == []
-    step(line, Replied(STORE, [Claimed(3, 1)]))
+    assert step(line, Replied(STORE, [Claimed(3, 1)])) == [Apply(STORE, [Release("h/c", 3, 0)])]
     first, second = (flight for flight, _ in work.items)
-    step(line, Worked([(first, Returned(None, None)), (second, NotStarted())]))
-    [apply] = step(line, Replied(STORE, [Applied()]))
+    [apply] = step(line, Worked([(first, Returned(None, None)), (second, NotStarted())]))
     assert apply.ops == [Complete("h/a", 1), Release("h/b", 2, 0)]
+    assert step(line, Replied(STORE, [Applied()])) == []
     assert step(line, Replied(STORE, [Applied(), Applied()])) == [Acknowledge([1])]
     assert line.idle()
 

@@ -218,6 +218,21 @@ def test_freshness_ends_after_two_thirds(make: Any, time: Time) -> None:
     assert store.fresh()
 
 
+def test_what_a_lost_session_had_claimed_is_not_started(make: Any, time: Time) -> None:
+    """It is in doubt by now, and perhaps another's already."""
+    store, other = make(), make()
+    [claimed] = store.apply([Claim("a")])
+    assert store.fresh(claimed.token)
+    time.now += 10.1
+    [doubt] = other.apply([Claim("a")])
+    [taken] = other.apply([Takeover("a", doubt.token)])
+    [late] = store.apply([Claim("b")])
+    assert store.fresh()
+    assert not store.fresh(claimed.token)
+    assert store.fresh(late.token)
+    assert other.fresh(taken.token)
+
+
 def test_after_a_restart_of_the_host_every_session_is_dead(
     make: Any, time: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:

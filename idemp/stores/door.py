@@ -11,6 +11,16 @@ from idemp.errors import Closed
 from idemp.ports import Op, Reply, State
 from idemp.stores.group import GroupCommit
 
+_pid = os.getpid()  # asking the system each time would be a call for every message
+
+
+def _forked() -> None:
+    global _pid
+    _pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Session(Protocol):
     """One process's presence in a store."""
@@ -22,7 +32,7 @@ class Session(Protocol):
     def wait(self, key: str, token: int, timeout: float) -> None:
         """See `idemp.ports.Store`."""
 
-    def fresh(self) -> bool:
+    def fresh(self, token: int = 0) -> bool:
         """See `idemp.ports.Store`."""
         ...
 
@@ -58,9 +68,9 @@ class SessionStore:
         """See `idemp.ports.Store`."""
         self._mine().wait(key, token, timeout)
 
-    def fresh(self) -> bool:
+    def fresh(self, token: int = 0) -> bool:
         """See `idemp.ports.Store`."""
-        return self._mine().fresh()
+        return self._mine().fresh(token)
 
     def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`."""
@@ -70,13 +80,13 @@ class SessionStore:
         """See `idemp.ports.Store`."""
         with self._lock:
             session, self._session, self._closed = self._session, None, True
-        if session and session.pid == os.getpid():
+        if session and session.pid == _pid:
             session.close()
 
     def _mine(self) -> Session:
         """This process's session.  What a fork inherited is kept, never used and never closed."""
         session = self._session
-        if session is not None and session.pid == os.getpid():
+        if session is not None and session.pid == _pid:
             return session
         if session is not None:
             self._inherited.append(session)

@@ -46,15 +46,17 @@ from idemp.stores.etcd_client import (
     Created,
     Delete,
     EtcdError,
+    NoSpace,
     Put,
     Range,
+    Refused,
     Request,
     Unsure,
     Value,
 )
 from idemp.stores.etcd_replica import Layout, Replica, Tails
 from idemp.stores.group import GroupCommit
-from idemp.stores.journal import Append, Begin, Declare, Raise, Record, Seed, encode, encode_open
+from idemp.stores.journal import LINES, Append, Begin, Declare, Raise, Record, Seed, encode, encode_open
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,12 @@ MOST = 4000
 """Records in one append."""
 SEED_MOST = 100
 """The same where each done writes a key of its own too: a transaction has at most 128 requests."""
+MOST_BYTES = 1_000_000
+"""Bytes of them, at their worst: etcd takes 1.5 MiB in one request."""
 SLICES = 8
 """Buckets in a retention."""
 _PAGE = 500
+_SETTLES = (Complete, Release, Abandon, Park)
 
 
 class EtcdStore(SessionStore):
@@ -114,14 +119,23 @@ def _parts(ops: Sequence[Op], most: int) -> list[Sequence[Op]]:
     its token is checked against a memory that has everything before it.
     """
     parts: list[Sequence[Op]] = []
-    start, touched = 0, set[str]()
+    start, size, touched = 0, 0, set[str]()
     for place, op in enumerate(ops):
-        names_token = isinstance(op, Complete | Release | Abandon | Park)
-        if place - start >= most or (names_token and op.key in touched):
+        weight = _weight(op)
+        full = place - start >= most or size + weight > MOST_BYTES
+        if full or (op.key in touched and isinstance(op, _SETTLES)):
             parts.append(ops[start:place])
-            start, touched = place, set()
+            start, size, touched = place, 0, set()
+        size += weight
         touched.add(op.key)
     return [*parts, ops[start:]]
+
+
+def _weight(op: Op) -> int:
+    """How many bytes its line has at most: each that cannot be seen becomes three."""
+    text = op.key + op.reason if type(op) is Park else op.key
+    kept = len(op.result or b"") if type(op) is Complete else 0
+    return 100 + 3 * kept + len(text) * (3 if text.isascii() else 12)
 
 
 class _Session:
@@ -145,6 +159,8 @@ class _Session:
         self._seed_layout = seed_layout
         self._replica = Replica(client, self._layout, clock)
         self._id, self._lease, self._seq, self._tail = "", 0, 0, b""
+        self._born = 0  # the revision of its beginning
+        self._seen: tuple[Tails, int] = {}, 0  # at the keeper's last look
         self._mine: set[str] = set()  # the sessions that this process had
         self._alive_at = clock.steady() - self._ttl
         self._unsure: _Sent | None = None
@@ -155,7 +171,7 @@ class _Session:
             with self._as_store_error():
                 self._prepare()
                 self._begin_session()
-                self._replica.import_all()
+                self._import(clock.steady() + PATIENCE)
                 self._import_seed(clock.steady() + PATIENCE)
         except BaseException:
             client.close()
@@ -183,14 +199,15 @@ class _Session:
 
     def _begin_session(self) -> None:
         """A new id on a new lease; its tail is born with it."""
-        self._id, self._seq, self._tail = uuid.uuid4().hex[:16], 0, b"0 0"
+        layout, id, tail = self._layout, uuid.uuid4().hex[:16], b"0 0"
         asked = self._clock.steady()
-        self._lease = self._client.lease_grant(self._ttl)
-        layout = self._layout
-        born: list[Request] = [Put(layout.session(self._id), str(os.getpid()).encode(), self._lease)]
-        born.append(Put(layout.tail(self._id), self._tail))
-        self._client.txn([Created(layout.session(self._id), 0)], born, [])
-        self._mine.add(self._id)
+        lease = self._client.lease_grant(self._ttl)
+        born: list[Request] = [Put(layout.session(id), str(os.getpid()).encode(), lease)]
+        born.append(Put(layout.tail(id), tail))
+        self._born = self._client.txn([Created(layout.session(id), 0)], born, []).revision
+        # Not before it stands: a claim of mine is mine until its session is declared dead.
+        self._id, self._lease, self._seq, self._tail = id, lease, 0, tail
+        self._mine.add(id)
         self._alive_at = asked
 
     def _import_seed(self, deadline: float) -> None:
@@ -225,9 +242,11 @@ class _Session:
         self._settle_unsure(deadline)
         current = any(isinstance(op, Get) for op in ops) and self._catch_up(deadline)
         while True:
-            ops = [self._retake(op, deadline) for op in ops]
-            known, records = self._plan(ops)
-            if any(isinstance(reply, Lost) for reply in known) and not current:
+            known, records, left = self._plan(ops)
+            if left:
+                ops = self._retake(ops, left, deadline)
+                continue
+            if any(type(reply) is Lost for reply in known) and not current:
                 current = self._catch_up(deadline)  # a loss is told with the state of now, not of before
                 continue
             if not records:
@@ -238,53 +257,76 @@ class _Session:
                 continue
             return [self._answer(op, reply, outcomes) for op, reply in zip(ops, known, strict=True)]
 
-    def _retake(self, op: Op, deadline: float) -> Op:
-        """A claim that is in doubt by now is taken over before it is settled, if nobody was first.
+    def _retake(self, ops: Sequence[Op], left: Sequence[int], deadline: float) -> list[Op]:
+        """Claims of my earlier sessions are taken over before they are settled, where nobody was first.
 
         By an append of its own: a D is true by itself, so it is written only by a holder who knows it.
         """
-        if isinstance(op, Complete | Release | Abandon | Park):
-            with self._replica.changed:
-                entry = self._replica.journal.entry(op.key)
-            if entry is not None and (entry.state, entry.token, entry.session) == (CLAIMED, op.token, ""):
-                [taken] = self._append_surely([Takeover(op.key, op.token)], deadline)
-                if isinstance(taken, Claimed):
-                    return op._replace(token=taken.token)
-        return op
+        ops = list(ops)
+        with self._replica.changed:
+            entries = [self._replica.journal.entry(ops[place].key) for place in left]
+        if any(entry is not None and entry.session for entry in entries):
+            self._bury(deadline)
+            return ops
+        settling = {place: op for place in left if isinstance(op := ops[place], _SETTLES)}
+        takeovers = [Takeover(op.key, op.token) for op in settling.values()]
+        outcomes = self._append_surely(takeovers, deadline)
+        for (place, op), taken in zip(settling.items(), outcomes, strict=True):
+            if isinstance(taken, Claimed):
+                ops[place] = op._replace(token=taken.token)
+        return ops
 
-    def _plan(self, ops: Sequence[Op]) -> tuple[list[Reply | int], list[Record]]:
-        """For each operation its reply, if memory is certain, or the place of its record."""
+    def _bury(self, deadline: float) -> None:
+        """Have my earlier sessions declared dead."""
+        if self._clock.steady() >= deadline:
+            raise StoreUnavailable("etcd: a session of ours that is gone is not declared dead")
+        self._declare_dead(deadline)
+        self._catch_up(deadline)
+
+    def _plan(self, ops: Sequence[Op]) -> tuple[list[Reply | int], list[Record], list[int]]:
+        """For each operation its reply, if memory is certain, or the place of its record.
+
+        The third: the places of those that settle a claim of an earlier session of mine.
+        """
         plan: list[Reply | int] = []
         records: list[Record] = []
+        left: list[int] = []
         touched: set[str] = set()
         with self._replica.changed:
-            for op in ops:
-                certain = None if op.key in touched else self._certain(op)
+            journal = self._replica.journal
+            for place, op in enumerate(ops):
+                entry = journal.entry(op.key)
+                if isinstance(op, _SETTLES) and self._is_left(entry, op.token):
+                    left.append(place)
+                certain = None if op.key in touched else self._certain(op, entry)
                 if certain is not None:
                     plan.append(certain)
                     continue
-                if not isinstance(op, Get):
+                if type(op) is not Get:
                     records.append(op)
                 touched.add(op.key)
                 plan.append(len(records) - 1)
-        return plan, records
+        return plan, records, left
 
-    def _certain(self, op: Op) -> Reply | None:
+    def _is_left(self, entry: Entry | None, token: int) -> bool:
+        """Whether that claim is of an earlier session of mine, declared dead or not, or given up."""
+        if entry is None or entry.token != token or entry.state != CLAIMED:
+            return False
+        return not entry.session or (entry.session != self._id and entry.session in self._mine)
+
+    def _certain(self, op: Op, entry: Entry | None) -> Reply | None:
         """A done is true by itself; a busy key's claimer waits on memory; a token is checked here."""
-        entry = self._replica.journal.entry(op.key)
-        if isinstance(op, Claim):
-            if entry is None:
-                return None
-            state = self._replica.journal.state(op.key)
-            return state if isinstance(state, Done | Busy) else None
-        if isinstance(op, Complete | Release | Abandon | Park):
+        if type(op) is Claim:
+            state = None if entry is None else self._replica.journal.state(op.key)
+            return state if isinstance(state, (Done, Busy)) else None
+        if isinstance(op, _SETTLES):
             if entry is not None and entry.token == op.token:
                 if entry.state == CLAIMED and entry.session == self._id:
                     return None
-                if entry.state == DONE and isinstance(op, Complete):
+                if entry.state == DONE and type(op) is Complete:
                     return Applied()
             return Lost(self._replica.journal.state(op.key))
-        return self._replica.journal.state(op.key) if isinstance(op, Get) else None
+        return self._replica.journal.state(op.key) if type(op) is Get else None
 
     def _answer(self, op: Op, known: Reply | int, outcomes: Sequence[Reply]) -> Reply:
         """The outcome at the record's line, never a later look."""
@@ -373,6 +415,12 @@ class _Session:
                 if self._clock.steady() >= deadline:
                     raise
                 self._clock.sleep(0.05)
+            except NoSpace:
+                raise  # etcd also says so of the one that it took as the last: it is unsure
+            except Refused:
+                self._unsure = None
+                self._replica.forget(append)
+                raise
         if result.succeeded:
             tails = layout.read_tails(result.responses[-1].pairs)
             return self._settled(sent, result.revision, tails, deadline)
@@ -385,7 +433,8 @@ class _Session:
         if not session:
             self._renew(deadline)
         else:
-            self._wait_for(lambda: self._replica.complete(layout.read_tails(tails_now)), deadline)
+            known = layout.read_tails(tails_now)
+            self._wait_for(lambda: self._replica.complete(known, result.revision), deadline)
         raise _Never
 
     def _settled(self, sent: _Sent, revision: int, tails: Tails, deadline: float) -> list[Reply]:
@@ -458,8 +507,9 @@ class _Session:
 
     def _catch_up(self, deadline: float) -> bool:
         """Memory is complete to now; true."""
-        tails = self._layout.read_tails(self._client.range(self._layout.tails, prefix=True).pairs)
-        self._wait_for(lambda: self._replica.complete(tails), deadline)
+        found = self._client.range(self._layout.tails, prefix=True)
+        tails = self._layout.read_tails(found.pairs)
+        self._wait_for(lambda: self._replica.complete(tails, found.revision), deadline)
         return True
 
     def _renew(self, deadline: float) -> None:
@@ -471,10 +521,12 @@ class _Session:
 
     # ---------------------------------------------------------------- keeping
 
-    def fresh(self) -> bool:
-        """Whether the session was heard of less than two thirds of its time to live ago."""
+    def fresh(self, token: int = 0) -> bool:
+        """Whether the session was heard of less than 2/3 of its time to live ago, and made the claim."""
         if self._ended.is_set():
             raise Closed("this store was closed")
+        if token and token // LINES <= self._born:
+            return False  # an earlier session's: it is in doubt
         return self._replica.trusted and self._clock.steady() - self._alive_at < self._ttl * 2 / 3
 
     def _keep(self) -> None:
@@ -512,7 +564,13 @@ class _Session:
         if self._id not in alive:
             self._renew(deadline)
             return
-        for session, (seq, bucket) in layout.read_tails(found.responses[1].pairs).items():
+        tails = layout.read_tails(found.responses[1].pairs)
+        if not self._replica.complete(*self._seen):
+            # Who writes nothing itself finds here what the watch did not bring since the last look.
+            self._replica.distrust("the watch is behind")
+            self._trust(deadline)
+        self._seen = tails, found.revision
+        for session, (seq, bucket) in tails.items():
             if session not in alive:
                 gone: list[Compare] = [Created(layout.session(session), 0)]
                 gone.append(Value(layout.tail(session), f"{seq} {bucket}".encode()))

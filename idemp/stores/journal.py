@@ -33,7 +33,6 @@ from idemp.ports import (
     Claim,
     Complete,
     Forget,
-    Lost,
     Op,
     Park,
     Release,
@@ -275,6 +274,10 @@ class Journal:
         """All keys, in no order."""
         return [*self._keys.open, *self._keys.done]
 
+    def has(self, session: str, seq: int) -> bool:
+        """Whether that append is applied.  Who declared its session dead had all of them."""
+        return self.seqs.get(session, 0) >= seq or session in self._ended
+
     def opened(self) -> list[tuple[str, Entry]]:
         """What is not done: claimed, in doubt, parked, free with attempts."""
         return list(self._keys.open.items())
@@ -316,11 +319,11 @@ class Journal:
         match record:
             case Claim() | Takeover() | Forget():
                 return fold.apply(record)
-            case Complete(key) | Release(key) | Abandon(key) | Park(key):
-                entry = self._keys.open.get(key)
-                if entry is None or entry.state != CLAIMED or entry.session != append.session:
-                    return Lost(self.state(key))
-                return fold.apply(record._replace(token=entry.token))
+            case Complete(key, _, result, fingerprint):
+                token = self._held(key, append.session)
+                return fold.apply(Complete(key, token, result, fingerprint))
+            case Release(key) | Abandon(key) | Park(key):
+                return fold.apply(record._replace(token=self._held(key, append.session)))
             case Seed(key):
                 if self._keys.get(key) is None:
                     fold._put(key, Entry(DONE, fold.token + 1, 1, "", append.wall, "", b"true"))
@@ -334,6 +337,12 @@ class Journal:
             case Raise(bucket):
                 self._raise(bucket)
         return Applied()
+
+    def _held(self, key: str, session: str) -> int:
+        """The token of the claim that ``session`` holds; 0, which is nobody's, if it holds none."""
+        entry = self._keys.open.get(key)
+        mine = entry is not None and entry.state == CLAIMED and entry.session == session
+        return entry.token if entry is not None and mine else 0
 
     def _declare_dead(self, session: str) -> None:
         """Its claims are nobody's now."""

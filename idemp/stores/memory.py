@@ -56,7 +56,7 @@ class MemoryStore:
             self._check_open()
             self._changed.wait_for(lambda: not self._busy(key, token), timeout)
 
-    def fresh(self) -> bool:
+    def fresh(self, token: int = 0) -> bool:
         """Always: the session is this process."""
         self._check_open()
         return True

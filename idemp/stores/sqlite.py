@@ -141,6 +141,7 @@ class _Session:
         self._id = ""
         self._batch = 0
         self._confirmed = -ttl
+        self._born = 0  # the last token before the session
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
         self._writer = self._open()
@@ -250,7 +251,7 @@ class _Session:
         alive: set[str] = set(json.loads(row[1]))
         ours = self._id in alive
         if not ours:
-            self._id = uuid.uuid4().hex
+            self._id, self._born = uuid.uuid4().hex, meta.get("token", 0)
             alive.add(self._id)
         self._settle_retention(db, meta)
         entries = self._entries(row[2:], wall)
@@ -349,9 +350,10 @@ class _Session:
 
     # ---------------------------------------------------------------- the session
 
-    def fresh(self) -> bool:
-        """Whether the session was confirmed less than two thirds of its time to live ago."""
-        return bool(self._clock.steady() - self._confirmed < self._ttl * 2 / 3)
+    def fresh(self, token: int = 0) -> bool:
+        """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
+        mine = not token or token > self._born
+        return mine and bool(self._clock.steady() - self._confirmed < self._ttl * 2 / 3)
 
     def _beat(self) -> None:
         """Confirm the session thrice in its time to live, and sweep."""

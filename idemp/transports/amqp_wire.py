@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from idemp.message import Properties
@@ -25,6 +26,7 @@ _DELIVER = b"\x00\x3c\x00\x3c"  # class basic, method deliver
 _CONTENT = struct.Struct(">4xQH")  # of a header frame: size of the body, which properties follow
 _LONG = struct.Struct(">I")
 _LONGLONG = struct.Struct(">Q")
+_TAG = struct.Struct(">QB")  # of a delivery, and whether it is one again
 _PERSISTENT = 2
 
 
@@ -86,7 +88,7 @@ class Reader:
             return False
         if kind == _METHOD and data.startswith(_DELIVER, start):
             self._channel, self._parts = channel, []
-            self._envelope = _envelope(data, start + 4)
+            self._envelope = _envelope(data, start + 4, stop)
             return True
         if kind not in (_HEADER, _BODY) or channel != self._channel:
             return False
@@ -103,14 +105,18 @@ class Reader:
         return True
 
 
-def _envelope(data: bytes, at: int) -> tuple[int, bool, str, str]:
+def _envelope(data: bytes, at: int, stop: int) -> tuple[int, bool, str, str]:
     """Of basic.deliver: tag, redelivered, exchange, routing key."""
     at += 1 + data[at]  # the consumer tag
-    (tag,) = _LONGLONG.unpack_from(data, at)
-    redelivered = bool(data[at + 8] & 1)
-    exchange, at = _short(data, at + 9)
-    routing_key, _ = _short(data, at)
-    return tag, redelivered, exchange, routing_key
+    tag, redelivered = _TAG.unpack_from(data, at)
+    return tag, redelivered & 1 == 1, *_way(data[at + _TAG.size : stop])
+
+
+@lru_cache(maxsize=64)
+def _way(data: bytes) -> tuple[str, str]:
+    """Exchange and routing key, which are the same for most of a queue's messages."""
+    exchange, at = _short(data, 0)
+    return exchange, _short(data, at)[0]
 
 
 # ------------------------------------------------------------------ properties
@@ -193,7 +199,10 @@ _FIXED = {
 def _short(data: bytes, at: int) -> tuple[Any, int]:
     """A short string; what is no text stays bytes."""
     stop = at + 1 + data[at]
-    return _text(data[at + 1 : stop]), stop
+    try:
+        return data[at + 1 : stop].decode(), stop
+    except UnicodeDecodeError:
+        return data[at + 1 : stop], stop
 
 
 def _text(data: bytes) -> str | bytes:
