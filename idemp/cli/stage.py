@@ -16,7 +16,15 @@ from idemp.errors import ConfigError, IdempError
 
 PATIENCE = 20.0
 """Seconds that a service has to start or to end."""
-_OURS = ("SERVICE_NAME", "ENABLE_ETCD", "ENABLE_STATE", "IDEMP_STORE", "IDEMP_TRANSPORT", "IDEMP_STATSD")
+_OURS = (
+    "SERVICE_NAME",
+    "ENABLE_ETCD",
+    "ENABLE_STATE",
+    "IDEMP_STORE",
+    "IDEMP_TRANSPORT",
+    "IDEMP_STATSD",
+    "IDEMP_METRICS_PORT",
+)
 
 
 class ServiceFailed(IdempError):
