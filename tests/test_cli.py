@@ -210,10 +210,12 @@ def _everything(terminal: int) -> str:
 # ------------------------------------------------------------------ ls, get, doubt
 
 
-@pytest.fixture
-def kept(tmp_path: Path) -> Iterator[tuple[str, Store]]:
+@pytest.fixture(params=["sqlite", "etcd"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[tuple[str, Store]]:
     """A store with a key in each state, and its URL."""
     url = f"sqlite:///{tmp_path}/seen.db"
+    if request.param == "etcd":
+        url = f"{request.getfixturevalue('etcd').url}{unique}"
     store = open_store(url)
 
     def claim(key: str) -> int:

@@ -21,7 +21,7 @@ UNREADABLE = "x-unreadable-headers"
 
 _FRAME = struct.Struct(">BHI")
 _FRAME_END = 0xCE
-_METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
+_METHOD, _HEADER, _BODY, _HEARTBEAT = _KINDS = 1, 2, 3, 8
 _DELIVER = b"\x00\x3c\x00\x3c"  # class basic, method deliver
 _CONTENT = struct.Struct(">4xQH")  # of a header frame: size of the body, which properties follow
 _LONG = struct.Struct(">I")
@@ -62,22 +62,23 @@ class Reader:
         self._have += len(data)
         if self._have < self._need:
             return 0
-        data = b"".join(self._chunks)
+        data = b"".join(self._chunks) if len(self._chunks) > 1 else data
         start, taken, end = 0, 0, len(data)
         self._need = _FRAME.size + 1
         while end - start >= _FRAME.size + 1:
             kind, channel, size = _FRAME.unpack_from(data, start)
-            if kind not in (_METHOD, _HEADER, _BODY, _HEARTBEAT):
+            if kind not in _KINDS:
                 size = end - start - _FRAME.size - 1  # no frame at all: let pika say so
-            stop = start + _FRAME.size + size + 1
-            if stop > end:
-                self._need = stop - start
+            at = start + _FRAME.size
+            stop = at + size
+            if stop >= end:
+                self._need = stop + 1 - start
                 break
-            if self._take(kind, channel, data, start + _FRAME.size, stop - 1):
-                taken += stop - start
+            if self._take(kind, channel, data, at, stop):
+                taken += stop + 1 - start
             else:
-                self._hand_on(data[start:stop])
-            start = stop
+                self._hand_on(data[start : stop + 1])
+            start = stop + 1
         self._chunks = [data[start:]] if start < end else []
         self._have = end - start
         return taken
@@ -86,11 +87,13 @@ class Reader:
         """Whether the frame is of a delivery."""
         if data[stop] != _FRAME_END:
             return False
-        if kind == _METHOD and data.startswith(_DELIVER, start):
+        if kind == _METHOD:
+            if not data.startswith(_DELIVER, start):
+                return False
             self._channel, self._parts = channel, []
             self._envelope = _envelope(data, start + 4, stop)
             return True
-        if kind not in (_HEADER, _BODY) or channel != self._channel:
+        if channel != self._channel or kind == _HEARTBEAT:
             return False
         if kind == _HEADER:
             self._missing, flags = _CONTENT.unpack_from(data, start)
