@@ -6,14 +6,14 @@ READY := .venv/ready
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test servers lint bench lock clean
+.PHONY: help demo test servers compose-check lint bench lock clean
 
 help: ## list these verbs
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read verb does; do \
-		printf '  %-14s %s\n' "$$verb" "$$does"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read verb does; do \
+		printf '  %-18s %s\n' "$$verb" "$$does"; done
 
-demo: $(READY) ## see idemp at work, on an embedded stack: no server needed
-	@$(BIN)/python -m idemp demo
+demo: $(READY) ## see idemp at work, on an embedded stack: no server needed; STACK=real: RabbitMQ and etcd
+	@$(BIN)/python -m $(if $(filter real,$(STACK)),tests.demo,idemp demo)
 
 test: $(READY) ## run the whole suite, after make servers; ARGS='-k claim' goes to pytest
 	@$(BIN)/python -m tests.servers || test -z "$$CI" # a laptop without one skips its tests, and says so
@@ -21,6 +21,9 @@ test: $(READY) ## run the whole suite, after make servers; ARGS='-k claim' goes 
 
 servers: $(READY) ## make sure that the real servers that the tests need are here
 	@$(BIN)/python -m tests.servers
+
+compose-check: $(READY) ## bring docker-compose.yaml up, look closely, take it down; root needs no engine
+	@$(BIN)/python -m tests.compose_check
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check
