@@ -11,11 +11,11 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tests.servers.catalog import SERVERS
 from tests.servers.container import Container
+from tests.servers.lent import Lent
 from tests.servers.ports import free_port
 from tests.servers.processes import Processes
 
@@ -24,7 +24,7 @@ STALL = 600_000_000  # microseconds: longer than any test
 INSIDE = (2379, 2380, 2381)  # where a container's clients, peers and its /health are
 
 
-class Etcd:
+class Etcd(Lent):
     """A cluster of one's own: started by `with`, gone with its data at the end of it.
 
     quota_bytes: size at which its database counts as full.
@@ -92,19 +92,6 @@ class Etcd:
         """The end of the cluster and of everything it wrote."""
         for member in self.members:
             member.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Member:

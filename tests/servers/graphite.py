@@ -7,11 +7,11 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlencode
 
 from tests.servers.catalog import SERVERS
+from tests.servers.lent import Lent
 from tests.servers.ports import free_port
 from tests.servers.processes import Processes
 
@@ -19,7 +19,7 @@ DEADLINE = 60.0  # seconds; a start takes about 2
 CONFIGURATION = Path(__file__).parents[2] / "assets" / "graphite"
 
 
-class Graphite:
+class Graphite(Lent):
     """Carbon and graphite-web with the files of assets/graphite: started by `with`, gone at the end of it."""
 
     def __init__(self) -> None:
@@ -64,19 +64,6 @@ class Graphite:
     def close(self) -> None:
         """The end of it and of everything it wrote."""
         self._runs.remove()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _answers(self) -> bool:
         """Both: carbon's own counters come through the web."""

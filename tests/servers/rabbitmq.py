@@ -6,18 +6,17 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.servers.catalog import SERVERS
 from tests.servers.container import Container
+from tests.servers.lent import Lent
 from tests.servers.ports import free_port
 from tests.servers.processes import Processes
 
 DEADLINE = 60.0  # seconds; a start takes about 2
 
 
-class RabbitMQ:
+class RabbitMQ(Lent):
     """A broker of one's own: started by `with`, gone with its data at the end of it."""
 
     def __init__(self, *, management: bool = False) -> None:
@@ -61,19 +60,6 @@ class RabbitMQ:
     def close(self) -> None:
         """The end of the broker and of everything it wrote."""
         self._runs.remove()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _processes(self, program: str) -> Processes:
         folder = Path(tempfile.mkdtemp(prefix="idemp-rabbitmq-"))

@@ -6,18 +6,17 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.servers.catalog import SERVERS
 from tests.servers.graphite import CONFIGURATION
+from tests.servers.lent import Lent
 from tests.servers.ports import free_port
 from tests.servers.processes import Processes
 
 DEADLINE = 60.0  # seconds; a start takes about 0.2
 
 
-class Statsd:
+class Statsd(Lent):
     """A statsd with assets/graphite/udp.js that sends to the carbon at ``carbon_port``."""
 
     def __init__(self, carbon_port: int) -> None:
@@ -52,19 +51,6 @@ Object.assign(eval("(" + fs.readFileSync("udp.js") + ")"), {{
     def close(self) -> None:
         """The end of it."""
         self._runs.remove()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _healthy(self) -> bool:
         try:
