@@ -302,6 +302,8 @@ class _Shell:
             while ops := _gathered(lane):
                 began = time.perf_counter()
                 replies = self._apply(store, ops)
+                if len(replies) != len(ops):
+                    raise RuntimeError(f"{store!r} answered {len(replies)} of {len(ops)} operations")
                 took = time.perf_counter() - began
                 for kind, name in ((Claim, "claim"), (Complete, "complete")):
                     if any(type(op) is kind for op in ops):

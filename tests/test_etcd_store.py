@@ -12,7 +12,7 @@ from idemp import ConfigError, open_store
 from idemp.errors import StoreUnavailable
 from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Free, Get, Store
 from idemp.stores.etcd import EtcdStore
-from idemp.stores.etcd_client import Client, Unsure, WatchBatch
+from idemp.stores.etcd_client import Client, Overloaded, Unsure, WatchBatch
 from idemp.stores.etcd_replica import Layout
 from idemp.stores.journal import Record, encode
 from tests.servers import Etcd, need
@@ -114,6 +114,28 @@ def test_a_claim_that_nobody_heard_of_is_given_back(make: Make, monkeypatch: pyt
     assert isinstance(one(store, Claim("b")), Claimed)
     assert one(other, Get("a")) == Free(0)
     assert one(other, Claim("a")).attempt == 1
+
+
+def test_a_refusal_after_a_lost_reply_settles_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sending took effect; that the second was refused does not undo it."""
+    (store, wire), (other, _) = make(), make()
+    transact, fates = wire.txn, iter(["lost", "refused"])
+
+    def txn(*args: Any, **kwargs: Any) -> Any:
+        fate = next(fates, "")
+        if fate == "refused":
+            raise Overloaded("too many requests")
+        result = transact(*args, **kwargs)
+        if fate == "lost":
+            raise Unsure("the reply was lost")
+        return result
+
+    monkeypatch.setattr(wire, "txn", txn)
+    with pytest.raises(StoreUnavailable):
+        store.apply([Claim("a")])
+    assert isinstance(one(store, Claim("b")), Claimed)
+    assert isinstance(one(other, Claim("a")), Claimed), "nobody heard of that claim, so it was given back"
+    assert isinstance(one(other, Claim("b")), Busy)
 
 
 def test_what_the_watch_does_not_bring_is_fetched(make: Make) -> None:

@@ -404,6 +404,7 @@ class _Session:
             Range(layout.log(sent.bucket, append.session, append.seq)),
             Range(layout.tails, prefix=True),
         ]
+        perhaps_applied = self._unsure is sent
         self._replica.expect(append)
         self._unsure = sent
         while True:
@@ -412,14 +413,16 @@ class _Session:
                 break
             except Unsure:
                 # Sent again it says what became of it, because its compares, once false, stay false.
+                perhaps_applied = True
                 if self._clock.steady() >= deadline:
                     raise
                 self._clock.sleep(0.05)
             except NoSpace:
                 raise  # etcd also says so of the one that it took as the last: it is unsure
             except Refused:
-                self._unsure = None
-                self._replica.forget(append)
+                if not perhaps_applied:
+                    self._unsure = None
+                    self._replica.forget(append)
                 raise
         if result.succeeded:
             tails = layout.read_tails(result.responses[-1].pairs)
