@@ -16,6 +16,11 @@ while its last batch is under way is its next; nothing ever waits for a batch to
     NotRun               looked up again; left unacknowledged when stopping
 
 A second delivery of a key that is in flight here waits for the first.
+
+Keys are claimed ahead of their handlers, so a message that kills its process leaves its neighbours in
+doubt too, an attempt each.  A key that was in doubt before, or has one attempt left, is therefore a
+suspect: it is taken over when nothing else is claimed here, and run alone.  Then only the guilty one
+uses up its attempts.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from typing import Any, NamedTuple
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
 from idemp.message import Message, Properties, decode
 from idemp.policy import Policy
-from idemp.ports import Claimed, Delivery, Op, Publication, Reply, Store
+from idemp.ports import Claim, Claimed, Delivery, Doubt, Op, Publication, Reply, Store, Takeover
 from idemp.protocol import (
     Ask,
     Await,
@@ -220,6 +225,9 @@ class Pipeline:
         self._timers: list[tuple[float, int, Flight, Callable[[Flight], None]]] = []
         self._order = itertools.count()
         self._working = 0
+        self._solitary = False  # a suspect runs, or waits for its turn: nothing else begins
+        self._suspects: deque[tuple[Flight, Takeover]] = deque()
+        self._held_back: list[tuple[Flight, Claim | Run]] = []
         self._unconfirmed: dict[Flight, tuple[Publication, str]] = {}
         self._now = 0.0
         self._stopping = False
@@ -263,6 +271,8 @@ class Pipeline:
                 self._drop_waiting()
                 commands.append(Cancel())
         self._ring()
+        if self._solitary:
+            self._isolate()
         return commands + self._commands()
 
     def due(self) -> float | None:
@@ -271,8 +281,12 @@ class Pipeline:
 
     def idle(self) -> bool:
         """Whether nothing is under way that would have to be waited for."""
+        return not (self._claiming() or self._unconfirmed)
+
+    def _claiming(self) -> bool:
+        """Whether a key may be claimed here, or a handler may run."""
         lanes = any(lane.under_way or lane.ops for lane in self._lanes.values())
-        return not (lanes or self._working or self._unconfirmed)
+        return lanes or bool(self._working or self._work)
 
     def names(self) -> list[str]:
         """The keys whose handlers are under way."""
@@ -363,7 +377,7 @@ class Pipeline:
                 if flight.tag is None or self._stopping:
                     event = NotStarted() if isinstance(step, Run) else Raised(InterruptedError("stopping"))
                     continue
-                self._work.append((flight, step))
+                self._begin(flight, step)
             elif isinstance(step, Await):
                 if not self._patient(flight):
                     event = False
@@ -371,9 +385,34 @@ class Pipeline:
                 first, longest = LOOK_AGAIN
                 self._after(min(longest, first * 2**flight.looks), flight, self._look_again)
                 flight.looks += 1
+            elif isinstance(step, Takeover) and _is_suspect(flight.policy, event):
+                self._solitary = True
+                self._suspects.append((flight, step))
             else:
-                self._ask_store(flight, step)
+                self._begin(flight, step)
             return
+
+    def _begin(self, flight: Flight, step: Op | Run | Ask) -> None:
+        """File ``step``, unless it would begin something beside a suspect."""
+        assert flight.route is not None
+        if self._solitary and (type(step) is Claim or (type(step) is Run and flight.route.policy is None)):
+            self._held_back.append((flight, step))
+        elif isinstance(step, (Run, Ask)):
+            self._work.append((flight, step))
+        else:
+            self._ask_store(flight, step)
+
+    def _isolate(self) -> None:
+        """The next suspect, once nothing else is claimed; after the last, what was held back."""
+        if self._claiming():
+            return
+        if self._suspects:
+            self._ask_store(*self._suspects.popleft())
+            return
+        self._solitary = False
+        held_back, self._held_back = self._held_back, []
+        for flight, step in held_back:
+            self._begin(flight, step)
 
     def _ask_store(self, flight: Flight, op: Op) -> None:
         store = flight.policy.store
@@ -523,6 +562,11 @@ class Pipeline:
                 heapq.heappush(self._timers, timer)
             elif then != self._send_again:
                 self._leave_window(flight)
+        waiting = [*self._suspects, *self._held_back]
+        self._suspects.clear()
+        self._held_back.clear()
+        for flight, _ in waiting:
+            self._leave_window(flight)
 
     def _delay(self, attempt: int) -> float:
         """Doubling, between half and the whole, so that what failed together does not return together."""
@@ -533,6 +577,15 @@ class Pipeline:
         kind = flight.message.type if flight.message is not None and flight.route is not None else ""
         self._counts[kind, outcome] += 1
         self._lines.append((outcome, flight, why))
+
+
+def _is_suspect(policy: Policy, state: object) -> bool:
+    """Whether the attempt that a takeover of ``state`` begins should be made alone."""
+    return (
+        policy.in_doubt != "park"
+        and isinstance(state, Doubt)
+        and (state.attempt >= 2 or state.attempt + 1 >= policy.attempts)
+    )
 
 
 def unguarded(attempt: int) -> Generator[Any, Any, Verdict]:

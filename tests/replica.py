@@ -57,8 +57,8 @@ def main(service: str, transport: str, store_url: str, where: str, in_doubt: Any
             time.sleep(0.01)
 
     @consumer.on("new_order")
-    # A claim of a killed process counts as an attempt even if its handler never started, and ten are killed.
-    @idempotent(store, name=f"{service}.new_order", in_doubt=in_doubt, attempts=50)
+    # Ten kills may all meet the same message; every other one is in doubt twice at most.
+    @idempotent(store, name=f"{service}.new_order", in_doubt=in_doubt, attempts=12)
     def new_order(message: Message) -> None:
         trapped("before")
         line = f"effect {message.id} {context().attempt} {context().fencing_token} {me}\n"

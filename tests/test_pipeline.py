@@ -26,7 +26,21 @@ from idemp.pipeline import (
     Worked,
 )
 from idemp.policy import make_policy
-from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Delivery, Done, Free, Lost, Park, Release
+from idemp.ports import (
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Complete,
+    Delivery,
+    Done,
+    Doubt,
+    Free,
+    Lost,
+    Park,
+    Release,
+    Takeover,
+)
 from idemp.protocol import NotStarted, Raised, Returned
 from tests.simulator import World
 
@@ -280,6 +294,73 @@ def test_a_key_function_that_raises_rejects_its_message() -> None:
     line = pipeline(key=lambda message: message.args["order"])
     [send] = deliver(line, delivery(1))
     assert send.items[0][1].properties.headers["idemp-reason"] == "KeyError: 'order'"
+
+
+def suspects(line: Pipeline) -> list[Any]:
+    """Three claims: of a key that is free, and of two that were in doubt twice."""
+    deliver(line, delivery(1, "free"), delivery(2, "a"), delivery(3, "b"))
+    twice = [Doubt(token, 2, "dead", 0.0) for token in (7, 8)]
+    return step(line, Replied(STORE, [Claimed(1, 1), *twice]))
+
+
+def test_a_suspect_is_run_alone() -> None:
+    """It waits for what is claimed; what comes meanwhile waits for it; the next one waits for the first."""
+    line = pipeline(attempts=5)
+    [work] = suspects(line)
+    assert deliver(line, delivery(4, "new"), delivery(5, type="bare")) == []
+    [(free, _)] = work.items
+    assert step(line, Worked([(free, Returned(None, None))])) == [Apply(STORE, [Complete("h/free", 1)])]
+    assert step(line, Replied(STORE, [Applied()])) == [
+        Apply(STORE, [Takeover("h/a", 7)]),
+        Acknowledge([1]),
+    ]
+    [work] = step(line, Replied(STORE, [Claimed(9, 3)]))
+    assert len(work.items) == 1
+    [apply] = step(line, Worked([(work.items[0][0], Returned(None, None))]))
+    assert apply.ops == [Complete("h/a", 9)]
+    [apply, ack] = step(line, Replied(STORE, [Applied()]))
+    assert (apply.ops, ack) == ([Takeover("h/b", 8)], Acknowledge([2]))
+    [apply, work] = step(line, Replied(STORE, [Busy(10, 3, "other", 0.0)]))
+    assert apply.ops == [Claim("h/new")], "another was faster, so nothing is held back any more"
+    assert [flight.message.type for flight, _ in work.items] == ["bare"]
+
+
+@pytest.mark.parametrize(
+    ("options", "attempt"),
+    [({"attempts": 5}, 1), ({"attempts": 5, "in_doubt": "park"}, 2)],
+)
+def test_who_is_no_suspect_is_taken_over_at_once(options: dict[str, Any], attempt: int) -> None:
+    """After the first crash all are run as usual; and what is parked is not run at all."""
+    line = pipeline(**options)
+    deliver(line, delivery(1, "a"), delivery(2, "b"))
+    assert step(line, Replied(STORE, [Doubt(7, attempt, "dead", 0.0), Claimed(1, 1)]))[0].ops == [
+        Takeover("h/a", 7)
+    ]
+
+
+def test_the_last_attempt_is_made_alone() -> None:
+    """Or a neighbour's crash would use it up."""
+    line = pipeline(attempts=2)
+    deliver(line, delivery(1, "a"), delivery(2, "b"))
+    [work] = step(line, Replied(STORE, [Doubt(7, 1, "dead", 0.0), Claimed(1, 1)]))
+    assert [flight.key for flight, _ in work.items] == ["h/b"]
+
+
+@pytest.mark.parametrize("event", [Stop(), Disconnected()])
+def test_suspects_and_what_they_hold_back_are_let_go(event: Any) -> None:
+    """They hold no claim; the broker hands them out again."""
+    line = pipeline(attempts=5)
+    [work] = suspects(line)
+    deliver(line, delivery(4, "new"))
+    step(line, event)
+    [(free, _)] = work.items
+    [apply] = step(line, Worked([(free, Returned(None, None))]))
+    assert apply.ops == [Complete("h/free", 1)]
+    assert [type(command) for command in step(line, Replied(STORE, [Applied()]))] in ([], [Acknowledge])
+    assert line.idle()
+    assert line.names() == []
+    if isinstance(event, Disconnected):
+        assert deliver(line, delivery(11, "new")) == [Apply(STORE, [Claim("h/new")])]
 
 
 # ------------------------------------------------------------------ a simulated world
