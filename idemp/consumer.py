@@ -24,7 +24,6 @@ import tenacity
 from idemp.errors import ConfigError, StoreUnavailable, TransportUnavailable, Unavailable
 from idemp.once import Context, ask, is_async, policy_of, run, running
 from idemp.pipeline import (
-    OUTCOMES,
     Acknowledge,
     Apply,
     Cancel,
@@ -44,7 +43,19 @@ from idemp.pipeline import (
     Work,
     Worked,
 )
-from idemp.ports import Claim, Clock, Complete, Delivery, Meter, NoMeter, Op, Sent, Store, Transport
+from idemp.ports import (
+    OUTCOMES,
+    Claim,
+    Clock,
+    Complete,
+    Delivery,
+    Meter,
+    NoMeter,
+    Op,
+    Sent,
+    Store,
+    Transport,
+)
 from idemp.protocol import Ask, NotStarted, Raised, Returned, Run
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,6 @@ from idemp.ports import Meter
 
 log = logging.getLogger(__name__)
 
-OUTCOMES = ("ok", "skipped", "failed", "deferred", "parked", "lost", "conflict", "rejected")
-TIMERS = ("claim", "complete", "handler")
-
 FLUSH = 1.0
 """Seconds between two sends."""
 _SAMPLES = 50

@@ -58,7 +58,6 @@ from idemp.protocol import (
     protocol,
 )
 
-OUTCOMES = ("ok", "skipped", "failed", "deferred", "parked", "lost", "conflict", "rejected")
 MAX_DELAY = 300.0
 """Seconds: the longest backoff."""
 ATTEMPTS = 5

@@ -302,6 +302,12 @@ class Transport(Protocol):
 # ------------------------------------------------------------------ meter and clock
 
 
+OUTCOMES = ("ok", "skipped", "failed", "deferred", "parked", "lost", "conflict", "rejected")
+"""Of one delivery, as they are counted."""
+TIMERS = ("claim", "complete", "handler")
+"""What is timed."""
+
+
 class Meter(Protocol):
     """Counts and times.  Never raises, never blocks."""
 

@@ -11,8 +11,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from idemp import pipeline
-from idemp.metrics import OUTCOMES, TIMERS
+from idemp.ports import OUTCOMES, TIMERS
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "dashboards"
 DASHBOARDS = {"graphite": FOLDER / "graphite.json", "grafana": FOLDER / "grafana.json"}
@@ -50,18 +49,13 @@ TIMER = re.compile(rf"stats\.timers\.orders(?:_new_order)?_({'|'.join(TIMERS)})(
 
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_every_metric_is_known(name: str) -> None:
-    """N8: an outcome or a timer of idemp.metrics, and each of them is on the dashboard."""
+    """N8: an outcome or a timer of idemp.ports, and each of them is on the dashboard."""
     seen = set()
     for metric in metrics(name):
         known = COUNTER.fullmatch(metric) or TIMER.fullmatch(metric)
         assert known, metric
         seen.add(known[1])
     assert seen == {*OUTCOMES, *TIMERS}
-
-
-def test_the_outcomes_are_those_of_the_consumer() -> None:
-    """Meters stand beside the heart and cannot import its table."""
-    assert OUTCOMES == pipeline.OUTCOMES
 
 
 def test_the_graphite_dashboard_is_what_its_page_saves() -> None:

@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 
 from idemp import Message
-from idemp.metrics import OUTCOMES, TIMERS
+from idemp.ports import OUTCOMES, TIMERS
 from tests.picture import COUNTERS, Story, draw, stack
 from tests.servers import Etcd, Graphite, RabbitMQ, Statsd, free_port, need
 from tests.servers.catalog import Server

@@ -16,8 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from idemp import ConfigError, Message
-from idemp.metrics import FLUSH, OUTCOMES, Meters, PrometheusMeter, StatsdMeter
-from idemp.ports import NoMeter
+from idemp.metrics import FLUSH, Meters, PrometheusMeter, StatsdMeter
+from idemp.ports import OUTCOMES, NoMeter
 from svc.settings import read
 from tests.servers import free_port
 from tests.service import finished, stand, until
