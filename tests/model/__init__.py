@@ -1,1 +1,1 @@
-"""The etcd journal as an explicit-state model: the protocol, a search, and weakened forms of it."""
+"""The etcd journal and the SQL protocol as explicit-state models: searches, and weakened forms of them."""

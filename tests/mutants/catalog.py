@@ -1,0 +1,211 @@
+"""The mutants: a file of the package, a text that it has exactly once, what stands there instead, and why.
+
+Each is applied to a copy of the package, where the named check must fail; on the clean copy it passes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WORLDS = ("-m", "tests.simulator", "0", "--steps", "60000")
+"""Some hundred worlds by chance."""
+
+
+def worlds(seed: int) -> tuple[str, ...]:
+    """The world in which it was seen."""
+    return ("-m", "tests.simulator", str(seed))
+
+
+def unit(*tests: str) -> tuple[str, ...]:
+    """Tests, up to the first that fails."""
+    return ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests))
+
+
+class Mutant(NamedTuple):
+    """``without``: the sentence that is left out."""
+
+    without: str
+    file: str
+    old: str
+    new: str
+    check: tuple[str, ...] = WORLDS
+
+    @property
+    def name(self) -> str:
+        """For a test's id."""
+        return f"{self.file}: {self.without}"
+
+
+MUTANTS = (
+    # ---------------------------------------------------------------- pipeline.py
+    Mutant(
+        "a message is acknowledged when its copy is safe, not before",
+        "pipeline.py",
+        "        self._sends.append((flight, copy))\n",
+        "        self._sends.append((flight, copy))\n        self._acks.append(flight.tag)\n",
+    ),
+    Mutant(
+        "a copy that was not confirmed is sent again",
+        "pipeline.py",
+        "        if error:\n",
+        "        if error and hopeless:\n",
+    ),
+    Mutant(
+        "duplicates that waited are skipped only if their first is done",
+        "pipeline.py",
+        "if done and duplicate.fingerprint is None:",
+        "if duplicate.fingerprint is None:",
+    ),
+    Mutant(
+        "a lost claim is looked up again, not acknowledged",
+        "pipeline.py",
+        '"the claim was taken over")\n                self._start_again(flight)',
+        '"the claim was taken over")\n                self._acknowledge(flight, "ok")\n'
+        "                self._leave_window(flight, done=True)",
+        unit("test_pipeline.py::test_a_lost_claim_is_looked_up_again"),
+    ),
+    Mutant(
+        "nothing is acknowledged on a connection that is gone",
+        "pipeline.py",
+        "            flights[0].tag = None\n",
+        "",
+    ),
+    Mutant(
+        "a busy key is deferred, not acknowledged",
+        "pipeline.py",
+        'self._again_later(flight, "deferred", delay, "busy", _attempts(flight.delivery))',
+        'self._acknowledge(flight, "skipped")',
+    ),
+    Mutant(
+        "a suspect is run alone",
+        "pipeline.py",
+        "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
+        "False",
+        unit("test_pipeline.py::test_a_suspect_is_run_alone"),
+    ),
+    # ---------------------------------------------------------------- protocol.py
+    Mutant(
+        "the policy decides what becomes of a doubt",
+        "protocol.py",
+        "return (yield from _after_doubt(policy, key, state, fingerprint))",
+        "return (yield from _run(policy, key, state, fingerprint))",
+    ),
+    Mutant(
+        "a doubt is not forgotten with an attempt that did not start",
+        "protocol.py",
+        "yield Abandon(key, claim.token) if doubtful else Release(",
+        "yield Release(",
+    ),
+    Mutant(
+        "ok needs a completion that was applied",
+        "protocol.py",
+        "yield Complete(key, claim.token, result, fingerprint)\n"
+        "            return Ok(value, claim) if isinstance(reply, Applied) else Overtaken(claim)",
+        "yield Complete(key, claim.token, result, fingerprint)\n            return Ok(value, claim)",
+        unit("test_once.py::test_a_claim_taken_over_while_it_ran_is_lost"),
+    ),
+    Mutant(
+        "who cannot say what happened leaves a doubt, not a free key",
+        "protocol.py",
+        "if isinstance(error, InDoubt) or not isinstance(error, Exception):",
+        "if not isinstance(error, Exception):",
+    ),
+    Mutant(
+        "crashes use up attempts",
+        "protocol.py",
+        "if claim.attempt > policy.attempts:",
+        "if claim.attempt > policy.attempts + 1:",
+    ),
+    # ---------------------------------------------------------------- laws.py
+    Mutant(
+        "only the holder of the current token completes",
+        "laws.py",
+        "            case Complete(_, token, result, fingerprint):\n"
+        "                if entry is not None and entry.token == token:",
+        "            case Complete(_, token, result, fingerprint):\n                if entry is not None:",
+    ),
+    Mutant(
+        "attempts count on after a release",
+        "laws.py",
+        'free = Entry(FREE, token, attempts, "", self.now)',
+        'free = Entry(FREE, token, 0, "", self.now)',
+    ),
+    Mutant(
+        "tokens grow",
+        "laws.py",
+        "        self.token += 1\n",
+        "        self.token = max(self.token, 1)\n",
+    ),
+    # ---------------------------------------------------------------- stores/
+    Mutant(
+        "done only by the holder of the claim",
+        "stores/journal.py",
+        "entry.state == CLAIMED and entry.session == session\n        return",
+        "entry.state == CLAIMED\n        return",
+        unit("test_journal.py::test_the_first_in_the_order_wins"),
+    ),
+    Mutant(
+        "a dead session's claims are in doubt",
+        "stores/journal.py",
+        'self._keys.open[key] = entry._replace(session="")',
+        "pass",
+        unit("test_journal.py::test_a_declared_sessions_claims_are_in_doubt"),
+    ),
+    Mutant(
+        "an append counts once",
+        "stores/journal.py",
+        "if append.seq <= known or append.session in self._ended:",
+        "if append.session in self._ended:",
+        unit("test_journal.py::test_an_append_is_applied_once_and_in_its_place"),
+    ),
+    Mutant(
+        "what is done before the floor is dropped, and nothing else",
+        "stores/journal.py",
+        "if bucket < floor]:",
+        "if bucket <= floor]:",
+        unit("test_journal.py::test_memory_is_bounded_by_the_buckets"),
+    ),
+    Mutant(
+        "claims that nobody heard of are given back",
+        "stores/sqlite.py",
+        "                undo.append(Release(key, token, attempt - 1))",
+        "                pass",
+        unit("test_sqlite_store.py::test_a_claim_that_nobody_heard_of_is_given_back"),
+    ),
+    Mutant(
+        "a claim of an earlier session starts no handler",
+        "stores/sqlite.py",
+        "mine = not token or token > self._born",
+        "mine = True",
+        unit("test_sqlite_store.py::test_what_a_lost_session_had_claimed_is_not_started"),
+    ),
+    Mutant(
+        "a session dies by the clock",
+        "stores/sqlite.py",
+        "FROM session WHERE boot = :boot AND expires > :now),",
+        "FROM session WHERE boot = :boot),",
+        unit("test_sqlite_store.py::test_a_session_dies_by_the_clock_and_never_comes_back"),
+    ),
+    Mutant(
+        "done is forgotten after the retention",
+        "stores/memory.py",
+        "return entry.state in (DONE, FREE) and",
+        "return entry.state == FREE and",
+        unit("contract/test_stores.py::test_done_lasts_for_the_retention_and_then_goes[memory]"),
+    ),
+    # ---------------------------------------------------------------- once.py
+    Mutant(
+        "a stale session starts no handler",
+        "once.py",
+        'if the session is stale."""\n    if not policy.store.fresh(current.fencing_token):',
+        'if the session is stale."""\n    if False:',
+        unit("test_once.py::test_a_stale_session_starts_no_handler"),
+    ),
+    Mutant(
+        "a cancelled caller gives back the claim that it wins meanwhile",
+        "once.py",
+        "        future.add_done_callback(lambda done: _give_back(store, op, done))\n",
+        "",
+        unit("test_once.py::test_cancelled_while_claiming_gives_the_claim_back"),
+    ),
+)
