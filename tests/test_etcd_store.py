@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +22,22 @@ from idemp import ConfigError, open_store
 from idemp.errors import StoreUnavailable
 from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Free, Get, Store
 from idemp.stores.etcd import EtcdStore
-from idemp.stores.etcd_client import Client, Overloaded, Unsure, WatchBatch
+from idemp.stores.etcd_client import (
+    Client,
+    Compacted,
+    NoSpace,
+    Overloaded,
+    Unreachable,
+    Unsure,
+    WatchBatch,
+    WentBack,
+)
+from idemp.stores.etcd_health import Health, findings, keep_looking, look
 from idemp.stores.etcd_replica import Layout
 from idemp.stores.journal import Record, encode
 from tests.servers import Etcd, need
+from tests.servers.need import missing
+from tests.test_etcd_client import fill, papers, secured  # noqa: F401
 
 
 class Wire(Client):
@@ -339,3 +361,258 @@ def _completes(store: Store, token: int) -> bool:
         return bool(one(store, Complete("a", token)) == Applied())
     except StoreUnavailable:
         return False
+
+
+# ------------------------------------------------------------------ a cluster that is not what it was
+
+
+def restore(cluster: Etcd, snapshot: Path, token: str = "") -> None:
+    """Start the one member again on what the snapshot has.  ``token``: as another cluster than it was."""
+    [member] = cluster.members
+    settings = member._runs._environment  # type: ignore[union-attr]
+    settings["ETCD_INITIAL_CLUSTER_TOKEN"] = token or settings["ETCD_INITIAL_CLUSTER_TOKEN"]
+    same = ("data-dir", "name", "initial-cluster", "initial-cluster-token", "initial-advertise-peer-urls")
+    options = [f"--{name}={settings['ETCD_' + name.upper().replace('-', '_')]}" for name in same]
+    cluster.stop()
+    shutil.rmtree(settings["ETCD_DATA_DIR"])
+    etcdctl("snapshot", "restore", str(snapshot), *options)
+    cluster.start()
+
+
+def etcdctl(*words: str) -> None:
+    environment = {"ETCDCTL_API": "3", "PATH": os.environ["PATH"]}
+    subprocess.run(["etcdctl", *words], env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("token", "what"),
+    [("", r"went back from (revision|append) \d+ .*to \d+"), ("another", "is another cluster than it was")],
+    ids=["the same cluster", "another cluster"],
+)
+def test_a_restored_snapshot_is_noticed(own_etcd: Etcd, tmp_path: Path, token: str, what: str) -> None:
+    """F21: what was done since is forgotten there, so nobody who knew of it goes on without a person's word.
+
+    Also who was idle since the snapshot, and whose next transaction etcd would take.
+    """
+    if shutil.which("etcdctl") is None:
+        missing("there is no etcdctl on this machine: Debian and Ubuntu have it in etcd-client")
+    busy, idle = open_store(f"{own_etcd.url}x"), open_store(f"{own_etcd.url}x")
+    first, _ = one(busy, Claim("a")), one(idle, Claim("b"))
+    etcdctl("--endpoints", own_etcd.endpoints[0], "snapshot", "save", str(tmp_path / "snapshot"))
+    assert one(busy, Complete("a", first.token)) == Applied()
+    until(lambda: isinstance(one(idle, Get("a")), Done))
+
+    restore(own_etcd, tmp_path / "snapshot", token)
+    sentence = f"{what}, as after the restore of a snapshot, .*: stop every process"
+
+    for store in (idle, busy):
+        for op in (Claim("c"), Get("a"), Claim("d")):
+            with pytest.raises(StoreUnavailable, match=sentence):
+                one(store, op)
+        with contextlib.suppress(StoreUnavailable):
+            assert isinstance(one(store, Claim("a")), Done), "who remembers may say so"
+        store.close()
+    with closing(open_store(f"{own_etcd.url}x")) as anew:
+        assert isinstance(one(anew, Claim("c")), Claimed | Busy), "a new start is a person's word"
+
+
+def test_what_etcd_itself_goes_through_is_no_restore() -> None:
+    """Members that lag, elections, a restart, compactions: the revision only grows for who asks in order."""
+    need("etcd")
+    with Etcd(members=3) as cluster, closing(open_store(f"{cluster.url}x?session=5s")) as store:
+        admin = Client(cluster.endpoints)
+        for round, member in enumerate((*cluster.members, cluster.members[0])):
+            (member.kill if round % 2 else member.pause)()
+            for n in range(10):
+                until(lambda: _is_claimed(store, f"{round}/{n}"), 30)  # noqa: B023
+            (member.start if round % 2 else member.resume)()
+            with contextlib.suppress(Compacted, Unreachable, Unsure):
+                admin.compact(admin.status().header.revision)
+        admin.close()
+
+
+def _is_claimed(store: Store, key: str) -> bool:
+    """Without a majority, or a leader, it may have to be asked again."""
+    try:
+        return isinstance(one(store, Claim(key)), Claimed | Busy)
+    except WentBack:
+        raise
+    except StoreUnavailable:
+        return False
+
+
+# ------------------------------------------------------------------ the health of etcd
+
+FINE = Health("3.4.42", size=100 * 2**20, in_use=90 * 2**20, quota=8 * 2**30, history=1000)
+
+
+@pytest.mark.parametrize(
+    ("health", "sentences"),
+    [
+        (FINE, []),
+        (FINE._replace(history=10**9), ["none of its 1000000000 revisions, .*: start .*auto-compaction"]),
+        (FINE._replace(alarms=("NOSPACE",)), ["NOSPACE.*etcdctl compact .*etcdctl defrag.*alarm disarm"]),
+        (FINE._replace(alarms=("CORRUPT",)), ["CORRUPT.*its operator must replace it"]),
+        (FINE._replace(alarms=("LATER",)), ["etcd raises the alarm LATER"]),
+        (
+            FINE._replace(size=6 * 2**30, in_use=5 * 2**30),
+            ["6144 MiB of 8192 MiB at which it .*: compact it more often, .*--quota-backend-bytes"],
+        ),
+        (
+            FINE._replace(size=6 * 2**30, in_use=2**30),
+            ["6144 MiB of 8192 MiB at which it .* only 1024 MiB are in use: `etcdctl defrag`"],
+        ),
+        (
+            FINE._replace(size=1500 * 2**20, in_use=1400 * 2**20, quota=0),
+            ["1500 MiB of 2048 MiB, if that is etcd's default, at which"],
+        ),
+        (FINE._replace(size=1400 * 2**20, in_use=1400 * 2**20, quota=0), []),
+        (FINE._replace(version="3.4.23"), ["etcd 3.4.23 has defects in watches, leases and reads"]),
+        (FINE._replace(version="3.5.2"), ["etcd 3.5.2 may lose what it acknowledged .*: upgrade to 3.5.3"]),
+        (FINE._replace(version="3.5.29"), []),
+        (FINE._replace(version="3.6.0-rc.1"), []),
+        (FINE._replace(version="not a number"), []),
+    ],
+)
+def test_what_is_found_in_a_member_s_word(health: Health, sentences: list[str]) -> None:
+    """One sentence each, with the fix where there is one."""
+    found = [finding.text for finding in findings(health, settled=True)]
+    assert len(found) == len(sentences)
+    assert all(re.search(expected, text) for expected, text in zip(sentences, found, strict=True)), found
+
+
+def test_history_is_not_judged_before_a_retention_is_over() -> None:
+    """A cluster that compacts each hour has compacted nothing in its first."""
+    assert not findings(FINE._replace(history=10**9), settled=False)
+
+
+def test_a_look_at_a_real_etcd(own_etcd: Etcd) -> None:
+    """Sizes and version by gRPC, the quota by its metrics, and history until somebody compacts it."""
+    client = Client(own_etcd.endpoints)
+    for _ in range(50):
+        revision = client.put("a", b"1").revision
+    health = look(client, "a")
+    assert health is not None
+    assert health.version.count(".") == 2
+    assert (health.quota, health.history, health.alarms) == (2**31, revision, ())
+    assert 0 < health.in_use <= health.size < 2**20
+    client.compact(revision)
+    assert look(client, "a")._replace(size=0, in_use=0) == health._replace(size=0, in_use=0, history=0)  # type: ignore[union-attr]
+    own_etcd.stop()
+    assert look(client, "a") is None
+    assert client.quota(0.2) == 0
+    client.close()
+
+
+def test_a_quota_behind_tls(papers: Path) -> None:  # noqa: F811
+    """With the files that the URL names; a stranger learns nothing, and is not told off."""
+    ca, cert, key = (str(papers / name) for name in ("ca.pem", "client.pem", "client.key"))
+    with secured(papers, "server") as cluster:
+        for client, quota in (
+            (Client(cluster.endpoints, ca=ca, cert=cert, key=key), 2**31),
+            (Client(cluster.endpoints, ca=ca), 0),
+        ):
+            assert client.quota(2.0) == quota
+            client.close()
+
+
+def test_a_full_etcd_says_how_to_make_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To who asks something of it, and in the log of who does not."""
+    need("etcd")
+    monkeypatch.setattr("idemp.stores.etcd_health.SOON", 0.1)
+    monkeypatch.setattr("idemp.stores.etcd_health.PAUSE", 0.1)
+    with (
+        Etcd(quota_bytes=4 * 2**20) as cluster,
+        closing(Client(cluster.endpoints)) as admin,
+        closing(open_store(f"{cluster.url}x")) as store,
+    ):
+        store.apply([])
+        with pytest.raises(NoSpace):
+            fill(admin)
+        until(lambda: "(alarm NOSPACE)" in caplog.text and "MiB of 4 MiB at which" in caplog.text)
+        how = "`etcdctl compact .*defrag.*alarm disarm"
+        with pytest.raises(StoreUnavailable, match=how):
+            store.apply([Claim("a")])
+        with pytest.raises(StoreUnavailable, match=how):
+            open_store(f"{cluster.url}x").apply([])
+
+
+def test_a_look_holds_nobody_up(own_etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the end of the store: who looks is elsewhere, and stops when it is asked to."""
+    monkeypatch.setattr("idemp.stores.etcd_health.SOON", 0.05)
+    asked, go = threading.Event(), threading.Event()
+
+    def slow(client: Client, key: str) -> None:
+        asked.set()
+        go.wait(20)
+
+    monkeypatch.setattr("idemp.stores.etcd_health.look", slow)
+    before, began = set(threading.enumerate()), time.monotonic()
+    store = open_store(f"{own_etcd.url}x")
+    assert isinstance(one(store, Claim("a")), Claimed)
+    assert asked.wait(10)
+    assert isinstance(one(store, Claim("b")), Claimed)
+    store.close()
+    assert time.monotonic() - began < 5
+    [looker] = {each for each in threading.enumerate() if each.name == "idemp-etcd-health"} - before
+    go.set()
+    looker.join(10)
+    assert not looker.is_alive()
+
+
+def test_what_is_said_once_is_not_said_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until it was well in between."""
+    monkeypatch.setattr("idemp.stores.etcd_health.SOON", 0.0)
+    monkeypatch.setattr("idemp.stores.etcd_health.PAUSE", 0.0)
+    full, fuller = FINE._replace(size=7 * 2**30), FINE._replace(size=7 * 2**30 + 2**29)
+    looks, ended = iter([full, fuller, None, full, FINE, full]), threading.Event()
+
+    def look_again(client: Client, key: str) -> Health | None:
+        try:
+            return next(looks)
+        except StopIteration:
+            ended.set()
+            return None
+
+    monkeypatch.setattr("idemp.stores.etcd_health.look", look_again)
+    keep_looking(Client(["localhost:1"]), "key", lambda: True, ended)
+    assert [message.split(" of ")[0] for message in caplog.messages] == [
+        "Client(localhost:1): etcd's database has 7168 MiB"
+    ] * 2
+
+
+def test_who_may_see_only_the_namespace_is_not_bothered(
+    own_etcd: Etcd, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a user of its own, whose role names nothing else."""
+    call = own_etcd.members[0].call
+    for user in ("root", "app"):
+        call("/v3/auth/user/add", name=user, password="secret")
+        call("/v3/auth/role/add", name=user)
+        call("/v3/auth/user/grant", user=user, role=user)
+    span = {"key": _base64("/idemp/v1/x/"), "range_end": _base64("/idemp/v1/x0")}
+    service = {"key": _base64("/service/x/"), "range_end": _base64("/service/x0")}
+    for each in (span, service):
+        call("/v3/auth/role/grant", name="app", perm={"permType": "READWRITE", **each})
+    call("/v3/auth/enable")
+    url = own_etcd.url.replace("etcd://", "etcd://app:secret@")
+    with closing(open_store(f"{url}x")) as store:
+        assert isinstance(one(store, Claim("a")), Claimed)
+    client = Client(own_etcd.endpoints, "app", "secret")
+    allowed, forbidden = look(client, Layout("x").floor), look(client, "/elsewhere")
+    assert allowed is not None
+    assert allowed.history > 0
+    assert forbidden is not None
+    assert forbidden.history == 0
+    client.close()
+    assert not [
+        record for record in caplog.records if "etcd_health" in record.name and record.levelno > logging.INFO
+    ]
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()

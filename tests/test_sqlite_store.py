@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -29,7 +31,11 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.stores import open_store
+from idemp.stores.mounts import mount_of
 from idemp.stores.sqlite import SqliteStore
+from idemp.transports import open_transport
+from idemp.transports.sqlite import SqliteTransport
+from tests.servers.need import missing
 
 
 class Time:
@@ -348,6 +354,120 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version=9")
     with pytest.raises(ConfigError, match="layout 9 of a newer idemp"):
         open_store(f"sqlite:///{newer}").apply([])
+
+
+def opened(path: str, connect: Callable[..., sqlite3.Connection] = sqlite3.connect) -> SqliteStore:
+    return SqliteStore(path, retention=60.0, session_ttl=10.0, connect=connect)
+
+
+def test_a_file_that_sqlite_gives_no_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way of locking without shared memory: SQLite says nothing, and takes another journal."""
+    path, connect = f"file:{tmp_path}/seen.db?vfs=unix-dotfile", partial(sqlite3.connect, uri=True)
+    sentence = r"seen\.db.* has journal_mode=delete although WAL .*; name a plain"
+    with pytest.raises(ConfigError, match=sentence):
+        opened(path, connect).apply([])
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(ConfigError, match=sentence):
+        SqliteTransport(path).connect()
+
+
+def stubborn(level: str) -> Callable[..., sqlite3.Connection]:
+    """Connections that go over a setting of synchronous without a word, as some builds of SQLite do."""
+
+    def allow(action: int, name: str | None, value: str | None, *_: Any) -> int:
+        setting = action == sqlite3.SQLITE_PRAGMA and name == "synchronous" and value is not None
+        return sqlite3.SQLITE_IGNORE if setting else sqlite3.SQLITE_OK
+
+    class Connection(sqlite3.Connection):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.execute(f"PRAGMA synchronous={level}")
+            self.set_authorizer(allow)
+
+    return partial(sqlite3.connect, factory=Connection)
+
+
+@pytest.mark.parametrize("level", ["OFF", "NORMAL"])
+def test_an_sqlite_that_cannot_be_made_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """What is read back counts, for the broker too."""
+    sentence = r"seen\.db: SQLite has synchronous=[01] although FULL \(2\) was asked for, .*; use a build"
+    with pytest.raises(ConfigError, match=sentence):
+        opened(f"{tmp_path}/seen.db", stubborn(level)).apply([])
+    monkeypatch.setattr(sqlite3, "connect", stubborn(level))
+    with pytest.raises(ConfigError, match=sentence):
+        open_transport(f"sqlite:///{tmp_path}/seen.db").connect()
+
+
+@pytest.mark.parametrize("level", ["FULL", "EXTRA"])
+def test_an_sqlite_that_is_durable_by_itself(tmp_path: Path, level: str) -> None:
+    """That it cannot be set does no harm then."""
+    with closing(opened(f"{tmp_path}/seen.db", stubborn(level))) as store:
+        assert isinstance(store.apply([Claim("a")])[0], Claimed)
+
+
+def test_what_a_mount_table_says() -> None:
+    """The deepest place that is above the file; of several there the last; names as they were."""
+    table = "\n".join(
+        [
+            "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw",
+            "30 22 0:50 / /home rw - nfs4 server:/home rw,vers=4.2",
+            "31 30 254:1 / /home/local rw master:2 propagate_from:1 - xfs /dev/vdb rw",
+            r"32 22 0:51 / /my\040shares rw - fuse.sshfs me@host:/ rw",
+            "33 22 254:2 / /twice rw - ext4 /dev/vdc rw",
+            "34 33 0:52 / /twice rw - cifs //server/share rw",
+            "a line of another time",
+        ]
+    )
+    kinds = {
+        "/seen.db": "ext4",
+        "/home/me/seen.db": "nfs4",
+        "/homes/seen.db": "ext4",
+        "/home/local/seen.db": "xfs",
+        "/my shares/seen.db": "fuse.sshfs",
+        "/twice/seen.db": "cifs",
+    }
+    found = {path: mount_of(path, table) for path in kinds}
+    assert {path: mount and mount.kind for path, mount in found.items()} == kinds
+    assert mount_of("/seen.db", "") is None
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "9p", "fuse.sshfs"])
+def test_a_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The mount table is a made-up one: the file itself must not come to be."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    table = f"1 1 0:1 / / rw - ext4 /dev/vda rw\n2 1 0:2 / {tmp_path} rw - {kind} server:/ rw"
+    read = Path.read_text
+
+    def told(self: Path, *args: Any, **options: Any) -> str:
+        return table if str(self) == "/proc/self/mountinfo" else read(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", told)
+    file = tmp_path / "link" / "seen.db"
+    with pytest.raises(ConfigError, match=rf"seen\.db lies on a network file system \({kind} at .*; put it"):
+        opened(str(file)).apply([])
+    assert not file.exists()
+
+
+def test_a_file_in_memory_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a real one, which Linux has at this place: it works, and a power loss forgets it.
+
+    Where such a place is for temporary files nobody expects it to last.
+    """
+    if not Path("/dev/shm").is_mount():
+        missing("there is no /dev/shm on this machine")
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        for temporary, warnings in (("/elsewhere", 1), (folder, 0)):
+            monkeypatch.setattr("tempfile.tempdir", temporary)
+            caplog.clear()
+            with closing(opened(f"{folder}/{warnings}.db")) as store:
+                assert isinstance(store.apply([Claim("a")])[0], Claimed)
+            assert len(caplog.messages) == warnings
+            sentence = f"{warnings}.db lies in memory (tmpfs at /dev/shm): a power loss forgets"
+            assert all(sentence in said for said in caplog.messages)
 
 
 @pytest.mark.parametrize(

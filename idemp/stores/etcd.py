@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -53,7 +53,9 @@ from idemp.stores.etcd_client import (
     Request,
     Unsure,
     Value,
+    WentBack,
 )
+from idemp.stores.etcd_health import MAKE_ROOM, keep_looking
 from idemp.stores.etcd_replica import Layout, Replica, Tails
 from idemp.stores.group import GroupCommit
 from idemp.stores.journal import LINES, Append, Begin, Declare, Raise, Record, Seed, encode, encode_open
@@ -177,6 +179,8 @@ class _Session:
             client.close()
             raise
         threading.Thread(target=self._keep, name="idemp-etcd-keeper", daemon=True).start()
+        look = (client, self._layout.floor, lambda: self._replica.journal.floor > 0, self._ended)
+        threading.Thread(target=keep_looking, args=look, name="idemp-etcd-health", daemon=True).start()
 
     # ---------------------------------------------------------------- birth
 
@@ -404,7 +408,7 @@ class _Session:
             Range(layout.log(sent.bucket, append.session, append.seq)),
             Range(layout.tails, prefix=True),
         ]
-        perhaps_applied = self._unsure is sent
+        perhaps_applied, known = self._unsure is sent, self._known()
         self._replica.expect(append)
         self._unsure = sent
         while True:
@@ -426,18 +430,20 @@ class _Session:
                 raise
         if result.succeeded:
             tails = layout.read_tails(result.responses[-1].pairs)
+            self._check_tails(known, tails)
             return self._settled(sent, result.revision, tails, deadline)
         tail, session, logged, tails_now = (response.pairs for response in result.responses)
+        now = layout.read_tails(tails_now)
+        self._check_tails(known, now)
         if logged or (tail and int(tail[0].value.split()[0]) >= append.seq):
             revision = logged[0].mod_revision if logged else 0
-            return self._settled(sent, revision, layout.read_tails(tails_now), deadline)
+            return self._settled(sent, revision, now, deadline)
         self._unsure = None
         self._replica.forget(append)
         if not session:
             self._renew(deadline)
         else:
-            known = layout.read_tails(tails_now)
-            self._wait_for(lambda: self._replica.complete(known, result.revision), deadline)
+            self._wait_for(lambda: self._replica.complete(now, result.revision), deadline)
         raise _Never
 
     def _settled(self, sent: _Sent, revision: int, tails: Tails, deadline: float) -> list[Reply]:
@@ -501,12 +507,38 @@ class _Session:
     def _import(self, deadline: float) -> None:
         while True:
             try:
+                self._check_cluster()
                 self._replica.import_all()
                 return
             except EtcdError as error:
-                if isinstance(error, ConfigError) or self._clock.steady() >= deadline:
+                if isinstance(error, (ConfigError, WentBack)) or self._clock.steady() >= deadline:
                     raise
                 self._clock.sleep(0.1)
+
+    def _check_cluster(self) -> None:
+        """Before memory is given up for what etcd has: see that etcd has not forgotten any of it.
+
+        It deletes nothing, but so it has its place behind all that was written, which a read may not have.
+        """
+        layout, known = self._layout, self._known()
+        if not known:
+            return  # this is the first import
+        deletion = [Delete(layout.bucket)]  # a full etcd takes it, unlike a put
+        found = self._client.txn([Created(layout.bucket, 0)], deletion, [Range(layout.tails, prefix=True)])
+        if found.succeeded:
+            self._client.went_back("has no journal any more")
+        self._check_tails(known, layout.read_tails(found.responses[0].pairs))
+
+    def _known(self) -> dict[str, int]:
+        """The last seq of each session that memory has."""
+        with self._replica.changed:
+            return dict(self._replica.journal.seqs)
+
+    def _check_tails(self, known: Mapping[str, int], tails: Tails) -> None:
+        """What was ``known`` before these were asked for."""
+        for session, (seq, _) in tails.items():
+            if seq < known.get(session, 0):
+                self._client.went_back(f"went back from append {known[session]} of a session to {seq}")
 
     def _catch_up(self, deadline: float) -> bool:
         """Memory is complete to now; true."""
@@ -689,6 +721,8 @@ class _Session:
         """To the heart every trouble of the server is `StoreUnavailable`."""
         try:
             yield
+        except NoSpace as error:
+            raise StoreUnavailable(f"{error}: {MAKE_ROOM}") from error
         except (ConfigError, StoreUnavailable):
             raise
         except EtcdError as error:

@@ -19,17 +19,21 @@ first one, so that it gets a `ConfigError` instead; one that leaves etcd alone i
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import random
+import re
+import ssl
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, StoreUnavailable
 
@@ -57,6 +61,8 @@ PATIENCE = 3.0
 """Seconds that it then has for the answer."""
 BACKOFF = (0.1, 1.0)
 """Seconds between attempts to connect anew to an endpoint: at first, and at most."""
+_METRICS_MOST = 4 * 1024 * 1024
+"""Bytes of metrics that are read; a member has some 150 000."""
 
 
 # ---------------------------------------------------------------- what goes in
@@ -236,6 +242,13 @@ class Unsure(EtcdError, StoreUnavailable):
     """No answer came: it may have taken effect, or still will."""
 
 
+class WentBack(EtcdError, StoreUnavailable):
+    """This is not the cluster that it was, and may have forgotten what it acknowledged.
+
+    From then on a client answers nothing else: to go on is for a person to decide, by a new start.
+    """
+
+
 class Refused(EtcdError):
     """etcd said no: nothing was changed."""
 
@@ -346,6 +359,8 @@ class Client:
         self._files = (ca, key, cert) if tls or ca or cert else None
         self._timeout = timeout
         self._closed = False
+        self._newest = _Place(0, 0)
+        self._went_back = ""
         # What a fork inherits stays here unused: to let go of it would reach into its parent's connections.
         self._processes: dict[int, _Process] = {}
 
@@ -362,8 +377,14 @@ class Client:
             success=[_request(each) for each in success],
             failure=[_request(each) for each in failure],
         )
+        newest = self._newest.revision
         answer = self._call("txn", request, timeout)
         header = _header(answer.header)
+        # A mere read need not have its place behind all that was told of: see `range`.
+        if _writes(request.success) or _writes(request.failure):
+            put = any(each.HasField("request_put") for each in _branch(request, answer))
+            if header.revision < newest + put:
+                self.went_back(f"went back from revision {newest} to {header.revision - put}")
         responses = tuple([_response(header, response) for response in answer.responses])
         return TxnResult(answer.succeeded, header, responses)
 
@@ -429,6 +450,24 @@ class Client:
         sizes = (answer.dbSize, in_use or answer.dbSize)
         return Status(_header(answer.header), answer.version, *sizes, answer.leader, alarms)
 
+    def quota(self, timeout: float | None = None) -> int:
+        """Bytes at which the member that this client talks to is full; 0 if it does not tell.
+
+        Only its metrics know, which it has at the same port, for HTTP.
+        """
+        endpoint = self._endpoints[self._here().current]
+        try:
+            handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+            if self._files is not None:
+                handlers.append(urllib.request.HTTPSHandler(context=_tls_context(*self._files)))
+            url = f"{'http' if self._files is None else 'https'}://{endpoint}/metrics"
+            with urllib.request.build_opener(*handlers).open(url, timeout=timeout or self._timeout) as answer:
+                text = answer.read(_METRICS_MOST).decode(errors="replace")
+            found = re.search(r"^etcd_server_quota_backend_bytes (\S+)$", text, re.MULTILINE)
+            return int(float(found[1])) if found else 0
+        except (OSError, ValueError, http.client.HTTPException):
+            return 0
+
     def watch(
         self,
         prefix: str,
@@ -446,6 +485,14 @@ class Client:
             key=key, range_end=end, start_revision=start_revision, progress_notify=progress_notify
         )
         return Watch(self, self._here(), request, deliver)
+
+    def went_back(self, why: str) -> NoReturn:
+        """Raise `WentBack`, now and whenever this client is asked for something."""
+        self._went_back = (
+            f"{self} {why}, as after the restore of a snapshot, and may have forgotten what was done:"
+            " stop every process that uses it, see what has to be made good, and start again"
+        )
+        raise WentBack(self._went_back)
 
     def close(self) -> None:
         """End the watches and the connections of this process."""
@@ -475,6 +522,8 @@ class Client:
 
     def _call(self, method: str, request: Any, timeout: float | None, *, repeatable: bool = False) -> Any:
         """At each endpoint in turn, until one takes it."""
+        if self._went_back:
+            raise WentBack(self._went_back)
         here = self._here()
         end = time.monotonic() + (self._timeout if timeout is None else timeout)
         for left in range(len(self._endpoints), 0, -1):
@@ -482,13 +531,22 @@ class Client:
             # What can be repeated need not spend all its time on one that is silent.
             until = now + (end - now) / left if repeatable else end
             try:
-                return self._at(number, method, request, until)
+                answer = self._at(number, method, request, until)
+                self._notice(_Place(answer.header.cluster_id, answer.header.revision))
+                return answer
             except (Unreachable, Unsure) as failure:
                 here.leave(number)
                 taken = isinstance(failure, Unsure) and not repeatable
                 if taken or left == 1 or time.monotonic() >= end:
                     raise
         raise AssertionError("there is at least one endpoint")
+
+    def _notice(self, now: _Place) -> None:
+        newest = self._newest
+        if newest.cluster not in (0, now.cluster):
+            self.went_back("is another cluster than it was")
+        if now.revision > newest.revision:
+            self._newest = now
 
     def _at(self, number: int, method: str, request: Any, end: float, renewed: bool = False) -> Any:
         """At one endpoint, with a new token if it finds ours too old."""
@@ -525,6 +583,13 @@ class Client:
                     raise
                 here.metadata = _LEADER
         return here.metadata
+
+
+class _Place(NamedTuple):
+    """A point in the life of a cluster."""
+
+    cluster: int
+    revision: int
 
 
 _Metadata = tuple[tuple[str, str], ...]
@@ -609,6 +674,13 @@ class _Link:
             raise Unsure("etcd ended a keepalive without a word") from None
         finally:
             call.cancel()
+
+
+def _tls_context(ca: str | None, key: str | None, cert: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca)
+    if cert:
+        context.load_cert_chain(cert, key)
+    return context
 
 
 def _credentials(*files: str | None) -> grpc.ChannelCredentials:
@@ -758,6 +830,15 @@ def _request(request: Request) -> Any:
             return pb.RequestOp(request_range=_range(request))
         case Delete():
             return pb.RequestOp(request_delete_range=_delete(request))
+
+
+def _writes(requests: Any) -> bool:
+    return any(not each.HasField("request_range") for each in requests)
+
+
+def _branch(request: Any, answer: Any) -> Any:
+    """Those that were carried out."""
+    return request.success if answer.succeeded else request.failure
 
 
 def _delete(what: Delete) -> Any:

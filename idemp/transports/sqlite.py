@@ -38,6 +38,7 @@ _LOOK = 0.01  # seconds between two looks at what other processes did
 _MOST = 16 * 1024 * 1024  # bytes in one statement, or a single message that is bigger
 
 _SETTINGS = ("journal_mode=WAL", "cache_size=-65536", "wal_autocheckpoint=8000")
+_FULL = 2  # of synchronous; EXTRA is 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS topology (version INTEGER);
 CREATE TABLE IF NOT EXISTS queue (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -265,12 +266,29 @@ class _Link:
         try:
             for setting in _SETTINGS:
                 db.execute(f"PRAGMA {setting}")
+            self._check_durable(db)
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
             db.execute(_AFTER_REBOOT, {"now": self._clock.steady(), "wall": self._clock.wall()})
-        except sqlite3.Error:
+        except (sqlite3.Error, ConfigError):
             db.close()
             raise
         return db
+
+    def _check_durable(self, db: sqlite3.Connection) -> None:
+        """A PRAGMA that SQLite does not follow is no error: what it made of it is read back."""
+        mode = db.execute("PRAGMA journal_mode").fetchone()[0]
+        if mode != "wal":
+            raise ConfigError(
+                f"{self._path}: SQLite has journal_mode={mode} although WAL was asked for, which processes"
+                " need to share the file; name a plain file on a local disk"
+            )
+        self._set_durable(db, True)
+        synchronous = db.execute("PRAGMA synchronous").fetchone()[0]
+        if synchronous < _FULL:
+            raise ConfigError(
+                f"{self._path}: SQLite has synchronous={synchronous} although FULL ({_FULL}) was asked for,"
+                " so that a power loss would lose messages; use a build of SQLite that lets it be set"
+            )
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
