@@ -6,9 +6,9 @@ share it, so that there is one place where the laws are written.  No clock, no s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from idemp.ports import (
     Abandon,
@@ -58,7 +58,7 @@ class Ledger:
     """Folds operations over the entries that a transaction loaded.
 
     entries: key -> Entry, changed in place; what changed is in ``changed``.
-    session: the one that claims.  token: the last one given out; grows with every claim.
+    session: the one that claims.  token: the last one given out; grows with every claim and parking.
     """
 
     entries: dict[str, Entry]
@@ -99,7 +99,9 @@ class Ledger:
                     return self._put(key, entry._replace(session=""))
             case Park(_, token, reason):
                 if entry is not None and _held(entry, token):
-                    return self._put(key, Entry(PARKED, token, entry.attempt, "", self.now, reason))
+                    # A token of its own, so that who saw a doubt cannot take what was parked since.
+                    self.token += 1
+                    return self._put(key, Entry(PARKED, self.token, entry.attempt, "", self.now, reason))
             case Forget(_, token):
                 if isinstance(view(entry, self.alive), Done | Parked) and entry and entry.token == token:
                     return self._put(key, None)
@@ -119,6 +121,18 @@ class Ledger:
             self.entries[key] = entry
         self.changed.add(key)
         return Applied()
+
+
+def undoing(ops: Sequence[Any], replies: Sequence[Reply]) -> list[Op]:
+    """What gives back the claims of a batch whose caller never heard of them, whatever else is in it."""
+    undo: list[Op] = []
+    for op, reply in zip(ops, replies, strict=True):
+        match op, reply:
+            case Claim(key), Claimed(token, attempt):
+                undo.append(Release(key, token, attempt - 1))
+            case Takeover(key), Claimed(token):
+                undo.append(Abandon(key, token))
+    return undo
 
 
 def _held(entry: Entry | None, token: int) -> bool:

@@ -31,6 +31,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
@@ -229,6 +230,7 @@ class Pipeline:
         self._held_back: list[tuple[Flight, Claim | Run]] = []
         self._unconfirmed: dict[Flight, tuple[Publication, str]] = {}
         self._now = 0.0
+        self._wall = 0.0  # what the wall clock is ahead of it
         self._stopping = False
         self._clear()
 
@@ -248,8 +250,9 @@ class Pipeline:
         commands: list[Command] = []
         match event:
             case Delivered(deliveries, wall):
+                self._wall = wall - now
                 for delivery in deliveries:
-                    self._deliver(delivery, wall)
+                    self._deliver(delivery)
             case Replied(store, replies):
                 asked = self._lanes[id(store)].under_way
                 for reply in replies:
@@ -321,7 +324,7 @@ class Pipeline:
 
     # ---------------------------------------------------------------- a delivery comes
 
-    def _deliver(self, delivery: Delivery, wall: float) -> None:
+    def _deliver(self, delivery: Delivery) -> None:
         if self._stopping:
             return
         flight = Flight(delivery, None, None, "")
@@ -335,7 +338,7 @@ class Pipeline:
         except BadMessage as error:
             self._dead(flight, "rejected", str(error))
             return
-        flight.steps = self._protocol(flight, wall)
+        flight.steps = self._protocol(flight)
         first = self._window.get(flight.key)
         if first is not None:
             first.append(flight)
@@ -354,12 +357,12 @@ class Pipeline:
         except Exception as error:
             raise BadMessage(describe(error) if not isinstance(error, BadMessage) else str(error)) from None
 
-    def _protocol(self, flight: Flight, wall: float) -> Protocol:
+    def _protocol(self, flight: Flight) -> Protocol:
         assert flight.route is not None
         policy = flight.route.policy
         if policy is None:
             return unguarded(_attempts(flight.delivery) + 1)
-        return protocol(policy, flight.key, flight.fingerprint, _too_old(flight, policy, wall))
+        return protocol(policy, flight.key, flight.fingerprint, partial(self._too_old, flight))
 
     # ---------------------------------------------------------------- along its protocol
 
@@ -435,7 +438,7 @@ class Pipeline:
     def _start_again(self, flight: Flight) -> None:
         """Look the key up anew, with a protocol of its own."""
         flight.looks = 0
-        flight.steps = protocol(flight.policy, flight.key, flight.fingerprint)
+        flight.steps = self._protocol(flight)
         self._advance(flight, None)
 
     # ---------------------------------------------------------------- its end
@@ -567,6 +570,19 @@ class Pipeline:
         for flight, _ in waiting:
             self._leave_window(flight)
 
+    def _too_old(self, flight: Flight) -> str:
+        """Why the message may have been done and forgotten: it is older than the retention."""
+        if flight.tag is None:
+            return ""  # it will not be run anyway, and comes again to where it can be parked with its key
+        headers = flight.delivery.properties.headers
+        published = headers.get("idemp-retried-at", flight.delivery.properties.timestamp)
+        if not isinstance(published, (int, float)):
+            return ""
+        age, kept = self._wall + self._now - published, flight.policy.store.retention
+        if age <= kept:
+            return ""
+        return f"older than the retention: published {age:.0f} s ago, ids are kept for {kept:.0f} s"
+
     def _delay(self, attempt: int) -> float:
         """Doubling, between half and the whole, so that what failed together does not return together."""
         longest: float = min(MAX_DELAY, self._backoff * 2 ** (max(attempt, 1) - 1))
@@ -616,13 +632,3 @@ def _plain(copy: Publication) -> Publication:
 def _attempts(delivery: Delivery) -> int:
     found = delivery.properties.headers.get("idemp-attempt", 0)
     return found if isinstance(found, int) else 0
-
-
-def _too_old(flight: Flight, policy: Policy, wall: float) -> str:
-    """Why the message may have been done and forgotten: it is older than the retention."""
-    headers = flight.delivery.properties.headers
-    published = headers.get("idemp-retried-at", flight.delivery.properties.timestamp)
-    if not isinstance(published, (int, float)) or wall - published <= policy.store.retention:
-        return ""
-    age, kept = wall - published, policy.store.retention
-    return f"older than the retention: published {age:.0f} s ago, ids are kept for {kept:.0f} s"

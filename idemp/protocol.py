@@ -13,7 +13,7 @@ this same code; it has no thread, socket, clock or sleep.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from idemp.errors import InDoubt, PermanentFailure, RetryLater
@@ -133,17 +133,25 @@ Verdict = Ok | Skipped | Conflict | Failed | Deferred | Refused | Overtaken | No
 Protocol = Generator[Command, Any, Verdict]
 
 
-def protocol(policy: Policy, key: str, fingerprint: bytes | None, too_old: str = "") -> Protocol:
+def _of_any_age() -> str:
+    """No message is too old."""
+    return ""
+
+
+def protocol(
+    policy: Policy, key: str, fingerprint: bytes | None, too_old: Callable[[], str] = _of_any_age
+) -> Protocol:
     """Take one call of ``key`` to its verdict.
 
-    too_old: why this message must not be run if it is not done already ("" if it may).
+    too_old: why this message must not be run if it is not done already ("" if it may).  It is asked once
+    the key is mine: what was done before may have been remembered until then.
     """
     state: State = yield Claim(key)
     while True:
         match state:
             case Claimed():
-                if too_old:
-                    return (yield from _park(key, state, too_old))
+                if reason := too_old():
+                    return (yield from _park(key, state, reason))
                 return (yield from _run(policy, key, state, fingerprint))
             case Done():
                 conflict = fingerprint and state.fingerprint and fingerprint != state.fingerprint
@@ -155,19 +163,22 @@ def protocol(policy: Policy, key: str, fingerprint: bytes | None, too_old: str =
             case Doubt(token):
                 state = yield Takeover(key, token)
                 if isinstance(state, Claimed):
-                    return (yield from _after_doubt(policy, key, state, fingerprint))
+                    return (yield from _after_doubt(policy, key, state, fingerprint, too_old()))
             case Parked(_, attempt, reason):
                 return Refused(reason, attempt)
             case Free():
                 state = yield Claim(key)
 
 
-def _after_doubt(policy: Policy, key: str, claim: Claimed, fingerprint: bytes | None) -> Protocol:
+def _after_doubt(
+    policy: Policy, key: str, claim: Claimed, fingerprint: bytes | None, too_old: str
+) -> Protocol:
     """The effect of an earlier attempt may have happened: the policy decides."""
+    if policy.in_doubt == "park" or too_old:
+        doubt = f"in doubt: attempt {claim.attempt - 1} may have taken effect"
+        return (yield from _park(key, claim, f"{doubt}; {too_old}" if too_old else doubt))
     if policy.in_doubt == "retry":
         return (yield from _run(policy, key, claim, fingerprint, doubtful=True))
-    if policy.in_doubt == "park":
-        return (yield from _park(key, claim, f"in doubt: attempt {claim.attempt - 1} may have taken effect"))
     answer: object = yield Ask(claim)
     match answer:
         case Happened(value):

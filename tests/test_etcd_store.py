@@ -27,6 +27,7 @@ from idemp.stores.etcd_client import (
     Compacted,
     NoSpace,
     Overloaded,
+    Put,
     Unreachable,
     Unsure,
     WatchBatch,
@@ -158,6 +159,34 @@ def test_a_refusal_after_a_lost_reply_settles_nothing(make: Make, monkeypatch: p
     assert isinstance(one(store, Claim("b")), Claimed)
     assert isinstance(one(other, Claim("a")), Claimed), "nobody heard of that claim, so it was given back"
     assert isinstance(one(other, Claim("b")), Busy)
+
+
+def test_claims_of_a_batch_that_broke_in_the_middle_are_given_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took several appends; the second could not be sent, so nobody heard of what the first had won."""
+    monkeypatch.setattr("idemp.stores.etcd.MOST", 2)
+    monkeypatch.setattr("idemp.stores.etcd.PATIENCE", 0.3)
+    (store, wire), (other, _) = make(), make()
+    store.apply([])
+    transact, broken = wire.txn, [b"\nC c", b"\nR a"]
+
+    def txn(*args: Any, **kwargs: Any) -> Any:
+        written = b"".join(each.value for each in args[1] if isinstance(each, Put))
+        if any(line in written for line in broken):
+            raise Overloaded("too many requests")
+        return transact(*args, **kwargs)
+
+    monkeypatch.setattr(wire, "txn", txn)
+    with pytest.raises(StoreUnavailable):
+        store.apply([Claim("a"), Claim("b"), Claim("c")])
+    assert isinstance(one(other, Claim("a")), Busy)
+    with pytest.raises(StoreUnavailable):
+        store.apply([Claim("d")])  # the giving back could not be sent either
+    broken.clear()
+    assert isinstance(one(store, Claim("e")), Claimed)
+    assert [type(state) for state in other.apply([Claim("a"), Claim("b"), Claim("c")])] == [Claimed] * 3
+    assert one(other, Get("a")).attempt == 1
 
 
 def test_what_the_watch_does_not_bring_is_fetched(make: Make) -> None:

@@ -220,6 +220,29 @@ def test_a_message_older_than_the_retention_is_parked_not_run() -> None:
     assert isinstance(work, Work)
 
 
+def test_age_is_judged_once_the_key_is_mine() -> None:
+    """It may have been young when it came, and done until just before the claim; a doubt excuses nothing."""
+    line = pipeline()
+    deliver(line, delivery(1, timestamp=1000.0), now=10.0)
+    [apply] = step(line, Replied(STORE, [Claimed(1, 1)]), now=10.0 + Store.retention + 1)
+    assert isinstance(apply.ops[0], Park)
+    deliver(line, delivery(2, "2", timestamp=-5000.0))
+    step(line, Replied(STORE, [Applied(), Doubt(7, 1, "dead", 0.0)]))
+    [apply] = step(line, Replied(STORE, [Claimed(8, 2)]))
+    [park] = apply.ops
+    assert park.key == "h/2"
+    assert park.reason.startswith("in doubt: attempt 1 may have taken effect; older than the retention")
+
+
+def test_what_is_too_old_and_lost_its_connection_is_given_back() -> None:
+    """Parked here, its message would perhaps be nowhere."""
+    line = pipeline()
+    deliver(line, delivery(1, timestamp=-5000.0))
+    step(line, Disconnected())
+    [apply] = step(line, Replied(STORE, [Claimed(1, 1)]))
+    assert apply.ops == [Release("h/1", 1, 0)]
+
+
 def test_attempts_used_up_go_to_the_dead_letters() -> None:
     """With the reason of the last."""
     line = pipeline()

@@ -20,7 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 from idemp.errors import Closed, ConfigError, StoreUnavailable
-from idemp.laws import CLAIMED, DONE, Entry
+from idemp.laws import CLAIMED, DONE, Entry, undoing
 from idemp.ports import (
     Abandon,
     Applied,
@@ -58,7 +58,18 @@ from idemp.stores.etcd_client import (
 from idemp.stores.etcd_health import MAKE_ROOM, keep_looking
 from idemp.stores.etcd_replica import Layout, Replica, Tails
 from idemp.stores.group import GroupCommit
-from idemp.stores.journal import LINES, Append, Begin, Declare, Raise, Record, Seed, encode, encode_open
+from idemp.stores.journal import (
+    LINES,
+    Append,
+    Begin,
+    Declare,
+    Opened,
+    Raise,
+    Record,
+    Seed,
+    encode,
+    encode_open,
+)
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +177,7 @@ class _Session:
         self._mine: set[str] = set()  # the sessions that this process had
         self._alive_at = clock.steady() - self._ttl
         self._unsure: _Sent | None = None
+        self._undo: list[Op] = []  # what gives back claims that nobody heard of
         self._complete_to = -1  # the bucket up to whose beginning the tails say that nothing is missing
         self._appended_at = clock.wall()
         self._ended = threading.Event()
@@ -237,8 +249,14 @@ class _Session:
         if self._ended.is_set():
             raise Closed("this store was closed")
         with self._as_store_error():
-            most = SEED_MOST if self._seed_layout else MOST
-            return [reply for part in _parts(ops, most) for reply in self._commit_part(part)]
+            replies: list[Reply] = []
+            try:
+                for part in _parts(ops, SEED_MOST if self._seed_layout else MOST):
+                    replies += self._commit_part(part)
+            except BaseException:
+                self._undo += undoing(ops[: len(replies)], replies)
+                raise
+            return replies
 
     def _commit_part(self, ops: Sequence[Op]) -> list[Reply]:
         deadline = self._clock.steady() + PATIENCE
@@ -465,23 +483,17 @@ class _Session:
         return found
 
     def _settle_unsure(self, deadline: float) -> None:
-        """An append whose caller was told `StoreUnavailable` is finished first, and its claims given back."""
-        sent = self._unsure
-        if sent is None:
-            return
-        try:
-            outcomes = self._send(sent, deadline)
-        except _Never:
-            return
-        undo: list[Record] = []
-        for record, outcome in zip(sent.append.records, outcomes, strict=True):
-            match record, outcome:
-                case Claim(key), Claimed(token, attempt):
-                    undo.append(Release(key, token, attempt - 1))
-                case Takeover(key), Claimed(token):
-                    undo.append(Abandon(key, token))
-        if undo:
-            self._append_surely(undo, deadline)
+        """An append whose caller was told `StoreUnavailable` is finished first, its claims are given back.
+
+        Said twice that does no harm: the second finds the key no more in this session's hands.
+        """
+        if (sent := self._unsure) is not None:
+            with contextlib.suppress(_Never):
+                outcomes = self._send(sent, deadline)
+                self._undo += undoing(sent.append.records, outcomes)
+        if self._undo:
+            self._append_surely(self._undo, deadline)
+            self._undo = []
 
     # ---------------------------------------------------------------- catching up
 
@@ -637,13 +649,13 @@ class _Session:
             self._raise(floor, max(over), deadline)
         self._sweep(floor)
 
-    def _snapshot(self, bucket: int, entries: Sequence[tuple[str, Entry]]) -> None:
+    def _snapshot(self, bucket: int, opened: Sequence[Opened]) -> None:
         """Write what was open where ``bucket`` began, unless somebody has."""
         end = self._layout.snap_end(bucket)
         if self._client.range(end).pairs:
             return
-        for start in range(0, len(entries), _PAGE):
-            page = encode_open(entries[start : start + _PAGE])
+        for start in range(0, len(opened), _PAGE):
+            page = encode_open(opened[start : start + _PAGE])
             self._client.put(f"{self._layout.snap_of(bucket)}{self._id}/{start:010d}", page)
         self._client.txn([Created(end, 0)], [Put(end, self._id.encode())], [])
 
@@ -710,7 +722,7 @@ class _Session:
         with self._replica.changed:
             mine = [
                 Abandon(key, entry.token)
-                for key, entry in self._replica.journal.opened()
+                for key, entry, _ in self._replica.journal.opened()
                 if entry.state == CLAIMED and entry.session == self._id
             ]
         if mine:

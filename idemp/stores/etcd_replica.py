@@ -12,10 +12,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from idemp.laws import Entry
 from idemp.ports import Clock, Reply
 from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
-from idemp.stores.journal import Append, Journal, OutOfOrder, decode, decode_open
+from idemp.stores.journal import Append, Journal, Opened, OutOfOrder, decode, decode_open
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ class Replica:
         journal.revision = revision
         return journal
 
-    def _snapshot(self, bucket: int, revision: int) -> Iterator[tuple[str, Entry]]:
+    def _snapshot(self, bucket: int, revision: int) -> Iterator[Opened]:
         layout = self.layout
         author = self._client.range(layout.snap_end(bucket), revision=revision).pairs[0].value.decode()
         for pair in self._pages(f"{layout.snap_of(bucket)}{author}/", revision):

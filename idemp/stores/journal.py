@@ -182,22 +182,30 @@ def _quote(text: str) -> str:
     return text if _PLAIN(text) else quote(text, _SAFE)
 
 
-def encode_open(entries: Sequence[tuple[str, Entry]]) -> bytes:
-    """A page of a snapshot: open keys as they stood."""
+class Opened(NamedTuple):
+    """A key that is not done, as it stood.  ``bucket``: where it was set free, if it was."""
+
+    key: str
+    entry: Entry
+    bucket: int
+
+
+def encode_open(opened: Sequence[Opened]) -> bytes:
+    """A page of a snapshot."""
     return "\n".join(
-        f"{_quote(key)} {e.state} {e.token} {e.attempt} {e.session or '-'} {e.at:.3f} {_quote(e.reason)}"
-        for key, e in entries
+        f"{_quote(key)} {e.state} {e.token} {e.attempt} {e.session or '-'} {e.at:.3f} {_quote(e.reason)} {b}"
+        for key, e, b in opened
     ).encode()
 
 
-def decode_open(text: bytes) -> list[tuple[str, Entry]]:
+def decode_open(text: bytes) -> list[Opened]:
     """The open keys of a snapshot's page."""
     found = []
     for line in text.decode().split("\n") if text else []:
-        key, state, token, attempt, session, at, reason = line.split(" ")
+        key, state, token, attempt, session, at, reason, bucket = line.split(" ")
         held = "" if session == "-" else session
         entry = Entry(state, int(token), int(attempt), held, float(at), unquote(reason))
-        found.append((unquote(key), entry))
+        found.append(Opened(unquote(key), entry, int(bucket)))
     return found
 
 
@@ -207,11 +215,12 @@ def decode_open(text: bytes) -> list[tuple[str, Entry]]:
 class _Keys:
     """The entries as one mapping: what is done, and what is open."""
 
-    __slots__ = ("done", "open")
+    __slots__ = ("done", "freed", "open")
 
     def __init__(self) -> None:
         self.done: dict[str, Entry] = {}
         self.open: dict[str, Entry] = {}
+        self.freed: dict[str, int] = {}  # the bucket where one of the open was set free
 
     def get(self, key: str) -> Entry | None:
         return self.done.get(key) or self.open.get(key)
@@ -220,8 +229,12 @@ class _Keys:
 class _Fold(Ledger):
     """The laws over `_Keys`; the writer is the session, and each line has its own token."""
 
+    bucket: int
+    settled: list[tuple[str, Entry]]
+
     def _put(self, key: str, entry: Entry | None) -> Applied:
         keys: _Keys = self.entries  # type: ignore[assignment]
+        keys.freed.pop(key, None)
         if entry is None:
             keys.open.pop(key, None)
             keys.done.pop(key, None)
@@ -233,10 +246,8 @@ class _Fold(Ledger):
             keys.done.pop(key, None)
             keys.open[key] = entry
             if entry.state == FREE:
-                self.settled.append((key, entry))
+                keys.freed[key] = self.bucket
         return Applied()
-
-    settled: list[tuple[str, Entry]]
 
 
 class Journal:
@@ -255,7 +266,7 @@ class Journal:
         self.seqs: dict[str, int] = {}
         self.walls: dict[str, float] = {}
         self.began: dict[int, float] = {}
-        self.opens: dict[int, list[tuple[str, Entry]]] = {}
+        self.opens: dict[int, list[Opened]] = {}
         self._ended: dict[str, int] = {}  # sessions declared dead -> the bucket where that was
         self._keys = _Keys()
         self._settled: dict[int, list[tuple[str, Entry]]] = {0: []}
@@ -278,9 +289,9 @@ class Journal:
         """Whether that append is applied.  Who declared its session dead had all of them."""
         return self.seqs.get(session, 0) >= seq or session in self._ended
 
-    def opened(self) -> list[tuple[str, Entry]]:
+    def opened(self) -> list[Opened]:
         """What is not done: claimed, in doubt, parked, free with attempts."""
-        return list(self._keys.open.items())
+        return [Opened(key, entry, self._keys.freed.get(key, 0)) for key, entry in self._keys.open.items()]
 
     def remembered(self) -> int:
         """How many keys are done."""
@@ -307,7 +318,7 @@ class Journal:
         # latest clock, so that one that runs behind cannot shorten the retention.
         self.began.setdefault(self.bucket, max(self.walls.values()))
         fold = _Fold(self._keys, bool, append.session, 0, append.wall)  # type: ignore[arg-type]
-        fold.settled = self._settled[self.bucket]
+        fold.bucket, fold.settled = self.bucket, self._settled[self.bucket]
         first = append.revision * LINES
         outcomes: list[Reply] = []
         for line, record in enumerate(append.records):
@@ -363,20 +374,21 @@ class Journal:
         self.floor = floor
         for bucket in [bucket for bucket in self._settled if bucket < floor]:
             for key, entry in self._settled.pop(bucket):
-                for keys in (self._keys.done, self._keys.open):
-                    if keys.get(key) is entry:
-                        del keys[key]
+                if self._keys.done.get(key) is entry:
+                    del self._keys.done[key]
             self.began.pop(bucket, None)
+        for key in [key for key, bucket in self._keys.freed.items() if bucket < floor]:
+            del self._keys.freed[key], self._keys.open[key]
         self.opens = {bucket: found for bucket, found in self.opens.items() if bucket >= floor}
         self._ended = {session: bucket for session, bucket in self._ended.items() if bucket >= floor}
 
     # ---------------------------------------------------------------- importing
 
-    def restore(self, floor: int, opened: Sequence[tuple[str, Entry]]) -> None:
+    def restore(self, floor: int, opened: Sequence[Opened]) -> None:
         """Begin at ``floor`` with what was open there."""
         self.floor = self.bucket = floor
         self._settled = {floor: []}
-        for key, entry in opened:
+        for key, entry, bucket in opened:
             self._keys.open[key] = entry
             if entry.state == FREE:
-                self._settled[floor].append((key, entry))
+                self._keys.freed[key] = bucket

@@ -25,8 +25,8 @@ from tempfile import gettempdir
 from typing import Any, NamedTuple
 
 from idemp.errors import Closed, ConfigError, StoreUnavailable
-from idemp.laws import DONE, FREE, Entry, Ledger, view
-from idemp.ports import Abandon, Busy, Claim, Claimed, Clock, Op, Release, Reply, State, Takeover
+from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
+from idemp.ports import Busy, Clock, Op, Reply, State
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.mounts import MEMORY, NETWORK, mount_of
@@ -256,7 +256,7 @@ class _Session:
                     db.execute("ROLLBACK")
                     replies, self._unsure = self._unsure.replies, None
                     return replies[len(replies) - len(ops) :]
-                undo = _undoing(self._unsure.ops, self._unsure.replies)
+                undo = undoing(self._unsure.ops, self._unsure.replies)
             return self._transact(db, [*undo, *ops])[len(undo) :]
         except BaseException:
             if db.in_transaction:
@@ -472,18 +472,6 @@ def _check_place(path: str) -> None:
             mount.kind,
             mount.place,
         )
-
-
-def _undoing(ops: Sequence[Op], replies: Sequence[Reply]) -> list[Op]:
-    """What gives back the claims of a batch whose caller never heard of them."""
-    undo: list[Op] = []
-    for op, reply in zip(ops, replies, strict=True):
-        match op, reply:
-            case Claim(key), Claimed(token, attempt):
-                undo.append(Release(key, token, attempt - 1))
-            case Takeover(key), Claimed(token):
-                undo.append(Abandon(key, token))
-    return undo
 
 
 def _entry(columns: Sequence[Any]) -> Entry:

@@ -171,11 +171,13 @@ def test_tokens_only_grow(store: Store) -> None:
     for _ in range(3):
         mine = claim(store, "a")
         assert one(store, Park("a", mine.token, "because")) == Applied()
-        taken = one(store, Takeover("a", mine.token))
+        parked = one(store, Get("a"))
+        assert isinstance(parked, Parked)
+        taken = one(store, Takeover("a", parked.token))
         assert isinstance(taken, Claimed)
         assert one(store, Complete("a", taken.token)) == Applied()
         assert one(store, Forget("a", taken.token)) == Applied()
-        tokens += [mine.token, taken.token]
+        tokens += [mine.token, parked.token, taken.token]
 
     assert tokens == sorted(set(tokens))
 
@@ -206,8 +208,10 @@ def test_a_token_that_is_not_current_changes_nothing(store: Store) -> None:
 
 def test_only_a_claim_can_be_settled_and_only_a_record_forgotten(store: Store) -> None:
     """Law 5: the right token, but not of a thing that this can be done to."""
-    mine, parked, done = (claim(store, key).token for key in ("mine", "parked", "done"))
-    store.apply([Park("parked", parked, "because"), Complete("done", done)])
+    mine, before, done = (claim(store, key).token for key in ("mine", "parked", "done"))
+    _, _, state = store.apply([Park("parked", before, "because"), Complete("done", done), Get("parked")])
+    assert isinstance(state, Parked)
+    parked = state.token
 
     assert isinstance(one(store, Forget("mine", mine)), Lost)
     assert isinstance(one(store, Takeover("mine", mine)), Busy)
@@ -240,10 +244,29 @@ def test_a_parked_key_waits_for_a_person(store: Store) -> None:
     state = one(store, Claim("a"))
     assert isinstance(state, Parked)
     assert (state.reason, state.attempt) == ("because", 1)
-    taken = one(store, Takeover("a", mine.token))
+    taken = one(store, Takeover("a", state.token))
     assert isinstance(taken, Claimed)
     assert one(store, Abandon("a", taken.token)) == Applied()
     assert isinstance(one(store, Claim("a")), Parked)
+
+
+def test_who_saw_a_doubt_does_not_take_what_came_after_it(store: Store) -> None:
+    """Laws 5 and 7: its token is not the current one of what was parked since, nor of a newer doubt."""
+    parked, newer = claim(store, "parked"), claim(store, "newer")
+    for mine, key in ((parked, "parked"), (newer, "newer")):
+        assert one(store, Abandon(key, mine.token)) == Applied()
+    first = one(store, Takeover("newer", newer.token))
+    assert isinstance(first, Claimed)
+    assert one(store, Abandon("newer", first.token)) == Applied()
+    assert one(store, Park("parked", parked.token, "late")) == Applied()
+
+    kept, doubt = store.apply([Takeover("parked", parked.token), Takeover("newer", newer.token)])
+
+    assert isinstance(kept, Parked)
+    assert kept.token > parked.token
+    assert doubt == one(store, Get("newer"))
+    assert isinstance(doubt, Doubt)
+    assert doubt.token == first.token
 
 
 def take_all(store: Store, number: int, tokens: dict[str, int]) -> list[str]:
@@ -632,6 +655,9 @@ def check(
                 done.pop(key, None)
             if not isinstance(op, Abandon | Park):
                 current.pop(key, None)
+        case _, (Parked(token) | Lost(Parked(token))):
+            assert token >= last[key], "tokens grow"
+            last[key] = token
         case _, Done(token, result):
             assert done[key] == result, "the same bytes"
         case _, Lost(Done(token, result)):

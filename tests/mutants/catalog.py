@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant(
         "the policy decides what becomes of a doubt",
         "protocol.py",
-        "return (yield from _after_doubt(policy, key, state, fingerprint))",
+        "return (yield from _after_doubt(policy, key, state, fingerprint, too_old()))",
         "return (yield from _run(policy, key, state, fingerprint))",
     ),
     Mutant(
@@ -109,6 +109,12 @@ MUTANTS = (
         "protocol.py",
         "if isinstance(error, InDoubt) or not isinstance(error, Exception):",
         "if not isinstance(error, Exception):",
+    ),
+    Mutant(
+        "what is older than the retention is not run after a doubt either",
+        "protocol.py",
+        'if policy.in_doubt == "park" or too_old:',
+        'if policy.in_doubt == "park":',
     ),
     Mutant(
         "crashes use up attempts",
@@ -133,8 +139,22 @@ MUTANTS = (
     Mutant(
         "tokens grow",
         "laws.py",
-        "        self.token += 1\n",
-        "        self.token = max(self.token, 1)\n",
+        "        self.token += 1\n        self._put(key, Entry(CLAIMED",
+        "        self.token = max(self.token, 1)\n        self._put(key, Entry(CLAIMED",
+    ),
+    Mutant(
+        "who saw a doubt does not take what was parked since",
+        "laws.py",
+        'Entry(PARKED, self.token, entry.attempt, "", self.now, reason)',
+        'Entry(PARKED, token, entry.attempt, "", self.now, reason)',
+        unit("contract/test_stores.py::test_who_saw_a_doubt_does_not_take_what_came_after_it[memory]"),
+    ),
+    Mutant(
+        "a takeover names the doubt that it saw",
+        "laws.py",
+        "if isinstance(state, Doubt | Parked) and state.token == token:",
+        "if isinstance(state, Doubt | Parked):",
+        unit("contract/test_stores.py::test_who_saw_a_doubt_does_not_take_what_came_after_it[memory]"),
     ),
     # ---------------------------------------------------------------- stores/
     Mutant(
@@ -161,13 +181,20 @@ MUTANTS = (
     Mutant(
         "what is done before the floor is dropped, and nothing else",
         "stores/journal.py",
-        "if bucket < floor]:",
-        "if bucket <= floor]:",
+        "in self._settled if bucket < floor]:",
+        "in self._settled if bucket <= floor]:",
         unit("test_journal.py::test_memory_is_bounded_by_the_buckets"),
     ),
     Mutant(
+        "an importer knows in which bucket a key was set free",
+        "stores/journal.py",
+        "                self._keys.freed[key] = bucket\n",
+        "                self._keys.freed[key] = floor\n",
+        unit("test_journal.py::test_an_importer_drops_what_was_freed_where_the_others_do"),
+    ),
+    Mutant(
         "claims that nobody heard of are given back",
-        "stores/sqlite.py",
+        "laws.py",
         "                undo.append(Release(key, token, attempt - 1))",
         "                pass",
         unit("test_sqlite_store.py::test_a_claim_that_nobody_heard_of_is_given_back"),

@@ -97,17 +97,14 @@ class Judge:
         if old is not None and old.state in (FREE, DONE) and new is None:
             self.freed(key)
         if new is not None and new.token > record.token:
-            must(new.state == CLAIMED, f"{key} has a token that nobody claimed: {new}")
+            must(new.state in (CLAIMED, PARKED), f"{key} has a token that nobody was given: {new}")
             record.token = new.token
         elif new is not None:
             must(new.token == record.token, f"the token of {key} goes back: {old} -> {new}")
         if old is not None and old.state == CLAIMED:
             self._claim_ends(key, record, old, new)
-        if old is not None and old.state == PARKED and new is not None and key != self.resolving:
-            # KNOWN: who saw a doubt takes the key over even if its late holder has parked it meanwhile.
-            self.counts["known: parked, and taken by one who saw a doubt"] += 1
-            record.fate[old.token] = "doubt"
-            self.freed(key)
+        if old is not None and old.state == PARKED and new is not None:
+            must(key == self.resolving, f"{key} was parked, and no person decided: {old} -> {new}")
         if new is not None and new.state == DONE and (old is None or old.state != DONE):
             must(old is not None and old.state == CLAIMED, f"{key} was done by nobody: {old} -> {new}")
             record.done_at = self.now()
@@ -129,7 +126,7 @@ class Judge:
             must(not lives, f"{key} is taken from a live session: {old} -> {new}")
         else:
             return
-        if record.fate.get(old.token) == "doubt" and new is not None and new.token != old.token:
+        if record.fate.get(old.token) == "doubt" and new is not None and new.state == CLAIMED:
             return
         self.counts[f"claim {fate}"] += 1
         root = record.roots.get(old.token, old.token)
@@ -159,7 +156,8 @@ class Judge:
         match new.reason.split(":")[0].split(" (")[0]:
             case "in doubt":
                 must(self._doubts(record, root), f"{key} is parked in doubt, and there is none")
-                must(self.plan.in_doubt != "retry", f"{key} is parked in doubt under retry")
+                may = self.plan.in_doubt != "retry" or "; older than the retention" in new.reason
+                must(may, f"{key} is parked in doubt under retry")
             case "attempts used up":
                 must(old.attempt >= self.plan.attempts, f"{key} is parked after {old.attempt} attempts")
             case "permanent failure":
@@ -173,8 +171,8 @@ class Judge:
 
     # ------------------------------------------------------------ handlers
 
-    def starts(self, key: str, claim: Claimed, session: str, came: float, too_old: bool) -> Attempt:
-        """A handler is about to start.  came: when its message did; too_old: for the retention, then."""
+    def starts(self, key: str, claim: Claimed, session: str, too_old: bool) -> Attempt:
+        """A handler is about to start.  too_old: its message was, for the retention, when it came."""
         record = self.of(key)
         entry: Entry | None = self.store.entry(key)
         held = entry is not None and entry[:4] == (CLAIMED, claim.token, claim.attempt, session)
@@ -184,31 +182,17 @@ class Judge:
         must(claim.token not in record.attempts, f"{key} starts twice under {claim}")
         for token, earlier in record.attempts.items():
             if record.fate.get(token) == DONE:
-                self._starts_after_done(key, record, token, came, too_old)
+                raise Broken(f"{key} starts again after it was done under {token}")
             unique = token <= record.floor or earlier.claim.attempt < claim.attempt
             must(unique, f"{key}: attempt {claim.attempt} twice")
         doubts = self._doubts(record, claim.token)
         if self.plan.in_doubt != "retry":
             must(not doubts, f"{key} starts, though {doubts} are in doubt")
-        # KNOWN: one that is too old is run nevertheless, if it comes upon a doubt.
-        must(
-            not too_old or "doubt" in record.fate.values(),
-            f"{key} starts, though its message is older than the retention",
-        )
-        self.counts["known: too old, and run after a doubt"] += too_old
+        must(not too_old, f"{key} starts, though its message is older than the retention")
         if self.plan.in_doubt == "retry":
             record.settled = claim.token - 1
         attempt = record.attempts[claim.token] = Attempt(key, claim)
         return attempt
-
-    def _starts_after_done(self, key: str, record: Record, token: int, came: float, too_old: bool) -> None:
-        """Done was forgotten, so only the message's age can tell."""
-        # The age is looked at when a message comes, and done may be over before it is claimed.
-        late = self._over(key) and came < record.done_at + self.plan.retention
-        # KNOWN: one that is too old is run nevertheless, if it comes upon a doubt.
-        doubt = too_old and any(t > token and fate == "doubt" for t, fate in record.fate.items())
-        must(late or doubt, f"{key} starts again after it was done under {token}")
-        self.counts["claimed after done was over"] += late
 
     def effect(self, attempt: Attempt) -> bool:
         """A handler reaches out.  False: what it reaches refuses it, because it is a ghost."""
@@ -293,8 +277,7 @@ class Judge:
             record, state = self.of(key), self.store.state(key)
             must(isinstance(state, Done | Parked) or self._over(key), f"{key} ended as {state}")
             if isinstance(state, Parked):
-                # A copy that came after done was forgotten may be parked after all were acknowledged.
-                must(dead.get(key) or record.done_at, f"{key} is parked, but its message is not at hand")
+                must(dead.get(key), f"{key} is parked, but its message is not at hand")
             if isinstance(state, Done) and not self._resolved(record, state):
                 must(self.had_effect(key), f"{key} is done, and nothing happened")
         effective = {key for key, record in self.records.items() if record.effects}

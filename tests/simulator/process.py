@@ -70,7 +70,7 @@ class Process:
         self.out: dict[int, Publication] = {}
         self.acking: set[int] = set()
         self.copied: set[int] = set()
-        self.came: dict[int, tuple[float, bool]] = {}
+        self.too_old: dict[int, bool] = {}  # a tag: whether its message was, when it came
         # The store's thread, and the workers.
         self.asked: deque[tuple[Any, Sequence[Op]]] = deque()
         self.asking = False
@@ -228,7 +228,7 @@ class Process:
             world.did["NotStarted"] += 1
             self.hand_back(flight, NotStarted())
             return
-        attempt = world.judge.starts(flight.key, claim, self.session.id, *self.came[flight.delivery.tag])
+        attempt = world.judge.starts(flight.key, claim, self.session.id, self.too_old[flight.delivery.tag])
         world.note(f"{flight.key} {claim.attempt}")
         if flight.key in world.poison:
             if world.chance.random() < 0.5:
@@ -299,7 +299,7 @@ class Process:
             self.out[tag] = copy
             published = copy.properties.headers.get("idemp-retried-at", copy.properties.timestamp)
             too_old = published is not None and world.wall() - published > world.plan.retention
-            self.came[tag] = world.now, too_old
+            self.too_old[tag] = too_old
             batch.append(Delivery(tag, copy.body, copy.properties, "", QUEUE, False))
         if batch:
             self.step(Delivered(batch, world.wall()))

@@ -254,24 +254,10 @@ class JournalStore:
         """What one has who starts now: the snapshot of the floor, and the log from there."""
         journal = Journal()
         journal.restore(self.floor, decode_open(self.snaps[self.floor]))
-        # KNOWN: a snapshot does not say in which bucket a key was set free, so an importer would keep it
-        # longer than the others, who drop it at that bucket's end.
-        free, journal._settled[self.floor] = journal._settled[self.floor], []
-        for key, entry in free:
-            journal._settled.setdefault(self._freed_in(key, entry), []).append((key, entry))
         for append, bucket in self.log:
             if bucket >= self.floor:
                 journal.apply(append, importing=True)
         return journal
-
-    def _freed_in(self, key: str, entry: Entry) -> int:
-        """The bucket of the release that set ``key`` free."""
-        return max(
-            bucket
-            for append, bucket in self.log
-            if append.wall == entry.at
-            and any(isinstance(record, Release) and record.key == key for record in append.records)
-        )
 
     def _compare(self, journal: Journal) -> None:
         truth = self.truth
@@ -489,7 +475,7 @@ class JournalSession:
         self.read_to(len(self.store.log))
         held = [
             Abandon(key, entry.token)
-            for key, entry in self.replica.opened()
+            for key, entry, _ in self.replica.opened()
             if entry.state == CLAIMED and entry.session == self.id
         ]
         try:
