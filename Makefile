@@ -6,7 +6,7 @@ READY := .venv/ready
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test servers compose-check lint bench lock clean
+.PHONY: help demo test servers compose-check lint bench chaos lock clean
 
 help: ## list these verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read verb does; do \
@@ -32,6 +32,10 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## measure
 	@$(BIN)/python -m bench $(ARGS)
+
+chaos: $(READY) ## break everything for MINUTES by the plan of SEED; PROFILE=quick, full or soak; ARGS='--out DIR'
+	@$(BIN)/python -m tests.chaos run --seed $(or $(SEED),1) --minutes $(or $(MINUTES),3) \
+		--profile $(or $(PROFILE),quick) $(ARGS)
 
 lock: ## pin every dependency anew, for every platform, with its hashes
 	@$(PYTHON) -m venv .venv/lock

@@ -68,6 +68,7 @@ POLL = 0.5
 REPORT = 1.0
 """Seconds between two summary lines."""
 _HAND_BACK = 0.005
+_LOOK = 0.02
 
 
 class _Broken(NamedTuple):
@@ -162,6 +163,7 @@ class Consumer:
 
     def _loop(self, pipeline: Pipeline, shell: _Shell, report: _Report) -> None:
         stop_at: float | None = None
+        connected = True
         while True:
             now = self._clock.steady()
             if self._stopping.is_set() and stop_at is None:
@@ -172,18 +174,22 @@ class Consumer:
                     self._transport.poll(0.0)  # the last acknowledgements go out
                 return
             try:
-                self._turn(pipeline, shell, report, now)
+                self._turn(pipeline, shell, report, now, connected)
             except TransportUnavailable as error:
                 log.warning("%s: %s; connecting again", self.service, error)
                 self._perform(pipeline.step(Disconnected(), self._clock.steady()), shell, report)
                 shell.numbers.clear()
-                self._connect_again()
+                connected = self._connect_again()
 
-    def _turn(self, pipeline: Pipeline, shell: _Shell, report: _Report, now: float) -> None:
+    def _turn(self, pipeline: Pipeline, shell: _Shell, report: _Report, now: float, connected: bool) -> None:
         """Take what came, from the broker and from the threads, and do what follows."""
         due = pipeline.due()
         wait = POLL if due is None else min(POLL, max(0.0, due - now))
-        came = self._transport.poll(0.0 if shell.inbox else wait)
+        came: list[Delivery | Sent] = []
+        if connected:
+            came = self._transport.poll(0.0 if shell.inbox else wait)
+        elif not shell.inbox:
+            self._clock.sleep(_LOOK)  # stopping: what runs is still waited for and recorded
         now = self._clock.steady()
         deliveries = [event for event in came if type(event) is Delivery]
         if deliveries:
@@ -216,7 +222,8 @@ class Consumer:
                     numbers = self._transport.send([copy for _, copy in items])
                     shell.numbers.update(zip(numbers, (flight for flight, _ in items), strict=True))
                 case Cancel():
-                    self._transport.cancel()
+                    with suppress(TransportUnavailable):  # the next poll says so
+                        self._transport.cancel()
                 case Tell(counts, lines):
                     report.add(counts, lines)
 
@@ -230,8 +237,17 @@ class Consumer:
         self._declare()
         self._transport.consume(self.queue, self._prefetch)
 
-    def _connect_again(self) -> None:
-        """Until the broker is back, or the service is told to stop."""
+    def _connect_again(self) -> bool:
+        """Until the broker is back (true), or the service is told to stop (false)."""
+        try:
+            self._try_again()
+        except TransportUnavailable:
+            if not self._stopping.is_set():
+                raise
+            return False
+        return True
+
+    def _try_again(self) -> None:
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
             wait=tenacity.wait_random_exponential(0.2, max=10),

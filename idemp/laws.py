@@ -94,9 +94,10 @@ class Ledger:
                 if _held(entry, token):
                     free = Entry(FREE, token, attempts, "", self.now)
                     return self._put(key, free if attempts else None)
-            case Abandon(_, token):
+            case Abandon(_, token, attempts):
                 if entry is not None and _held(entry, token):
-                    return self._put(key, entry._replace(session=""))
+                    count = entry.attempt if attempts is None else attempts
+                    return self._put(key, entry._replace(session="", attempt=count))
             case Park(_, token, reason):
                 if entry is not None and _held(entry, token):
                     # A token of its own, so that who saw a doubt cannot take what was parked since.
@@ -130,8 +131,8 @@ def undoing(ops: Sequence[Any], replies: Sequence[Reply]) -> list[Op]:
         match op, reply:
             case Claim(key), Claimed(token, attempt):
                 undo.append(Release(key, token, attempt - 1))
-            case Takeover(key), Claimed(token):
-                undo.append(Abandon(key, token))
+            case Takeover(key), Claimed(token, attempt):
+                undo.append(Abandon(key, token, attempt - 1))
     return undo
 
 

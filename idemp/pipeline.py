@@ -452,8 +452,9 @@ class Pipeline:
                 self._acknowledge(flight, "skipped")
                 self._leave_window(flight, done=True)
             case Failed(error, attempt, after):
-                delay = self._delay(attempt) if after is None else after
-                self._again_later(flight, "failed", delay, describe(error), attempt)
+                tries = max(attempt, _attempts(flight.delivery) + 1)  # a resolver that raises uses up none
+                delay = self._delay(tries) if after is None else after
+                self._again_later(flight, "failed", delay, describe(error), tries)
                 self._leave_window(flight, delay=delay)
             case Deferred():
                 delay = self._delay(1)

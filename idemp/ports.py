@@ -105,10 +105,15 @@ class Release(NamedTuple):
 
 
 class Abandon(NamedTuple):
-    """I cannot say what became of my claim: it is in doubt.  Reply: `Applied` or `Lost`."""
+    """I cannot say what became of my claim: it is in doubt.  Reply: `Applied` or `Lost`.
+
+    attempts: how many to remember; None counts this one.  One that took a doubt over and did not start
+    leaves as many as there were.
+    """
 
     key: str
     token: int
+    attempts: int | None = None
 
 
 class Park(NamedTuple):

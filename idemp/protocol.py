@@ -189,9 +189,9 @@ def _after_doubt(
         case Unknown(reason):
             return (yield from _park(key, claim, f"in doubt: {reason}"))
         case Raised(error):
-            yield Abandon(key, claim.token)
+            yield Abandon(key, claim.token, claim.attempt - 1)
             return Failed(error, claim.attempt, None)
-    yield Abandon(key, claim.token)
+    yield Abandon(key, claim.token, claim.attempt - 1)
     expected = "Happened, NotHappened or Unknown"
     wrong = TypeError(f"the resolver of {policy.name} answered {answer!r}; expected is {expected}")
     return Failed(wrong, claim.attempt, None)
@@ -211,7 +211,8 @@ def _run(
             return Ok(value, claim) if isinstance(reply, Applied) else Overtaken(claim)
         case NotStarted():
             # An earlier attempt that is in doubt must not be forgotten with this one.
-            yield Abandon(key, claim.token) if doubtful else Release(key, claim.token, claim.attempt - 1)
+            give_back = Abandon if doubtful else Release
+            yield give_back(key, claim.token, claim.attempt - 1)
             return NotRun()
         case Raised(error):
             return (yield from _raised(policy, key, claim, error))

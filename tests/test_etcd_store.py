@@ -20,7 +20,7 @@ import pytest
 
 from idemp import ConfigError, open_store
 from idemp.errors import StoreUnavailable
-from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Free, Get, Store
+from idemp.ports import Abandon, Applied, Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Store
 from idemp.stores.etcd import EtcdStore
 from idemp.stores.etcd_client import (
     Client,
@@ -283,6 +283,43 @@ def test_a_lost_session_is_replaced_and_its_claims_completed(make: Make, etcd: E
     [renewed] = admin.range(Layout(unique).sessions, prefix=True).pairs
     assert renewed.key != presence.key
     admin.close()
+
+
+def test_to_abandon_what_a_lost_session_claimed_is_no_attempt(make: Make, etcd: Etcd, unique: str) -> None:
+    """It is in doubt by that loss; to take it over first would count an attempt that nobody made."""
+    (store, _), (other, _) = make(), make()
+    claimed = one(store, Claim("a"))
+    admin = Client(etcd.endpoints)
+    presences = admin.range(Layout(unique).sessions, prefix=True).pairs
+    [mine] = [pair for pair in presences if pair.key.endswith(store._mine()._id)]  # type: ignore[attr-defined]
+    admin.lease_revoke(mine.lease)
+    assert one(store, Abandon("a", claimed.token)) == Applied()
+    assert one(store, Abandon("a", claimed.token)) == Applied()
+    doubt = one(other, Get("a"))
+    assert isinstance(doubt, Doubt)
+    assert (doubt.token, doubt.attempt) == (claimed.token, 1)
+    admin.close()
+
+
+def test_closed_while_its_keeper_is_about_to_ask(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper's thread ends; pytest makes an error of what a thread raises."""
+    store, wire = make()
+    store.apply([])
+    asked, entered, left = wire.lease_keepalive, threading.Event(), threading.Event()
+
+    def late(lease: int) -> int:
+        entered.set()
+        while not wire._closed:
+            time.sleep(0.01)
+        try:
+            return asked(lease)
+        finally:
+            left.set()
+
+    monkeypatch.setattr(wire, "lease_keepalive", late)
+    assert entered.wait(30)
+    store.close()
+    assert left.wait(30)
 
 
 def test_buckets_roll_and_what_is_over_is_deleted(make: Make, etcd: Etcd, unique: str) -> None:

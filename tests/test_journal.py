@@ -52,7 +52,7 @@ records = st.one_of(
     st.builds(Claim, keys),
     st.builds(lambda k, r, f: Complete(k, 0, r, f), keys, blobs, prints),
     st.builds(lambda k, n: Release(k, 0, n), keys, st.integers(0, 99)),
-    st.builds(lambda k: Abandon(k, 0), keys),
+    st.builds(lambda k, n: Abandon(k, 0, n), keys, st.none() | st.integers(0, 9)),
     st.builds(lambda k, r: Park(k, 0, r), keys, st.text(max_size=20)),
     st.builds(Takeover, keys, tokens),
     st.builds(Forget, keys, tokens),

@@ -27,6 +27,7 @@ from idemp.pipeline import (
 )
 from idemp.policy import make_policy
 from idemp.ports import (
+    Abandon,
     Applied,
     Busy,
     Claim,
@@ -232,6 +233,26 @@ def test_age_is_judged_once_the_key_is_mine() -> None:
     [park] = apply.ops
     assert park.key == "h/2"
     assert park.reason.startswith("in doubt: attempt 1 may have taken effect; older than the retention")
+
+
+def test_a_doubt_whose_handler_did_not_start_costs_no_attempt() -> None:
+    """However often the session was stale; and a resolver that raises waits longer each time."""
+    line = pipeline(attempts=5)
+    deliver(line, delivery(1))
+    step(line, Replied(STORE, [Doubt(7, 1, "dead", 0.0)]))
+    [work] = step(line, Replied(STORE, [Claimed(8, 2)]))
+    assert step(line, Worked([(work.items[0][0], NotStarted())])) == [Apply(STORE, [Abandon("h/1", 8, 1)])]
+
+    line = pipeline(in_doubt=lambda message: None)
+    deliver(line, delivery(1, headers={"idemp-attempt": 3}))
+    step(line, Replied(STORE, [Doubt(7, 1, "dead", 0.0)]))
+    [work] = step(line, Replied(STORE, [Claimed(8, 2)]))
+    assert step(line, Worked([(work.items[0][0], Raised(OSError()))])) == [
+        Apply(STORE, [Abandon("h/1", 8, 1)])
+    ]
+    [send] = step(line, Replied(STORE, [Applied()]))
+    [(_, copy)] = send.items
+    assert (copy.properties.headers["idemp-attempt"], copy.delay) == (4, 4.0)
 
 
 def test_what_is_too_old_and_lost_its_connection_is_given_back() -> None:

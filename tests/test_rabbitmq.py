@@ -26,6 +26,7 @@ from idemp.transports import rabbitmq as rabbitmq_module
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
 from idemp.transports.amqp_wire import UNREADABLE, Arrived, Reader, decode, encode
 from idemp.transports.rabbitmq import RabbitMQTransport
+from tests.proxy import Proxy
 from tests.servers import RabbitMQ, free_port
 
 SECONDS = 30.0
@@ -767,3 +768,24 @@ def test_a_channel_that_ends_in_the_middle_of_a_call(amqp_url: str, unique: str)
             transport.declare(unique)
         transport.connect()
         transport.consume(unique, 1)
+
+
+def take_part(transport: Transport, queue: str) -> None:
+    transport.consume(queue, 1)
+    transport.poll(SECONDS)
+
+
+@pytest.mark.parametrize("ask", [RabbitMQTransport.declare, take_part, RabbitMQTransport.depth])
+def test_a_reply_that_is_lost_is_no_refusal(rabbitmq: RabbitMQ, unique: str, ask: Any) -> None:
+    """The channel is closed then too, but by nobody's word: neither a wrong setting nor an empty queue."""
+    proxy = Proxy(rabbitmq.port)
+    url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
+    with proxy, closing(open_transport(url)) as transport:
+        transport.declare(unique)
+        publish(transport, [message(unique, "a")])
+        proxy.lose()
+        with pytest.raises(TransportUnavailable):
+            ask(transport, unique)
+        assert proxy.counts.lost == 1
+        transport.connect()
+        assert transport.depth(unique) == 1

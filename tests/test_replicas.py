@@ -335,6 +335,30 @@ def test_the_broker_restarts_under_load(tmp_path: Path, unique: str, own_rabbitm
         check_all_once(stage, 3_000)
 
 
+def test_sigterm_while_the_broker_is_away(tmp_path: Path, unique: str, own_rabbitmq: RabbitMQ) -> None:
+    """What runs is waited for and recorded, exit 0; the broker hands the message out again, to be skipped."""
+    with ExitStack() as stack:
+        stage = Stage(tmp_path, own_rabbitmq.url, unique)
+        stack.callback(stage.close)
+        first = stage.start()
+        stage.arm("after")
+        stage.publish(["a"])
+        stage.caught()
+        own_rabbitmq.kill()
+        stage.until(lambda: "connecting again" in first.said())
+        first.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert first.process.poll() is None, "a handler is still running"
+        (stage.folder / f"trap.{first.process.pid}").unlink()
+        assert first.process.wait(20) == 0
+        assert isinstance(stage.states()["a"], Done)
+        own_rabbitmq.start()
+        second = stage.start()
+        stage.until(stage.at_rest)
+        assert second.stop() == 0
+        check_all_once(stage, 1)
+
+
 def test_connections_cut_every_200_ms(tmp_path: Path, unique: str, rabbitmq: RabbitMQ) -> None:
     """N16: for 20 s under load; no acknowledgement ever goes to the wrong connection."""
     with ExitStack() as stack:

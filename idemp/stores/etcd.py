@@ -318,7 +318,7 @@ class _Session:
             journal = self._replica.journal
             for place, op in enumerate(ops):
                 entry = journal.entry(op.key)
-                if isinstance(op, _SETTLES) and self._is_left(entry, op.token):
+                if isinstance(op, _SETTLES) and self._is_left(entry, op):
                     left.append(place)
                 certain = None if op.key in touched else self._certain(op, entry)
                 if certain is not None:
@@ -330,11 +330,15 @@ class _Session:
                 plan.append(len(records) - 1)
         return plan, records, left
 
-    def _is_left(self, entry: Entry | None, token: int) -> bool:
+    def _is_left(self, entry: Entry | None, op: Complete | Release | Abandon | Park) -> bool:
         """Whether that claim is of an earlier session of mine, declared dead or not, or given up."""
-        if entry is None or entry.token != token or entry.state != CLAIMED:
+        if entry is None or entry.token != op.token or entry.state != CLAIMED:
             return False
-        return not entry.session or (entry.session != self._id and entry.session in self._mine)
+        if not entry.session and type(op) is Abandon:
+            return op.attempts not in (None, entry.attempt)  # or it is in doubt as it stands
+        if not entry.session:
+            return True
+        return entry.session != self._id and entry.session in self._mine
 
     def _certain(self, op: Op, entry: Entry | None) -> Reply | None:
         """A done is true by itself; a busy key's claimer waits on memory; a token is checked here."""
@@ -347,6 +351,8 @@ class _Session:
                     return None
                 if entry.state == DONE and type(op) is Complete:
                     return Applied()
+                if entry.state == CLAIMED and not entry.session and type(op) is Abandon:
+                    return Applied()  # unless `_is_left`
             return Lost(self._replica.journal.state(op.key))
         return self._replica.journal.state(op.key) if type(op) is Get else None
 
@@ -585,6 +591,8 @@ class _Session:
                 with self.group.paused():
                     if not self._ended.is_set():
                         self._keep_journal(self._clock.steady() + self._ttl / 3)
+            except Closed:
+                return  # between the look at whether it ended and the call
             except _Never:
                 continue  # somebody was first, or the bucket moved: next time
             except (EtcdError, StoreUnavailable) as error:

@@ -109,7 +109,7 @@ def _of_version(version: str) -> list[Finding]:
 def look(client: Client, key: str) -> Health | None:
     """Ask; None if etcd does not say.  ``key``: one that this user may read."""
     try:
-        status = client.status(DEADLINE)
+        status, quota = client.status(DEADLINE), client.quota(DEADLINE)
     except IdempError:
         return None
     history = status.header.revision
@@ -117,8 +117,7 @@ def look(client: Client, key: str) -> Health | None:
         client.range(key, revision=1, timeout=DEADLINE)
     except IdempError:
         history = 0  # compacted; or not to be known
-    sizes = (status.db_size, status.db_size_in_use)
-    return Health(status.version, *sizes, status.alarms, client.quota(DEADLINE), history)
+    return Health(status.version, status.db_size, status.db_size_in_use, status.alarms, quota, history)
 
 
 def keep_looking(client: Client, key: str, settled: Callable[[], bool], ended: threading.Event) -> None:

@@ -7,7 +7,7 @@ returned at its line, never a later look at memory.
     C key                       claim, if the key is free
     D key [=result|-] [print]   done, by the holder of the current claim; a plain D has result null
     R key attempts              free again, by the holder
-    Q key                       in doubt, by the holder's own word
+    Q key [attempts]            in doubt, by the holder's own word
     P key reason                parked, by the holder
     T key token                 take over what is in doubt or parked
     F key token                 forget what is done or parked
@@ -116,8 +116,8 @@ def _line(record: Record) -> str:
             return f"D {_quote(key)}{_result(result, fingerprint)}"
         case Release(key, _, attempts):
             return f"R {_quote(key)} {attempts}"
-        case Abandon(key):
-            return f"Q {_quote(key)}"
+        case Abandon(key, _, attempts):
+            return f"Q {_quote(key)}" if attempts is None else f"Q {_quote(key)} {attempts}"
         case Park(key, _, reason):
             return f"P {_quote(key)} {_quote(reason)}"
         case Takeover(key, token):
@@ -152,7 +152,7 @@ def _record(line: str) -> Record:
         case "R":
             return Release(unquote(first), 0, int(rest[0]))
         case "Q":
-            return Abandon(unquote(first), 0)
+            return Abandon(unquote(first), 0, int(rest[0]) if rest else None)
         case "P":
             return Park(unquote(first), 0, unquote(rest[0]))
         case "T":

@@ -327,6 +327,7 @@ class _Link:
         answers: list[Any] = []
         ask(answers.append)
         self._until(lambda: answers or channel.is_closed)
+        self.check()  # a lost connection closes its channels too
         return answers[0].method if answers else None
 
     def declare(self, queue: str, exchange: str, binding: str) -> None:

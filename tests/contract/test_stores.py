@@ -237,6 +237,20 @@ def test_an_abandoned_claim_is_in_doubt(store: Store) -> None:
     assert isinstance(one(store, Claim("a")), Done)
 
 
+def test_a_doubt_taken_over_and_not_started_costs_no_attempt(store: Store) -> None:
+    """Law 6: back in doubt, under the taker's token, with the attempts that there were."""
+    mine = claim(store, "a")
+    store.apply([Abandon("a", mine.token)])
+    for _ in range(3):
+        doubt = one(store, Claim("a"))
+        assert isinstance(doubt, Doubt)
+        assert doubt.attempt == 1
+        taken = one(store, Takeover("a", doubt.token))
+        assert isinstance(taken, Claimed)
+        assert taken.attempt == 2
+        assert one(store, Abandon("a", taken.token, 1)) == Applied()
+
+
 def test_a_parked_key_waits_for_a_person(store: Store) -> None:
     """A claim of it is refused with the reason; taken over and abandoned it is parked again."""
     mine = claim(store, "a")

@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant(
         "a doubt is not forgotten with an attempt that did not start",
         "protocol.py",
-        "yield Abandon(key, claim.token) if doubtful else Release(",
-        "yield Release(",
+        "give_back = Abandon if doubtful else Release",
+        "give_back = Release",
     ),
     Mutant(
         "ok needs a completion that was applied",
@@ -115,6 +115,13 @@ MUTANTS = (
         "protocol.py",
         'if policy.in_doubt == "park" or too_old:',
         'if policy.in_doubt == "park":',
+    ),
+    Mutant(
+        "a doubt that was taken over and not started costs no attempt",
+        "laws.py",
+        "count = entry.attempt if attempts is None else attempts",
+        "count = entry.attempt",
+        unit("contract/test_stores.py::test_a_doubt_taken_over_and_not_started_costs_no_attempt[memory]"),
     ),
     Mutant(
         "crashes use up attempts",

@@ -4,9 +4,9 @@
     {"t":123456801234,"p":4711,"role":"consumer","f":"claim","type":"ok","op":81,"k":"42","r":"claimed","att":1,"tok":901}
 
 t: CLOCK_MONOTONIC in nanoseconds.  op: pairs a completion with its invoke, within one process.
-k: the message's id.  f: publish, deliver, connect, claim, takeover, complete, release, abandon, park,
-forget, run, effect, ack, retry (a delayed copy), dead (a copy to the dead letters), failpoint, and the
-faults' own.
+k: the message's id.  sha: of its body, or of a result.  f: publish, deliver, connect, claim, takeover,
+complete, release, abandon, park, forget, run, effect, ack, retry (a delayed copy), dead (a copy to the
+dead letters), failpoint, and the faults' own.
 type: invoke, before the call; then ok, fail (it certainly did not happen) or info (nobody knows: a
 time-out, a lost connection, a crash).  What has an invoke only ended in a crash: info.
 
@@ -16,6 +16,7 @@ and may tear the last one, which then never counted.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -36,6 +37,10 @@ class History:
         file = folder / f"{role}.{self._pid}.jsonl"
         self._file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
 
+    def close(self) -> None:
+        """For a process that writes many."""
+        os.close(self._file)
+
     def number(self) -> int:
         """The next ``op``."""
         return next(self._numbers)
@@ -50,6 +55,11 @@ class History:
         text = "".join(json.dumps({**head, **line}, separators=(",", ":")) + "\n" for line in lines)
         if text:
             os.write(self._file, text.encode())
+
+
+def digest(data: bytes) -> str:
+    """What stands for a body or a result in a line."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

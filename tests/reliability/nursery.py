@@ -13,17 +13,20 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from idemp import Consumer, Message, context, idempotent, open_store, open_transport
-from tests.reliability.history import History
+from idemp.errors import StoreUnavailable, TransportUnavailable
+from tests.reliability.history import History, digest
 from tests.reliability.witness import WitnessedStore, WitnessedTransport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +37,9 @@ PR_SET_PDEATHSIG = 1
 class Strike:
     """What to do at a step: the ``nth`` time that it is reached with ``id`` (or any) among its messages.
 
-    action: "kill" (kill -9), "stop" (SIGSTOP; somebody else continues it), "raise".
+    action: "kill" (kill -9); "stop" (SIGSTOP; somebody else continues it); "raise" what may be raised
+    there: by the handler an error, by the store `StoreUnavailable`, by the broker `TransportUnavailable`;
+    "call:PORT": connect to that port of this machine, and go on when whoever is there hangs up.
     """
 
     step: str
@@ -61,11 +66,19 @@ class Spec:
     workers: int = 1
     wait: float = 30.0
     backoff: float = 0.2
+    fingerprint: str | None = None
     strikes: Sequence[Strike] = field(default_factory=tuple)
 
 
 class Struck(Exception):
-    """A strike of the kind "raise"."""
+    """A strike of the kind "raise", inside the handler."""
+
+
+ERRORS: Mapping[str, type[Exception]] = {
+    **dict.fromkeys(("claim", "takeover", "mark", "release", "park"), StoreUnavailable),
+    **dict.fromkeys(("deliver", "ack", "retry", "dlq"), TransportUnavailable),
+}
+"""What may be raised at a step, by its first word; elsewhere it is the handler's own error."""
 
 
 class Striker:
@@ -90,8 +103,13 @@ class Striker:
                 time.sleep(60)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.05)  # this thread may get a little further before all are stopped
             case "raise":
-                raise Struck(strike.step)
+                raise ERRORS.get(strike.step.partition(".")[0], Struck)(f"struck at {strike.step}")
+            case call if call.startswith("call:"):
+                port = int(call.partition(":")[2])
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+                    line.recv(1)
             case other:
                 raise ValueError(other)
 
@@ -117,9 +135,11 @@ def consume(spec: Spec) -> None:
         in_doubt=spec.in_doubt,  # type: ignore[arg-type]
         attempts=spec.attempts,
         wait=spec.wait,
+        fingerprint=spec.fingerprint,
     )
     def new_order(message: Message) -> str:
         mine = {"k": message.id, "att": context().attempt, "tok": context().fencing_token}
+        mine["sha"] = digest(message.encode())
         op = history.number()
         history.note("run", "invoke", op=op, **mine)
         try:
@@ -148,7 +168,10 @@ def consume(spec: Spec) -> None:
 
 
 class Nursery:
-    """The process that forks them."""
+    """The process that forks them.  May be used from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -177,9 +200,10 @@ class Nursery:
     def _order(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        with self._lock:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
 
@@ -189,8 +213,9 @@ def _serve() -> None:
         match json.loads(line):
             case {"start": spec}:
                 spec["strikes"] = [Strike(**strike) for strike in spec["strikes"]]
-                children[_fork(Spec(**spec))] = None
-                answer: dict[str, Any] = {"pid": next(reversed(children))}
+                pid = _fork(Spec(**spec))
+                children[pid] = None  # the number may have been another's before
+                answer: dict[str, Any] = {"pid": pid}
             case {"ended": pid}:
                 _reap(children, pid)
                 answer = {"status": children[pid]}

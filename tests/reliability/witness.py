@@ -17,7 +17,6 @@ a test hands in what then happens.  The steps, in the order of a message's life:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ from idemp.ports import (
     Takeover,
     Transport,
 )
-from tests.reliability.history import History, Line
+from tests.reliability.history import History, Line, digest
 
 At = Callable[[str, Sequence[str]], None]
 
@@ -124,7 +123,10 @@ class WitnessedStore:
 
 def _named(op: Op) -> Line:
     token = getattr(op, "token", None)
-    return {} if token is None else {"tok": token}
+    named: dict[str, Any] = {} if token is None else {"tok": token}
+    if isinstance(op, Complete):
+        named["sha"] = digest(op.result or b"")
+    return named
 
 
 def _told(reply: Reply) -> Line:
@@ -136,7 +138,7 @@ def _told(reply: Reply) -> Line:
         if hasattr(state, theirs):
             told[ours] = getattr(state, theirs)
     if isinstance(state, Done):
-        told["sha"] = hashlib.sha256(state.result or b"").hexdigest()[:16]
+        told["sha"] = digest(state.result or b"")
     return told
 
 
@@ -196,7 +198,14 @@ class WitnessedTransport:
 
     def _delivered(self, event: Delivery) -> Line:
         op, id = self._out[event.tag]
-        return {"f": "deliver", "type": "ok", "op": op, "k": id, "again": event.redelivered}
+        return {
+            "f": "deliver",
+            "type": "ok",
+            "op": op,
+            "k": id,
+            "again": event.redelivered,
+            "sha": digest(event.body),
+        }
 
     def _confirmed(self, event: Sent) -> None:
         verb, op, id = self._copies.pop(event.number)

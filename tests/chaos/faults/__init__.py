@@ -1,0 +1,16 @@
+"""The kinds of faults, by name.  Each is a small class with inject, witness and heal."""
+
+from collections.abc import Mapping
+
+from tests.chaos.faults import broker, consumers, etcd, messages, network
+from tests.chaos.faults.kind import Fault, Kind
+
+__all__ = ["KINDS", "Fault", "Kind"]
+
+KINDS: Mapping[str, Kind] = {
+    **consumers.KINDS,
+    **messages.KINDS,
+    **etcd.KINDS,
+    **broker.KINDS,
+    **network.KINDS,
+}
