@@ -37,7 +37,6 @@ from idemp.stores.etcd_health import Health, findings, keep_looking, look
 from idemp.stores.etcd_replica import Layout
 from idemp.stores.journal import Record, encode
 from tests.servers import Etcd, need
-from tests.servers.need import missing
 from tests.test_etcd_client import fill, papers, secured  # noqa: F401
 
 
@@ -460,8 +459,7 @@ def test_a_restored_snapshot_is_noticed(own_etcd: Etcd, tmp_path: Path, token: s
 
     Also who was idle since the snapshot, and whose next transaction etcd would take.
     """
-    if shutil.which("etcdctl") is None:
-        missing("there is no etcdctl on this machine: Debian and Ubuntu have it in etcd-client")
+    need("etcdctl")
     busy, idle = open_store(f"{own_etcd.url}x"), open_store(f"{own_etcd.url}x")
     first, _ = one(busy, Claim("a")), one(idle, Claim("b"))
     etcdctl("--endpoints", own_etcd.endpoints[0], "snapshot", "save", str(tmp_path / "snapshot"))
