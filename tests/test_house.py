@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "words": ["idemp.errors", "idemp.message", "idemp.settings"],
+    "words": ["idemp.errors", "idemp.message", "idemp.settings", "idemp.embedded"],
     "ports": ["idemp.ports", "idemp.laws"],
     "heart": [
         "idemp.policy",

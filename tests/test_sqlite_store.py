@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from idemp.embedded import mount_of
 from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import (
     Applied,
@@ -31,7 +32,6 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.stores import open_store
-from idemp.stores.mounts import mount_of
 from idemp.stores.sqlite import SqliteStore
 from idemp.transports import open_transport
 from idemp.transports.sqlite import SqliteTransport
@@ -447,6 +447,8 @@ def test_a_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     file = tmp_path / "link" / "seen.db"
     with pytest.raises(ConfigError, match=rf"seen\.db lies on a network file system \({kind} at .*; put it"):
         opened(str(file)).apply([])
+    with pytest.raises(ConfigError, match="on a network file system"):
+        SqliteTransport(str(file)).connect()
     assert not file.exists()
 
 

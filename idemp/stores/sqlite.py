@@ -21,15 +21,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, NamedTuple
 
+from idemp.embedded import check_durable, check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
 from idemp.ports import Busy, Clock, Op, Reply, State
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
-from idemp.stores.mounts import MEMORY, NETWORK, mount_of
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,6 @@ _SLICES = range(3)
 
 # Keys are random, so a batch touches many pages: keep them at hand (KiB), and write them back seldom (pages).
 _SETTINGS = ("journal_mode=WAL", "synchronous=FULL", "cache_size=-65536", "wal_autocheckpoint=8000")
-
-_FULL = 2  # of synchronous; EXTRA is 3
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -148,7 +145,7 @@ class _Session:
         self._born = 0  # the last token before the session
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
-        _check_place(path)
+        check_place(path)
         self._writer = self._open()
         self._reader = self._open()
         self._reading = threading.Lock()
@@ -176,7 +173,7 @@ class _Session:
             )
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
-            self._check_durable(connection)
+            check_durable(self._path, connection.execute)
             layout = connection.execute("PRAGMA user_version").fetchone()[0]
             if layout not in (0, LAYOUT):
                 raise ConfigError(
@@ -192,21 +189,6 @@ class _Session:
             connection.close()
             raise
         return connection
-
-    def _check_durable(self, connection: sqlite3.Connection) -> None:
-        """A PRAGMA that SQLite does not follow is no error: what it made of it is read back."""
-        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
-        if mode != "wal":
-            raise ConfigError(
-                f"{self._path}: SQLite has journal_mode={mode} although WAL was asked for, which processes"
-                " need to share the file; name a plain file on a local disk"
-            )
-        synchronous = connection.execute("PRAGMA synchronous").fetchone()[0]
-        if synchronous < _FULL:
-            raise ConfigError(
-                f"{self._path}: SQLite has synchronous={synchronous} although FULL ({_FULL}) was asked for,"
-                " so that a power loss would undo what is done; use a build of SQLite that lets it be set"
-            )
 
     def _cannot_open(self, error: sqlite3.OperationalError) -> Exception:
         folder = Path(self._path).resolve().parent
@@ -448,30 +430,6 @@ class _Session:
                 return self._reader.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 raise StoreUnavailable(f"{self._path}: {error}") from error
-
-
-def _check_place(path: str) -> None:
-    """WAL needs memory that all processes of the file share, and a disk that keeps what it was given."""
-    try:
-        mountinfo = Path("/proc/self/mountinfo").read_text(errors="replace")
-    except OSError:
-        return  # not Linux
-    place = os.path.realpath(path)
-    mount = mount_of(place, mountinfo)
-    if mount is not None and mount.kind in NETWORK:
-        raise ConfigError(
-            f"{path} lies on a network file system ({mount.kind} at {mount.place}), where SQLite's WAL does"
-            " not work; put it on a local disk, or use an etcd:// store"
-        )
-    # Who puts it among the temporary files, as tests and demos do, means it to go.
-    temporary = Path(place).is_relative_to(os.path.realpath(gettempdir()))
-    if mount is not None and mount.kind in MEMORY and not temporary:
-        log.warning(
-            "%s lies in memory (%s at %s): a power loss forgets all that is done; put it on a disk",
-            path,
-            mount.kind,
-            mount.place,
-        )
 
 
 def _entry(columns: Sequence[Any]) -> Entry:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+from idemp.embedded import check_durable, check_place
 from idemp.errors import Closed, ConfigError, IdempError, TransportUnavailable
 from idemp.ports import Clock, Delivery, Publication, Sent
 from idemp.transports.envelope import pack, unpack
@@ -38,7 +39,6 @@ _LOOK = 0.01  # seconds between two looks at what other processes did
 _MOST = 16 * 1024 * 1024  # bytes in one statement, or a single message that is bigger
 
 _SETTINGS = ("journal_mode=WAL", "cache_size=-65536", "wal_autocheckpoint=8000")
-_FULL = 2  # of synchronous; EXTRA is 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS topology (version INTEGER);
 CREATE TABLE IF NOT EXISTS queue (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -262,33 +262,19 @@ class _Link:
                 raise ConfigError(f"{self._path} is no SQLite file ({error}); name another file") from None
 
     def _open_once(self) -> sqlite3.Connection:
+        check_place(self._path)
         db = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             for setting in _SETTINGS:
                 db.execute(f"PRAGMA {setting}")
-            self._check_durable(db)
+            self._set_durable(db, True)
+            check_durable(self._path, db.execute)
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
             db.execute(_AFTER_REBOOT, {"now": self._clock.steady(), "wall": self._clock.wall()})
         except (sqlite3.Error, ConfigError):
             db.close()
             raise
         return db
-
-    def _check_durable(self, db: sqlite3.Connection) -> None:
-        """A PRAGMA that SQLite does not follow is no error: what it made of it is read back."""
-        mode = db.execute("PRAGMA journal_mode").fetchone()[0]
-        if mode != "wal":
-            raise ConfigError(
-                f"{self._path}: SQLite has journal_mode={mode} although WAL was asked for, which processes"
-                " need to share the file; name a plain file on a local disk"
-            )
-        self._set_durable(db, True)
-        synchronous = db.execute("PRAGMA synchronous").fetchone()[0]
-        if synchronous < _FULL:
-            raise ConfigError(
-                f"{self._path}: SQLite has synchronous={synchronous} although FULL ({_FULL}) was asked for,"
-                " so that a power loss would lose messages; use a build of SQLite that lets it be set"
-            )
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
