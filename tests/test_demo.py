@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -167,10 +167,20 @@ def test_the_story_is_true_on_rabbitmq_and_etcd(
         assert transport.depth("orders-queue") == 1
 
 
+def opened(pid: int) -> list[str]:
+    """The files that a process has open."""
+    names = []
+    for number in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(number))
+    return names
+
+
 def test_a_service_that_dies_ends_the_story(demo: Demo) -> None:
     """N15: exit code 1, and its last words."""
     victim, other = demo.services()
-    time.sleep(1.0)  # so that it has said something
+    # It says where it works before it opens that.
+    until(lambda: any(name.endswith(".db") for name in opened(victim)), lambda: demo.told())
     os.kill(victim, signal.SIGKILL)
     code, out, err = demo.told()
     assert (code, err) == (1, "")

@@ -472,7 +472,7 @@ def test_no_answer_in_time_is_unsure_and_sending_it_again_settles_it(own_etcd: E
         client.range("/a", timeout=0.5)
     with pytest.raises(Unsure):
         client.lease_keepalive(1, timeout=0.5)
-    assert 1.4 < time.monotonic() - began < 3
+    assert 1.4 < time.monotonic() - began < 10, "the three of them would take 15 s if left to themselves"
     member.resume()
 
     client.txn([Value("/a", b"before")], [Put("/a", b"after")])
