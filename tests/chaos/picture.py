@@ -120,7 +120,7 @@ def _rows(bars: Sequence[Bar]) -> list[int]:
     name = 0.0
     total = max((bar.end for bar in bars), default=1.0)
     for bar in bars:
-        name = total * 4.5 * len(bar.kind) / (WIDTH - LEFT)
+        name = total * 5.0 * len(bar.kind) / (WIDTH - LEFT)
         row = next((n for n, end in enumerate(ends) if end <= bar.begin), len(ends))
         if row == len(ends):
             ends.append(0.0)
