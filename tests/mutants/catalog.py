@@ -136,6 +136,7 @@ MUTANTS = (
         "            case Complete(_, token, result, fingerprint):\n"
         "                if entry is not None and entry.token == token:",
         "            case Complete(_, token, result, fingerprint):\n                if entry is not None:",
+        unit("contract/test_stores.py::test_a_token_that_is_not_current_changes_nothing[memory]"),
     ),
     Mutant(
         "attempts count on after a release",
