@@ -197,7 +197,7 @@ def decide(config: Config, world: World, session: int, op: Op) -> tuple[Row | No
                 return Row("free", row.token, row.attempt, -1, world.clock), token, Reply("applied")
             return row._replace(session=-1), token, Reply("applied")
         case "P" if row is not None and held:
-            return Row("parked", row.token, row.attempt, -1, world.clock), token, Reply("applied")
+            return Row("parked", new, row.attempt, -1, world.clock), new, Reply("applied")
         case "F" if row is not None and row.token == op.token:
             if row.state in ("done", "parked") or (row.state == "claimed" and config.has("forget_claim")):
                 return None, token, Reply("applied")
