@@ -159,9 +159,10 @@ class Store(Protocol):
     """Remembers keys.  Safe to use from many threads; a forked child opens its own session.
 
     1. Of any number of simultaneous claims of a key exactly one wins.
-    2. After `Complete`, every `Claim` answers `Done` with the same bytes.
+    2. After `Complete`, every `Claim` answers `Done` with the same bytes, and is never given the key; a
+       replica that has not heard yet may call it `Busy` for a moment longer.
     3. After `Release` the key is free, and its attempts count on.
-    4. Tokens of a key only grow.
+    4. Tokens of a key only grow; a claim has one of its own, and so has a parking.
     5. An operation that names a token which is not current answers `Lost` and changes nothing.
     6. A dead session's claims are `Doubt` to everybody, after restarts too.
     7. Of any number of takers of a doubt exactly one wins.
