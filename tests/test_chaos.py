@@ -381,3 +381,25 @@ def test_until_gives_up() -> None:
     assert until(lambda: 0, 0.1) is None
     assert time.monotonic() - began < 2
     assert until(os.getpid) == os.getpid()
+
+
+FULL = """
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from tests.chaos import run
+run.SAMPLE, run.DISK = 0.01, 0
+Path("x").write_text("one byte and more")
+replicas, nemesis = SimpleNamespace(pids=lambda: []), SimpleNamespace(note=lambda *_, **__: None)
+with run._sampling(SimpleNamespace(folder=Path("."), replicas=replicas, nemesis=nemesis)):
+    time.sleep(60)
+"""
+
+
+def test_a_full_folder_ends_it(tmp_path: Path) -> None:
+    """With nothing known; whatever the main thread waits for."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (2, "chaos: the run's folder is full\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -31,3 +32,25 @@ def test_every_step_of_the_matrix_is_in_the_table_of_crashes() -> None:
     text = (ROOT / "docs/reliability.md").read_text()
     named = set(re.findall(r"`([a-z]+\.[a-z_]+)`", text))
     assert set(STEPS) <= named
+
+
+def spaced(number: int) -> str:
+    """As the documents write it: 12 345."""
+    return f"{number:,}".replace(",", " ")
+
+
+def test_the_figures_are_those_on_record() -> None:
+    """Chaos is added up run by run; of the matrix and of power losses the last long run counts."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    runs = [json.loads(line) for line in (ROOT / "tests/chaos/tally.jsonl").read_text().splitlines()]
+    doubles = ("doubles_named", "doubles_unnamed")
+    for name in ("messages", "effects", "faults", "kills", *doubles, "lost", "invented"):
+        total = spaced(sum(run[name] for run in runs))
+        assert re.search(rf"\| {name.replace('_', ' ')} \| {total} \|", text), f"chaos: {name} is {total}"
+    matrix = json.loads((ROOT / "tests/reliability/record.json").read_text())["all"]
+    for name in ("cells", "kills", "messages", "effects", "doubled", "named", "violations"):
+        total = spaced(matrix[name])
+        assert re.search(rf"\| {name} \| {total} \|", text), f"the matrix: {name} is {total}"
+    for row in json.loads((ROOT / "tests/power/record.json").read_text())["rows"]:
+        line = " | ".join((row["setting"], *(spaced(row[n]) for n in ("images", "acknowledged", "lost"))))
+        assert f"| {line} |" in text, line

@@ -6,7 +6,6 @@ Exit code 0: valid; 1: invalid; 2: unknown, or asked in a way that makes no sens
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import click
 
 from tests.chaos import report, tally
 from tests.chaos.minimise import minimise
-from tests.chaos.run import Outcome, Say, judge, kinds, left_in, preflight, run
+from tests.chaos.run import Outcome, Say, give_up, judge, kinds, left_in, preflight, run
 from tests.chaos.schedule import PROFILES, BadSchedule, Planned, Schedule, make, read
 from tests.service import ROOT
 
@@ -87,7 +86,7 @@ def _run(plan: Schedule, folder: Path) -> Outcome:
     def say(what: str) -> None:
         click.echo(f"{time.monotonic() - begun:6.1f} {what}")
 
-    wall = threading.Timer(plan.minutes * 90 + WALL, _give_up)
+    wall = threading.Timer(plan.minutes * 90 + WALL, give_up, ["the run does not come to an end"])
     wall.daemon = True
     wall.start()
     try:
@@ -97,11 +96,6 @@ def _run(plan: Schedule, folder: Path) -> Outcome:
         _fail(f"the run broke off, so nothing is known: {error} See {folder / 'error.txt'}.")
     finally:
         wall.cancel()
-
-
-def _give_up() -> None:
-    click.echo("chaos: the run does not come to an end", err=True)
-    os._exit(CODES["unknown"])
 
 
 def _told(outcome: Outcome, say: Say) -> Outcome:

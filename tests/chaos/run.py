@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -54,6 +55,7 @@ DRAIN = 15.0
 REST = 90.0
 """Seconds until the last has, or it never will."""
 RSS = 1 << 30
+FDS = 256
 DISK = 8 << 30
 LOG = 1 << 20
 SAMPLE = 2.0
@@ -285,9 +287,22 @@ def _keep_logs(stage: Stage, folder: Path) -> None:
             (folder / f"log.{name}").write_bytes(said.read_bytes()[-LOG:])
 
 
+def give_up(why: str) -> NoReturn:
+    """End now, from any thread, with nothing known; the keepers of what was started see to it."""
+    print(f"chaos: {why}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _open_files(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:  # it has just ended
+        return 0
+
+
 @contextmanager
 def _sampling(stage: Stage) -> Iterator[None]:
-    """Memory of every consumer and of this process, and the size of the folder."""
+    """Memory and files of every consumer and of this process, and the size of the folder."""
     ended = threading.Event()
 
     def sample() -> None:
@@ -296,9 +311,10 @@ def _sampling(stage: Stage) -> Iterator[None]:
                 kilobytes = status_of(pid, "VmRSS").partition(" ")[0]
                 if kilobytes:
                     whose = "harness" if pid == os.getpid() else f"consumer {pid}"
-                    stage.nemesis.note("sample", "ok", of=whose, rss=int(kilobytes) * 1024)
+                    files = _open_files(pid)
+                    stage.nemesis.note("sample", "ok", of=whose, rss=int(kilobytes) * 1024, fds=files)
             if sum(file.stat().st_size for file in stage.folder.iterdir()) > DISK:
-                raise SystemExit("the run's folder is full")
+                give_up("the run's folder is full")
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -314,7 +330,7 @@ def _sampling(stage: Stage) -> Iterator[None]:
 
 def judge(folder: Path, left: Left, profile: Profile) -> Verdict:
     """The checker's word, and what the harness itself saw."""
-    limits = Limits(floor=profile.floor, prefetch=PREFETCH, attempts=ATTEMPTS, drain=DRAIN, rss=RSS)
+    limits = Limits(floor=profile.floor, prefetch=PREFETCH, attempts=ATTEMPTS, drain=DRAIN, rss=RSS, fds=FDS)
     verdict = check(merged(folder), lines_of(folder / "ledger"), left.dump, left.dead, left.changes, limits)
     findings = [*verdict.findings, *left.findings]
     result = worst("unknown" if each.unknown else "invalid" for each in findings)

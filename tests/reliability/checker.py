@@ -85,6 +85,7 @@ class Limits:
 
     floor: confirmed publications a second.  prefetch: deliveries out at a time.  attempts: of one id.
     drain: seconds, for 99 of 100 messages, from the last heal to their ends.  rss: bytes of a process.
+    fds: files that a process has open.
     overlaps: whether runs of a key may overlap, as they may where sessions are lost.
     """
 
@@ -93,6 +94,7 @@ class Limits:
     attempts: int = 0
     drain: float = 0.0
     rss: int = 0
+    fds: int = 0
     overlaps: bool = True
 
 
@@ -381,6 +383,9 @@ class _Reader:
                 self.phases[line["phase"]] = line["t"]
             case "sample", _:
                 self.counts["largest rss"] = max(self.counts["largest rss"], line["rss"])
+                self.counts["most open files"] = max(self.counts["most open files"], line.get("fds", 0))
+                if self._limits.fds and line.get("fds", 0) > self._limits.fds:
+                    self.find("I10", f"{line['of']} has {line['fds']} files open", line)
                 if self._limits.rss and line["rss"] > self._limits.rss:
                     self.find("I10", f"{line['of']} has {line['rss']} bytes of memory", line)
             case kind, "invoke":

@@ -14,7 +14,7 @@ from typing import Any
 from tests.reliability.checker import Change, Dead, Kept, Limits, Verdict, check
 from tests.reliability.history import digest
 
-LIMITS = Limits(floor=1.0, prefetch=16, attempts=3, drain=15.0, rss=1 << 30)
+LIMITS = Limits(floor=1.0, prefetch=16, attempts=3, drain=15.0, rss=1 << 30, fds=256)
 PUBLISHER, NEMESIS = 1, 2
 
 
@@ -305,7 +305,7 @@ def tell(seed: int, count: int = 30) -> Bundle:
             teller.note(NEMESIS, "etcd.leader-kill", "invoke", op=fault)
             teller.note(NEMESIS, "etcd.leader-kill", "ok", op=fault, witness={"term": [2, 3]})
         fate(f"{fate.__name__}/{number}")
-    teller.note(NEMESIS, "sample", "ok", of="consumer", rss=50_000_000)
+    teller.note(NEMESIS, "sample", "ok", of="consumer", rss=50_000_000, fds=20)
     teller.note(NEMESIS, "phase", "ok", phase="heal")
     teller.note(NEMESIS, "phase", "ok", phase="drained")
     return teller.told

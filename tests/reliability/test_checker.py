@@ -264,6 +264,10 @@ def too_much_memory(bundle: Bundle) -> None:
     of(bundle, "sample")[0]["rss"] = LIMITS.rss + 1
 
 
+def too_many_files(bundle: Bundle) -> None:
+    of(bundle, "sample")[0]["fds"] = LIMITS.fds + 1
+
+
 def claim_open_in_the_end(bundle: Bundle) -> None:
     id = id_of(bundle, "plain")
     bundle.dump[id] = Kept("busy", bundle.dump[id].tok, 1)
@@ -332,7 +336,7 @@ FALSE: dict[str, list[Falsify]] = {
     "I7": [doubt_without_a_name, attempts_do_not_tell, doubt_of_what_never_was],
     "I8": [overlap],
     "I9": [other_payload_run, conflict_without_a_dead_letter],
-    "I10": [too_many_out, too_much_memory],
+    "I10": [too_many_out, too_much_memory, too_many_files],
     "I16": [claim_open_in_the_end, never_at_rest, slow_to_rest],
     "I17": [fault_without_witness, fault_without_end, load_below_the_floor],
 }
