@@ -61,7 +61,7 @@ class Profile(NamedTuple):
 PROFILES: Mapping[str, Profile] = {
     "quick": Profile(165.0, 120.0, 0.7, 1.4, 0.45),
     "full": Profile(150.0, 100.0, 1.0, 1.4, 0.45),
-    "soak": Profile(400.0, 250.0, 1.5, 1.4, 0.45),
+    "soak": Profile(150.0, 100.0, 1.5, 1.4, 0.45),
 }
 
 
