@@ -20,7 +20,7 @@ import pytest
 
 from idemp import context, idempotent
 from idemp.errors import ClaimLost, IdempError, StoreUnavailable
-from idemp.ports import Applied, Busy, Complete, Done, Get, Takeover
+from idemp.ports import Applied, Busy, Claimed, Complete, Done, Get, Takeover
 from idemp.stores.etcd import EtcdStore
 from idemp.stores.etcd_client import Client
 from idemp.stores.etcd_replica import Layout
@@ -141,7 +141,7 @@ class Race:
                 match record, outcome:
                     case Complete(key=key), Applied():
                         found.append("Complete")
-                    case Takeover(key=key), _:
+                    case Takeover(key=key), Claimed():
                         assert key == KEY
                         found.append("Takeover")
         return found

@@ -20,7 +20,20 @@ import pytest
 
 from idemp import ConfigError, open_store
 from idemp.errors import StoreUnavailable
-from idemp.ports import Abandon, Applied, Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Store
+from idemp.ports import (
+    Abandon,
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Clock,
+    Complete,
+    Done,
+    Doubt,
+    Free,
+    Get,
+    Store,
+)
 from idemp.stores.etcd import EtcdStore
 from idemp.stores.etcd_client import (
     Client,
@@ -35,7 +48,7 @@ from idemp.stores.etcd_client import (
 )
 from idemp.stores.etcd_health import Health, findings, keep_looking, look
 from idemp.stores.etcd_replica import Layout
-from idemp.stores.journal import Record, encode
+from idemp.stores.journal import LINES, Record, encode
 from tests.servers import Etcd, need
 from tests.test_etcd_client import fill, papers, secured  # noqa: F401
 
@@ -282,6 +295,20 @@ def test_a_lost_session_is_replaced_and_its_claims_completed(make: Make, etcd: E
     [renewed] = admin.range(Layout(unique).sessions, prefix=True).pairs
     assert renewed.key != presence.key
     admin.close()
+
+
+def test_a_session_that_begins_while_freshness_is_asked(make: Make) -> None:
+    """Its presence is not taken for that of the session that made the claim."""
+    store, _ = make()
+    claimed = one(store, Claim("a"))
+    session, steady = store._mine(), Clock().steady  # type: ignore[attr-defined]
+
+    def renewed() -> float:
+        session._born, session._alive_at = claimed.token // LINES, steady()
+        return float(steady())
+
+    session._clock = Clock(steady=renewed)
+    assert not store.fresh(claimed.token)
 
 
 def test_to_abandon_what_a_lost_session_claimed_is_no_attempt(make: Make, etcd: Etcd, unique: str) -> None:

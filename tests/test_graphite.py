@@ -156,7 +156,7 @@ from svc.__main__ import main
 def new_order(message):
     with open(os.environ["EFFECTS"], "a") as effects:
         print(message.id, file=effects)
-    time.sleep(0.002)
+    time.sleep(0.01)
 
 sys.exit(main({"new_order": new_order}))
 """

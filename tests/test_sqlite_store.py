@@ -506,3 +506,18 @@ def test_a_full_disk_is_unavailable_and_loses_nothing(make: Any, wire: Wire) -> 
     assert isinstance(store.apply([Claim("a")])[0], Busy)
     assert store.apply([Complete("a", claimed.token, b"1")]) == [Applied()]
     assert isinstance(store.apply([Complete("a", 99)])[0], Lost)
+
+
+def test_a_session_that_begins_while_freshness_is_asked(tmp_path: Path) -> None:
+    """Its confirmation is not taken for that of the session that made the claim."""
+    with closing(opened(f"{tmp_path}/seen.db")) as store:
+        [claimed] = store.apply([Claim("a")])
+        assert isinstance(claimed, Claimed)
+        session, steady = store._mine(), Clock().steady
+
+        def renewed() -> float:
+            session._born, session._confirmed = claimed.token, steady()  # type: ignore[attr-defined]
+            return float(steady())
+
+        session._clock = Clock(steady=renewed)  # type: ignore[attr-defined]
+        assert not store.fresh(claimed.token)

@@ -578,9 +578,11 @@ class _Session:
         """Whether the session was heard of less than 2/3 of its time to live ago, and made the claim."""
         if self._ended.is_set():
             raise Closed("this store was closed")
-        if token and token // LINES <= self._born:
-            return False  # an earlier session's: it is in doubt
-        return self._replica.trusted and self._clock.steady() - self._alive_at < self._ttl * 2 / 3
+        if not self._replica.trusted or self._clock.steady() - self._alive_at >= self._ttl * 2 / 3:
+            return False
+        # In this order: a session that begins in between is alive after its birth is known.  A claim of an
+        # earlier one is in doubt.
+        return not token or token // LINES > self._born
 
     def _keep(self) -> None:
         """Thrice in a time to live, and often enough for the buckets."""

@@ -358,8 +358,10 @@ class _Session:
 
     def fresh(self, token: int = 0) -> bool:
         """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
-        mine = not token or token > self._born
-        return mine and bool(self._clock.steady() - self._confirmed < self._ttl * 2 / 3)
+        if self._clock.steady() - self._confirmed >= self._ttl * 2 / 3:
+            return False
+        # In this order: a session that begins in between is confirmed after its birth is known.
+        return not token or token > self._born
 
     def _beat(self) -> None:
         """Confirm the session thrice in its time to live, and sweep."""

@@ -210,8 +210,8 @@ MUTANTS = (
     Mutant(
         "a claim of an earlier session starts no handler",
         "stores/sqlite.py",
-        "mine = not token or token > self._born",
-        "mine = True",
+        "return not token or token > self._born",
+        "return True",
         unit("test_sqlite_store.py::test_what_a_lost_session_had_claimed_is_not_started"),
     ),
     Mutant(

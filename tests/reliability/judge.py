@@ -173,16 +173,23 @@ def effects_are_named(evidence: Evidence) -> Iterator[str]:
 
 
 def never_run_again(evidence: Evidence) -> Iterator[str]:
-    """No run begins after its key is known to be done, and none without a claim of its process."""
-    done: set[str] = set()
+    """No run begins after its key is known to be done, and none without a claim of its process.
+
+    But for one under a claim that was taken over, in a process that was stopped between the look at its
+    session and the handler's first instruction: nothing can close that gap.
+    """
+    done: dict[str, int] = {}
+    stops = Counter(line["p"] for line in evidence.lines if line.get("action") == "stop")
     claimed: set[tuple[int, str, int]] = set()
     for line in evidence.lines:
         if _applied(line, "complete") or line.get("r") == "done":
-            done.add(line["k"])
+            done.setdefault(line["k"], line["tok"])
         elif _claimed(line):
             claimed.add((line["p"], line["k"], line["tok"]))
         elif line["f"] == "run" and line["type"] == "invoke":
-            if line["k"] in done:
+            if line["tok"] < done.get(line["k"], 0) and stops[line["p"]]:
+                stops[line["p"]] -= 1
+            elif line["k"] in done:
                 yield f"{line['k']} was run again, after it was done"
             mine = (line["p"], line["k"], line["tok"])
             if mine not in claimed:

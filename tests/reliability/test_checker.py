@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.reliability.checker import Change, Dead, Kept, Limits, Verdict, lines_of, merged, worst
+from tests.reliability.checker import Change, Dead, Kept, Limits, Verdict, check, lines_of, merged, worst
 from tests.reliability.history import History, digest
 from tests.reliability.stories import LIMITS, NEMESIS, Bundle, tell
 
@@ -435,3 +435,21 @@ def test_many_lines_take_little_time() -> None:
     assert len(bundle.lines) > 60_000
     assert bundle.dead[0].__class__ is Dead
     assert all(line["p"] != NEMESIS or "k" not in line for line in bundle.lines)
+
+
+@pytest.mark.parametrize(("stops", "late", "found"), [(0, 1, 1), (1, 1, 0), (1, 2, 1)])
+def test_one_late_run_a_stop(stops: int, late: int, found: int) -> None:
+    """Stopped right before its handler: once a stop, and only under a claim that was taken over since."""
+    lines: list[dict[str, Any]] = []
+
+    def note(p: int, f: str, **facts: Any) -> None:
+        lines.append({"t": len(lines), "p": p, "role": "consumer", "f": f, "type": "ok", **facts})
+
+    for number in range(stops):
+        note(1, "failpoint", step="x", action="stop", op=number)
+    for key in "ab"[:late]:
+        note(2, "complete", op=10, k=key, tok=7, sha="s", r="applied")
+        note(1, "run", op=11, k=key, tok=5, att=1, sha="s")
+        lines[-1]["type"] = "invoke"
+    verdict = check(lines, [], None, [])
+    assert sum(each.what == "run after it was done" for each in verdict.findings) == found
