@@ -26,7 +26,7 @@ from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Doubt, Ge
 from idemp.stores.etcd import SLICES, EtcdStore
 from idemp.stores.etcd_client import Client, Compacted, Found, KeyValue, NoSpace, Watch
 from idemp.stores.etcd_replica import Layout
-from idemp.stores.journal import decode
+from idemp.stores.records import decode
 from idemp.transports.memory import MemoryTransport
 from tests.proxy import Proxy
 from tests.servers import Etcd, RabbitMQ, need

@@ -20,11 +20,12 @@ import pytest
 
 from idemp import context, idempotent
 from idemp.errors import ClaimLost, IdempError, StoreUnavailable
-from idemp.ports import Applied, Busy, Claimed, Complete, Done, Get, Takeover
+from idemp.ports import Applied, Busy, Claimed, Done, Get, Takeover
 from idemp.stores.etcd import EtcdStore
 from idemp.stores.etcd_client import Client
 from idemp.stores.etcd_replica import Layout
-from idemp.stores.journal import Journal
+from idemp.stores.journal import Append, Journal
+from idemp.stores.records import Finish, decode
 from tests.servers import Etcd, need
 
 TTL = 2.0
@@ -136,10 +137,12 @@ class Race:
         """What the journal says of the key after its first claim, read anew."""
         journal, found = Journal(), []
         pairs = self.admin.range(self.layout.logs, prefix=True).pairs
-        for append in sorted((self.layout.append(pair) for pair in pairs), key=lambda each: each.revision):
-            for record, outcome in zip(append.records, journal.apply(append), strict=True):
+        for pair in sorted(pairs, key=lambda each: each.mod_revision):
+            wall, records = decode(pair.value)
+            append = Append(pair.mod_revision, *self.layout.place(pair.key), wall, records)
+            for record, outcome in zip(records, journal.apply(append), strict=True):
                 match record, outcome:
-                    case Complete(key=key), Applied():
+                    case Finish(), Applied():
                         found.append("Complete")
                     case Takeover(key=key), Claimed():
                         assert key == KEY

@@ -48,7 +48,7 @@ from idemp.stores.etcd_client import (
 )
 from idemp.stores.etcd_health import Health, findings, keep_looking, look
 from idemp.stores.etcd_replica import Layout
-from idemp.stores.journal import LINES, Record, encode
+from idemp.stores.records import LINES, encode
 from tests.servers import Etcd, need
 from tests.test_etcd_client import fill, papers, secured  # noqa: F401
 
@@ -249,9 +249,10 @@ def test_a_million_remembered_ids(own_etcd: Etcd, capsys: pytest.CaptureFixture[
     layout, wire = Layout("m"), Wire(own_etcd.endpoints)
     for seq in range(1, 251):
         keys = [f"h/{seq:06d}{n:026d}" for n in range(4000)]
-        records: list[Record] = [Claim(key) for key in keys]
-        records += [Complete(key, 0, b"null") for key in keys]
-        wire.put(layout.log(0, "writer", seq), encode(time.time(), records))
+        claims = encode(time.time(), [*map(Claim, keys)])
+        at = wire.put(layout.log(0, "writer", 2 * seq - 1), claims).revision * LINES
+        done = [Complete(key, at + line, b"null") for line, key in enumerate(keys)]
+        wire.put(layout.log(0, "writer", 2 * seq), encode(time.time(), done))
     store = EtcdStore(lambda: wire, "m", retention=86_400, session_ttl=10.0)
     began = time.perf_counter()
     store.apply([])

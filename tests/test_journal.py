@@ -28,14 +28,13 @@ from idemp.ports import (
     Release,
     Takeover,
 )
-from idemp.stores.journal import (
+from idemp.stores.journal import Append, Journal, OutOfOrder
+from idemp.stores.records import (
     LINES,
-    Append,
     Begin,
     Declare,
-    Journal,
+    Finish,
     Opened,
-    OutOfOrder,
     Raise,
     Seed,
     decode,
@@ -43,6 +42,7 @@ from idemp.stores.journal import (
     encode,
     encode_open,
 )
+from idemp.stores.seen import PLACES
 
 keys = st.text(min_size=1, max_size=30).filter(lambda text: text.isprintable() or text.isascii())
 blobs = st.one_of(st.none(), st.just(b"null"), st.binary(max_size=40))
@@ -50,7 +50,7 @@ prints = st.one_of(st.none(), st.binary(min_size=1, max_size=16))
 tokens = st.integers(0, 2**60)
 records = st.one_of(
     st.builds(Claim, keys),
-    st.builds(lambda k, r, f: Complete(k, 0, r, f), keys, blobs, prints),
+    st.builds(Complete, keys, tokens, blobs, prints),
     st.builds(lambda k, n: Release(k, 0, n), keys, st.integers(0, 99)),
     st.builds(lambda k, n: Abandon(k, 0, n), keys, st.none() | st.integers(0, 9)),
     st.builds(lambda k, r: Park(k, 0, r), keys, st.text(max_size=20)),
@@ -65,9 +65,10 @@ records = st.one_of(
 
 @given(st.lists(records, max_size=8))
 def test_what_is_written_is_read(written: list[Any]) -> None:
-    """Any key, result and reason, one readable line each."""
+    """Any key, result and reason, one readable line each; of what is done only the token."""
     text = encode(1234.5, written)
-    assert decode(text) == (1234.5, written)
+    read = [Finish(*record[1:]) if isinstance(record, Complete) else record for record in written]
+    assert decode(text) == (1234.5, read)
     assert len(text.split(b"\n")) == len(written) + 1
     assert text.decode().isprintable() or "\n" in text.decode()
 
@@ -92,10 +93,14 @@ def test_the_lines_are_readable() -> None:
     """What a person sees with etcdctl."""
     written: list[Any] = [
         Claim("orders.new_order/a b"),
-        Complete("k", 0, b"null"),
-        Complete("k", 0, b'{"n": 1}', b"\1"),
+        Complete("k", 1234 * LINES + 5, b"null"),
+        Complete("k", 7, b'{"n": 1}', b"\1"),
     ]
-    assert encode(7, written) == b'7.000\nC orders.new_order/a%20b\nD k\nD k ={"n":%201} 01'
+    assert encode(7, written) == b'7.000\nC orders.new_order/a%20b\nd 1234.5\nd 0.7 ={"n":%201} 01'
+    claims = [Claim(key) for key in ("o/a", "o/b", "p/c", "p/d")]
+    assert encode(7, claims) == b"7.000\nC o/a\nc b\nC p/c\nc d"
+    done = [Complete("k", token, b"null") for token in (3, 4, 5, 7)]
+    assert encode(7, done) == b"7.000\nd 0.3-5\nd 0.7"
 
 
 class Log:
@@ -131,7 +136,7 @@ def test_the_first_in_the_order_wins() -> None:
         journal.apply(log.append("z", Complete("k", 0), Release("k", 0, 1), Park("k", 0, "x")))
         == [Lost(lost)] * 3
     )
-    assert journal.apply(log.append("s", Complete("k", 0, b"1"))) == [Applied()]
+    assert journal.apply(log.append("s", Complete("k", won.token, b"1"))) == [Applied()]
     assert isinstance(journal.state("k"), Done)
 
 
@@ -182,9 +187,9 @@ def test_abandoned_and_forgotten() -> None:
     assert isinstance(claim, Claimed)
     assert isinstance(journal.apply(log.append("s", Forget("k", claim.token)))[0], Lost)
     assert journal.apply(log.append("s", Abandon("k", 0))) == [Applied()]
-    taken, done = journal.apply(log.append("s", Takeover("k", claim.token), Complete("k", 0)))
-    assert (type(taken), done) == (Claimed, Applied())
+    [taken] = journal.apply(log.append("s", Takeover("k", claim.token)))
     assert isinstance(taken, Claimed)
+    assert journal.apply(log.append("s", Complete("k", taken.token))) == [Applied()]
     assert journal.apply(log.append("s", Forget("k", taken.token))) == [Applied()]
     assert journal.state("k") == Free(0)
 
@@ -204,11 +209,20 @@ def test_an_importer_drops_what_was_freed_where_the_others_do() -> None:
     for bucket, journal in imported.items():
         journal.restore(bucket, decode_open(encode_open(live.opens[bucket])))
         for append in log.appends[2 * bucket - 1 : 4]:
-            journal.apply(append, importing=True)
+            reread(journal, append)
     for append, old, new in ((log.appends[4], 0, 2), (log.appends[5], 0, 0)):
         for journal in (live, *imported.values()):
-            journal.apply(append, importing=True)
+            reread(journal, append)
             assert (journal.state("old"), journal.state("new")) == (Free(old), Free(new))
+
+
+def test_memory_is_made_anew_before_its_places_run_out() -> None:
+    """A done key names its append by 32 bits."""
+    log, journal = Log(), Journal()
+    journal._applied = PLACES - 2
+    journal.apply(log.append("s", Claim("k")))
+    with pytest.raises(OutOfOrder):
+        journal.apply(log.append("s", Claim("l")))
 
 
 def test_memory_is_bounded_by_the_buckets() -> None:
@@ -216,16 +230,28 @@ def test_memory_is_bounded_by_the_buckets() -> None:
     log, journal = Log(), Journal()
     for bucket in range(1, 40):
         names = [f"{bucket}/{n}" for n in range(10)]
-        written: list[Any] = [Claim(name) for name in names] + [Complete(name, 0) for name in names[:8]]
-        journal.apply(log.append("s", *written, Release(names[8], 0, 1), Seed(f"seed/{bucket}")))
+        claims = journal.apply(log.append("s", *map(Claim, names)))
+        done = [Complete(n, c.token) for n, c in zip(names[:8], claims, strict=False) if type(c) is Claimed]
+        journal.apply(log.append("s", *done, Release(names[8], 0, 1), Seed(f"seed/{bucket}")))
         journal.apply(log.append("s", Begin(bucket), wall=float(bucket)))
         if bucket >= 4:
             journal.apply(log.append("s", Raise(bucket - 3)))
             # An open key of every bucket stays; of the others those of the last four buckets.
-            assert len(journal.known()) == bucket + 4 * 10 - 10
+            assert len(journal.opened()) == bucket + 3
             assert journal.remembered() == 3 * 9
+            remembered = {f"{n}/0" for n in range(1, 40) if journal.entry(f"{n}/0") is not None}
+            assert remembered == {f"{n}/0" for n in range(bucket - 2, bucket + 1)}
     assert journal.began.keys() == {36, 37, 38, 39}
     assert journal.opens.keys() == {36, 37, 38, 39}
+
+
+KEYS = ("x", "y", "h/a", "h/b", "h/c", "h/c/d", "h%/d")
+
+
+def reread(journal: Journal, append: Append, *, importing: bool = True) -> None:
+    """As one that reads it, and asks for no outcome."""
+    revision, session, seq, wall, written = append
+    journal.replay(revision, session, seq, encode(wall, written), importing=importing)
 
 
 class Replicas(RuleBasedStateMachine):
@@ -235,6 +261,7 @@ class Replicas(RuleBasedStateMachine):
         super().__init__()
         self.log = Log()
         self.live = Journal()
+        self.own = Journal()  # as who wrote them folds them: not from text
         self.lagging = Journal()
         self.snapshots: dict[int, tuple[bytes, int]] = {}
         self.held: dict[str, tuple[str, int]] = {}  # key -> the session and token of its claim
@@ -248,6 +275,9 @@ class Replicas(RuleBasedStateMachine):
         # What the writer composed is what a replica reads.
         wall, read = decode(encode(append.wall, append.records))
         outcomes = self.live.apply(append._replace(wall=wall, records=read))
+        # A loss tells its writer more, who still knows which key it meant.
+        assert [*map(type, self.own.apply(append))] == [*map(type, outcomes)]
+        assert everything(self.own) == everything(self.live)
         for record, outcome in zip(written, outcomes, strict=True):
             if isinstance(outcome, Claimed):
                 assert outcome.token > self.tokens.get(record.key, 0)
@@ -262,20 +292,35 @@ class Replicas(RuleBasedStateMachine):
                     del self.held[record.key]
         return outcomes
 
-    @rule(session=st.sampled_from("abc"), key=st.sampled_from("xyz"), what=st.integers(0, 8))
+    @rule(session=st.sampled_from("abc"), key=st.sampled_from(KEYS), what=st.integers(0, 8))
     def record(self, session: str, key: str, what: int) -> None:
         if session in self.dead:
             return
         token = self.tokens.get(key, 0)
         made: list[Any] = [
-            Claim(key), Claim(key), Complete(key, 0, b"1"), Release(key, 0, 2), Abandon(key, 0),
-            Park(key, 0, "why"), Takeover(key, token), Forget(key, token), Complete(key, 0),
+            Claim(key), Claim(key), Complete(key, token, b"1"), Release(key, 0, 2), Abandon(key, 0),
+            Park(key, 0, "why"), Takeover(key, token), Forget(key, token), Complete(key, token, b"null"),
         ]  # fmt: skip
         # As the store does: a key that memory answers done is not claimed, so that no claim of this bucket
         # loses against a done of an earlier one.
         known = isinstance(self.live.state(key), Done)
         written = [made[what], Claim(key)] if not known else [made[what]] * (what > 1)
         self.write(session, *written)
+
+    @rule(session=st.sampled_from("abc"), keys=st.lists(st.sampled_from(KEYS)))
+    def claim_many(self, session: str, keys: list[str]) -> None:
+        if session not in self.dead:
+            free = [key for key in keys if not isinstance(self.live.state(key), Done)]
+            self.write(session, *map(Claim, free))
+
+    @rule(session=st.sampled_from("abc"), start=st.integers(0, 3), twice=st.booleans())
+    def complete_many(self, session: str, start: int, twice: bool) -> None:
+        if session in self.dead:
+            return
+        # In the order of their claims, and also those that are no longer, or never were, its own.
+        claims = sorted((token, key) for key, token in self.tokens.items())[start:]
+        done = [Complete(key, token, b"null") for token, key in claims]
+        self.write(session, *done, *done[:twice])
 
     @precondition(lambda self: len(self.dead) < 2)
     @rule(session=st.sampled_from("abc"))
@@ -304,7 +349,7 @@ class Replicas(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def lag(self, count: int) -> None:
         for append in self.log.appends[len_applied(self.lagging) :][:count]:
-            self.lagging.apply(append)
+            reread(self.lagging, append, importing=False)
 
     @invariant()
     def an_importer_agrees(self) -> None:
@@ -314,12 +359,12 @@ class Replicas(RuleBasedStateMachine):
             page, start = self.snapshots[self.live.floor]
             imported.restore(self.live.floor, decode_open(page))
         for append in self.log.appends[start:]:
-            imported.apply(append, importing=True)
+            reread(imported, append)
         assert everything(imported) == everything(self.live)
 
     def teardown(self) -> None:
         for append in self.log.appends[len_applied(self.lagging) :]:
-            self.lagging.apply(append)
+            reread(self.lagging, append, importing=False)
         assert everything(self.lagging) == everything(self.live)
 
 
@@ -328,7 +373,7 @@ def len_applied(journal: Journal) -> int:
 
 
 def everything(journal: Journal) -> dict[str, Any]:
-    return {key: journal.entry(key) for key in journal.known()}
+    return {"done": journal.remembered(), **{key: journal.entry(key) for key in KEYS}}
 
 
 TestReplicas = Replicas.TestCase

@@ -15,12 +15,13 @@ import logging
 import os
 import threading
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from idemp.errors import Closed, ConfigError, StoreUnavailable
-from idemp.laws import CLAIMED, DONE, Entry, undoing
+from idemp.laws import CLAIMED, DONE, Entry, undoing, view
 from idemp.ports import (
     Abandon,
     Applied,
@@ -58,18 +59,8 @@ from idemp.stores.etcd_client import (
 from idemp.stores.etcd_health import MAKE_ROOM, keep_looking
 from idemp.stores.etcd_replica import Layout, Replica, Tails
 from idemp.stores.group import GroupCommit
-from idemp.stores.journal import (
-    LINES,
-    Append,
-    Begin,
-    Declare,
-    Opened,
-    Raise,
-    Record,
-    Seed,
-    encode,
-    encode_open,
-)
+from idemp.stores.journal import Append
+from idemp.stores.records import LINES, Begin, Declare, Opened, Raise, Record, Seed, encode, encode_open
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +76,8 @@ MOST_BYTES = 1_000_000
 """Bytes of them, at their worst: etcd takes 1.5 MiB in one request."""
 SLICES = 8
 """Buckets in a retention."""
+LISTED = 60.0
+"""Seconds that a scan's names are kept for its next page: to read them is to read the whole log."""
 _PAGE = 500
 _SETTLES = (Complete, Release, Abandon, Park)
 
@@ -119,6 +112,18 @@ class _Sent(NamedTuple):
     bucket: int
     compares: Sequence[Compare]
     success: Sequence[Request]
+
+
+class _Listing(NamedTuple):
+    """The names of a scan, kept from page to page."""
+
+    prefix: str
+    names: list[str]
+    until: float
+
+    def holds(self, prefix: str, now: float) -> bool:
+        """Whether it is of the same scan, and not too old."""
+        return prefix == self.prefix and now < self.until
 
 
 class _Never(Exception):
@@ -181,6 +186,7 @@ class _Session:
         self._complete_to = -1  # the bucket up to whose beginning the tails say that nothing is missing
         self._appended_at = clock.wall()
         self._ended = threading.Event()
+        self._listing: _Listing | None = None
         try:
             with self._as_store_error():
                 self._prepare()
@@ -610,6 +616,8 @@ class _Session:
         self._settle_unsure(deadline)
         self._declare_dead(deadline)
         self._roll(deadline)
+        if self._listing is not None and self._clock.steady() >= self._listing.until:
+            self._listing = None
 
     def _declare_dead(self, deadline: float) -> None:
         """X for every tail without its session; found by a read, so that a lost event cannot hide it."""
@@ -706,12 +714,24 @@ class _Session:
         """See `idemp.ports.Store`."""
         if self._ended.is_set():
             raise Closed("this store was closed")
-        with self._as_store_error(), self.group.paused():
-            self._catch_up(self._clock.steady() + PATIENCE)
+        with self._as_store_error():
+            if not after or self._listing is None or not self._listing.holds(prefix, self._clock.steady()):
+                names = self._replica.names(prefix)
+                self._listing = _Listing(prefix, names, self._clock.steady() + LISTED)
+            listing = self._listing
+            with self.group.paused():
+                self._catch_up(self._clock.steady() + PATIENCE)
+        found: list[tuple[str, State]] = []
+        place = bisect_right(listing.names, after)
         with self._replica.changed:
             journal = self._replica.journal
-            found = sorted(key for key in journal.known() if key.startswith(prefix) and key > after)
-            return [(key, journal.state(key)) for key in found[:limit]]
+            while place < len(listing.names) and len(found) < limit:
+                key, place = listing.names[place], place + 1
+                if (entry := journal.entry(key)) is not None:
+                    found.append((key, view(entry, bool)))
+        if place == len(listing.names):
+            self._listing = None
+        return found
 
     # ---------------------------------------------------------------- end
 

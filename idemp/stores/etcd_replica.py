@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 from idemp.ports import Clock, Reply
 from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
-from idemp.stores.journal import Append, Journal, Opened, OutOfOrder, decode, decode_open
+from idemp.stores.journal import Append, Journal, OutOfOrder
+from idemp.stores.records import Opened, decode_open, names
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +86,6 @@ class Layout:
         """Says that a snapshot is whole; its value is the session whose pages count."""
         return self.snap_of(bucket) + "end"
 
-    def append(self, pair: KeyValue) -> Append:
-        """The append that a log key holds."""
-        session, seq = self.place(pair.key)
-        wall, records = decode(pair.value)
-        return Append(pair.mod_revision, session, seq, wall, records)
-
     def place(self, key: str) -> tuple[str, int]:
         """Session and seq of a log key."""
         _, session, seq = key[len(self.logs) :].split("/")
@@ -159,7 +154,7 @@ class Replica:
             # All appends of a bucket come before all of the next, so it is sorted bucket by bucket.
             pairs = sorted(self._pages(layout.log_of(each), revision), key=lambda pair: pair.mod_revision)
             for pair in pairs:
-                self._fold(journal, layout.append(pair), importing=True)
+                self._fold(journal, pair, importing=True)
         for session, (seq, _) in tails.items():
             journal.seqs.setdefault(session, seq)
         journal.revision = revision
@@ -170,6 +165,18 @@ class Replica:
         author = self._client.range(layout.snap_end(bucket), revision=revision).pairs[0].value.decode()
         for pair in self._pages(f"{layout.snap_of(bucket)}{author}/", revision):
             yield from decode_open(pair.value)
+
+    def names(self, prefix: str) -> list[str]:
+        """The keys that start with ``prefix``, in order: read from etcd, for memory knows only hashes."""
+        layout, found = self.layout, set[str]()
+        revision = self._client.range(layout.floor).revision
+        floor, bucket = self._number(layout.floor, revision), self._number(layout.bucket, revision)
+        if floor:
+            found.update(key for key, _, _ in self._snapshot(floor, revision))
+        for each in range(floor, bucket + 1):
+            for pair in self._pages(layout.log_of(each), revision):
+                found.update(names(pair.value))
+        return sorted(key for key in found if key.startswith(prefix))
 
     def _pages(self, prefix: str, revision: int) -> Iterator[KeyValue]:
         """Everything below ``prefix`` at ``revision``, page by page."""
@@ -205,13 +212,8 @@ class Replica:
         for event in batch.events:
             if event.deleted or not self.trusted:
                 continue
-            session, seq = self.layout.place(event.key)
-            if seq <= self.journal.seqs.get(session, 0):
-                continue  # most are one's own, applied already
-            mine = self._expected.get((session, seq))
-            append = mine._replace(revision=event.mod_revision) if mine else self.layout.append(event)
             try:
-                self._fold(self.journal, append)
+                self._fold(self.journal, event)
             except OutOfOrder:
                 self._distrust(f"append {event.key} is out of order")
 
@@ -226,7 +228,17 @@ class Replica:
             self._distrust(why)
             self.changed.notify_all()
 
-    def _fold(self, journal: Journal, append: Append, *, importing: bool = False) -> None:
+    def _fold(self, journal: Journal, pair: KeyValue, *, importing: bool = False) -> None:
+        session, seq = self.layout.place(pair.key)
+        if seq <= journal.seqs.get(session, 0):
+            return  # most that the watch brings are one's own, applied already
+        mine = self._expected.get((session, seq))
+        if mine is None:
+            journal.replay(pair.mod_revision, session, seq, pair.value, importing=importing)
+        else:
+            self._fold_mine(journal, mine._replace(revision=pair.mod_revision), importing=importing)
+
+    def _fold_mine(self, journal: Journal, append: Append, *, importing: bool = False) -> None:
         outcomes = journal.apply(append, importing=importing)
         place = (append.session, append.seq)
         if place in self._expected and len(outcomes) == len(append.records):
@@ -256,7 +268,7 @@ class Replica:
                 if not self._complete(append, tails):
                     return None
                 try:
-                    self._fold(self.journal, append)
+                    self._fold_mine(self.journal, append)
                 except OutOfOrder:
                     self._distrust("an append came late")
                 self.changed.notify_all()

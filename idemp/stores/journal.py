@@ -1,83 +1,34 @@
 """The journal's state machine: appends in order of revision -> the state of every key.  Pure.
 
 Every replica of a namespace folds the same appends and so agrees with all others; etcd.py brings
-them.  An *append* is one batch of records by one session.  The outcome of a record is what `apply`
-returned at its line, never a later look at memory.
-
-    C key                       claim, if the key is free
-    D key [=result|-] [print]   done, by the holder of the current claim; a plain D has result null
-    R key attempts              free again, by the holder
-    Q key [attempts]            in doubt, by the holder's own word
-    P key reason                parked, by the holder
-    T key token                 take over what is in doubt or parked
-    F key token                 forget what is done or parked
-    S key                       done before there was a journal (the seed's ids)
-    X session n                 that session is dead, and its last append was n
-    E bucket                    the next bucket begins here
-    B bucket                    what was done before that bucket is dropped here
-
-The first line of an append is the writer's wall clock.  Keys, results and reasons are percent-encoded.
+them, records.py has their text.  The outcome of a record is what `Journal.apply` returned at its line,
+never a later look at memory.
 """
 
 from __future__ import annotations
 
-import re
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
-from urllib.parse import quote, quote_from_bytes, unquote, unquote_to_bytes
 
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
-from idemp.ports import (
-    Abandon,
-    Applied,
-    Claim,
-    Complete,
-    Forget,
-    Op,
-    Park,
-    Release,
-    Reply,
-    State,
-    Takeover,
+from idemp.ports import Abandon, Applied, Claim, Complete, Forget, Park, Release, Reply, State, Takeover
+from idemp.stores.records import (
+    LINES,
+    NULL,
+    Begin,
+    Claims,
+    Declare,
+    Finish,
+    Opened,
+    Raise,
+    Record,
+    Run,
+    Seed,
+    read,
 )
-
-LINES = 1 << 16
-"""Tokens of one append: token = revision * LINES + line."""
-# Everything that can be seen stays as it is, but the percent sign.
-_SAFE = "/:.-_~!$&'()*+,;=@?#[]{}|^`\"<>\\"
-_PLAIN = re.compile(r"[!-$&-~]+").fullmatch
-_NULL = b"null"
-
-
-# ------------------------------------------------------------------ records that are no operations
-
-
-class Declare(NamedTuple):
-    """X: ``session`` is dead, its last append was ``last``."""
-
-    session: str
-    last: int
-
-
-class Begin(NamedTuple):
-    """E: the bucket begins here."""
-
-    bucket: int
-
-
-class Raise(NamedTuple):
-    """B: what was done or set free before the bucket is dropped here."""
-
-    bucket: int
-
-
-class Seed(NamedTuple):
-    """S: the key was done before there was a journal."""
-
-    key: str
-
-
-Record = Op | Declare | Begin | Raise | Seed
+from idemp.stores.seen import PLACES, Seen
 
 
 class Append(NamedTuple):
@@ -94,160 +45,84 @@ class OutOfOrder(Exception):
     """An append is missing before this one, or came late: the memory must be made anew."""
 
 
-# ------------------------------------------------------------------ text
-
-
-def encode(wall: float, records: Sequence[Record]) -> bytes:
-    """The value of a log key."""
-    return "\n".join([f"{wall:.3f}", *(_line(record) for record in records)]).encode()
-
-
-def decode(text: bytes) -> tuple[float, list[Record]]:
-    """The wall clock and the records of a log key's value."""
-    wall, *lines = text.decode().split("\n")
-    return float(wall), [_record(line) for line in lines]
-
-
-def _line(record: Record) -> str:
-    match record:
-        case Claim(key):
-            return f"C {_quote(key)}"
-        case Complete(key, _, result, fingerprint):
-            return f"D {_quote(key)}{_result(result, fingerprint)}"
-        case Release(key, _, attempts):
-            return f"R {_quote(key)} {attempts}"
-        case Abandon(key, _, attempts):
-            return f"Q {_quote(key)}" if attempts is None else f"Q {_quote(key)} {attempts}"
-        case Park(key, _, reason):
-            return f"P {_quote(key)} {_quote(reason)}"
-        case Takeover(key, token):
-            return f"T {_quote(key)} {token}"
-        case Forget(key, token):
-            return f"F {_quote(key)} {token}"
-        case Seed(key):
-            return f"S {_quote(key)}"
-        case Declare(session, last):
-            return f"X {session} {last}"
-        case Begin(bucket):
-            return f"E {bucket}"
-        case Raise(bucket):
-            return f"B {bucket}"
-    raise TypeError(f"{record!r} is no record")
-
-
-def _result(result: bytes | None, fingerprint: bytes | None) -> str:
-    if fingerprint is None and result == _NULL:
-        return ""
-    text = " -" if result is None else " =" + quote_from_bytes(result, _SAFE)
-    return text if fingerprint is None else f"{text} {fingerprint.hex()}"
-
-
-def _record(line: str) -> Record:
-    kind, first, *rest = line.split(" ")
-    match kind:
-        case "C":
-            return Claim(unquote(first))
-        case "D":
-            return Complete(unquote(first), 0, *_what_is_kept(rest))
-        case "R":
-            return Release(unquote(first), 0, int(rest[0]))
-        case "Q":
-            return Abandon(unquote(first), 0, int(rest[0]) if rest else None)
-        case "P":
-            return Park(unquote(first), 0, unquote(rest[0]))
-        case "T":
-            return Takeover(unquote(first), int(rest[0]))
-        case "F":
-            return Forget(unquote(first), int(rest[0]))
-        case "S":
-            return Seed(unquote(first))
-        case "X":
-            return Declare(first, int(rest[0]))
-        case "E":
-            return Begin(int(first))
-        case "B":
-            return Raise(int(first))
-    raise ValueError(f"{line!r} is no record")
-
-
-def _what_is_kept(words: Sequence[str]) -> tuple[bytes | None, bytes | None]:
-    """The result and the fingerprint of a D."""
-    if not words:
-        return _NULL, None
-    result = None if words[0] == "-" else unquote_to_bytes(words[0][1:])
-    return result, bytes.fromhex(words[1]) if len(words) > 1 else None
-
-
-def _quote(text: str) -> str:
-    return text if _PLAIN(text) else quote(text, _SAFE)
-
-
-class Opened(NamedTuple):
-    """A key that is not done, as it stood.  ``bucket``: where it was set free, if it was."""
-
-    key: str
-    entry: Entry
-    bucket: int
-
-
-def encode_open(opened: Sequence[Opened]) -> bytes:
-    """A page of a snapshot."""
-    return "\n".join(
-        f"{_quote(key)} {e.state} {e.token} {e.attempt} {e.session or '-'} {e.at:.3f} {_quote(e.reason)} {b}"
-        for key, e, b in opened
-    ).encode()
-
-
-def decode_open(text: bytes) -> list[Opened]:
-    """The open keys of a snapshot's page."""
-    found = []
-    for line in text.decode().split("\n") if text else []:
-        key, state, token, attempt, session, at, reason, bucket = line.split(" ")
-        held = "" if session == "-" else session
-        entry = Entry(state, int(token), int(attempt), held, float(at), unquote(reason))
-        found.append(Opened(unquote(key), entry, int(bucket)))
-    return found
-
-
 # ------------------------------------------------------------------ the machine
 
 
 class _Keys:
-    """The entries as one mapping: what is done, and what is open."""
+    """The entries as one mapping: what is done, what is open, and the key of each claim's token."""
 
-    __slots__ = ("done", "freed", "open")
+    __slots__ = ("claims", "done", "freed", "open", "seconds", "since")
 
     def __init__(self) -> None:
-        self.done: dict[str, Entry] = {}
+        self.done = Seen()
         self.open: dict[str, Entry] = {}
         self.freed: dict[str, int] = {}  # the bucket where one of the open was set free
+        self.claims: dict[int, str] = {}
+        # The whole second of the writer's clock, and since which place it is that of every append.
+        self.seconds, self.since = array("q"), array("Q")
 
     def get(self, key: str) -> Entry | None:
-        return self.done.get(key) or self.open.get(key)
+        entry = self.open.get(key)
+        if entry is not None:
+            return entry
+        found = self.done.find(key)
+        if found is None:
+            return None
+        token, place, result, fingerprint, attempt = found
+        at = self.seconds[bisect_right(self.since, place) - 1]
+        return Entry(DONE, token, attempt, "", at, "", result, fingerprint)
+
+    def put(self, key: str, entry: Entry) -> None:
+        """An open one."""
+        self.close(key)
+        self.open[key] = entry
+        if entry.state == CLAIMED:
+            self.claims[entry.token] = key
+
+    def close(self, key: str) -> None:
+        """It is open no more."""
+        entry = self.open.pop(key, None)
+        if entry is not None:
+            self.claims.pop(entry.token, None)
+            self.freed.pop(key, None)
+
+    def tell_time(self, place: int, wall: float) -> None:
+        """The writer's clock when it composed the append at ``place``."""
+        second = int(wall)
+        if not self.seconds or self.seconds[-1] != second:
+            self.seconds.append(second)
+            self.since.append(place)
+
+    def drop_before(self, bucket: int) -> None:
+        """What was done before it is over."""
+        self.done.drop_before(bucket)
+        over = bisect_right(self.since, self.done.start()) - 1
+        if over > 0:
+            del self.seconds[:over], self.since[:over]
 
 
 class _Fold(Ledger):
     """The laws over `_Keys`; the writer is the session, and each line has its own token."""
 
     bucket: int
-    settled: list[tuple[str, Entry]]
+    place: int
 
     def _put(self, key: str, entry: Entry | None) -> Applied:
         keys: _Keys = self.entries  # type: ignore[assignment]
-        keys.freed.pop(key, None)
         if entry is None:
-            keys.open.pop(key, None)
-            keys.done.pop(key, None)
+            keys.close(key)
+            keys.done.remove(key)
         elif entry.state == DONE:
-            keys.open.pop(key, None)
-            keys.done[key] = entry
-            self.settled.append((key, entry))
+            keys.close(key)
+            keys.done.add(key, entry.token, self.place, entry.result, entry.fingerprint, entry.attempt)
         else:
-            keys.done.pop(key, None)
-            keys.open[key] = entry
+            keys.put(key, entry)
             if entry.state == FREE:
                 keys.freed[key] = self.bucket
-        return Applied()
+        return _APPLIED
+
+
+_APPLIED = Applied()
 
 
 class Journal:
@@ -268,8 +143,8 @@ class Journal:
         self.began: dict[int, float] = {}
         self.opens: dict[int, list[Opened]] = {}
         self._ended: dict[str, int] = {}  # sessions declared dead -> the bucket where that was
+        self._applied = 0  # appends
         self._keys = _Keys()
-        self._settled: dict[int, list[tuple[str, Entry]]] = {0: []}
 
     # ---------------------------------------------------------------- looking
 
@@ -280,10 +155,6 @@ class Journal:
     def entry(self, key: str) -> Entry | None:
         """What is stored of a key."""
         return self._keys.get(key)
-
-    def known(self) -> list[str]:
-        """All keys, in no order."""
-        return [*self._keys.open, *self._keys.done]
 
     def has(self, session: str, seq: int) -> bool:
         """Whether that append is applied.  Who declared its session dead had all of them."""
@@ -305,55 +176,112 @@ class Journal:
         importing: what came before the floor is not there, so a session may begin with any append.
         Raises `OutOfOrder` if an append of its session is missing, or a later one is applied already.
         """
-        known = self.seqs.get(append.session, 0)
-        if append.seq <= known or append.session in self._ended:
+        revision, session, seq, wall, records = append
+        fold = self._next(revision, session, seq, wall, importing)
+        if fold is None:
             return []
-        gap = append.seq != known + 1 and not (importing and not known)
-        if gap or append.revision <= self.revision:
-            raise OutOfOrder
-        self.revision = append.revision
-        self.seqs[append.session] = append.seq
-        self.walls[append.session] = append.wall
-        # Not the clock of E, which was composed while the bucket before still took records; and the
-        # latest clock, so that one that runs behind cannot shorten the retention.
-        self.began.setdefault(self.bucket, max(self.walls.values()))
-        fold = _Fold(self._keys, bool, append.session, 0, append.wall)  # type: ignore[arg-type]
-        fold.bucket, fold.settled = self.bucket, self._settled[self.bucket]
-        first = append.revision * LINES
         outcomes: list[Reply] = []
-        for line, record in enumerate(append.records):
-            fold.token = first + line - 1
-            outcomes.append(self._apply(fold, append, record))
+        for before, record in enumerate(records, revision * LINES - 1):
+            fold.token = before
+            outcomes.append(self._apply(fold, record))
         return outcomes
 
-    def _apply(self, fold: _Fold, append: Append, record: Record) -> Reply:
+    def replay(self, revision: int, session: str, seq: int, text: bytes, *, importing: bool = False) -> None:
+        """The same by the short way: an append as it is written, whose outcomes nobody asks for."""
+        wall, blocks = read(text)
+        fold = self._next(revision, session, seq, wall, importing)
+        if fold is None:
+            return
+        token = revision * LINES
+        for block in blocks:
+            match block:
+                case Claims(keys):
+                    self._claim_all(fold, keys, token)
+                    token += len(keys)
+                case Run(first, many):
+                    self._finish_all(fold, first, many)
+                    token += many
+                case _:
+                    fold.token = token - 1
+                    self._apply(fold, block)
+                    token += 1
+
+    def _next(self, revision: int, session: str, seq: int, wall: float, importing: bool) -> _Fold | None:
+        """What folds the next append; None if it is folded already."""
+        known = self.seqs.get(session, 0)
+        if seq <= known or session in self._ended:
+            return None
+        gap = seq != known + 1 and not (importing and not known)
+        if gap or revision <= self.revision or self._applied == PLACES - 1:
+            raise OutOfOrder
+        self.revision = revision
+        self.seqs[session] = seq
+        self.walls[session] = wall
+        if self.bucket not in self.began:
+            # Not the clock of E, which was composed while the bucket before still took records; and the
+            # latest clock, so that one that runs behind cannot shorten the retention.
+            self.began[self.bucket] = max(self.walls.values())
+        self._applied += 1
+        self._keys.tell_time(self._applied, wall)
+        fold = _Fold(self._keys, bool, session, 0, wall)  # type: ignore[arg-type]
+        fold.bucket, fold.place = self.bucket, self._applied
+        return fold
+
+    def _claim_all(self, fold: _Fold, keys: Sequence[str], token: int) -> None:
+        """Claims, by the short way for keys that nobody has claimed before."""
+        known, find, claims = self._keys.open, self._keys.done.find, self._keys.claims
+        session, wall = fold.session, fold.now
+        for key in keys:
+            if key not in known and find(key) is None:
+                known[key] = Entry(CLAIMED, token, 1, session, wall)
+                claims[token] = key
+            else:
+                fold.token = token - 1
+                fold.apply(Claim(key))
+            token += 1
+
+    def _finish_all(self, fold: _Fold, first: int, many: int) -> None:
+        """Plain completions, by the short way; one that is not of its claim's holder is void."""
+        known, claims, add = self._keys.open, self._keys.claims, self._keys.done.add
+        session, place = fold.session, fold.place
+        for token in range(first, first + many):
+            key = claims.get(token)
+            if key is not None and known[key].session == session:
+                del claims[token]
+                add(key, token, place, NULL, None, known.pop(key).attempt)
+
+    def _apply(self, fold: _Fold, record: Record) -> Reply:
         match record:
             case Claim() | Takeover() | Forget():
                 return fold.apply(record)
-            case Complete(key, _, result, fingerprint):
-                token = self._held(key, append.session)
-                return fold.apply(Complete(key, token, result, fingerprint))
+            case Complete(key, token):
+                return fold.apply(record if self._held(fold, key) == token else record._replace(token=0))
+            case Finish(token, result, fingerprint):
+                key = self._keys.claims.get(token, "")
+                return self._apply(fold, Complete(key, token, result, fingerprint))
             case Release(key) | Abandon(key) | Park(key):
-                return fold.apply(record._replace(token=self._held(key, append.session)))
+                return fold.apply(record._replace(token=self._held(fold, key)))
             case Seed(key):
                 if self._keys.get(key) is None:
-                    fold._put(key, Entry(DONE, fold.token + 1, 1, "", append.wall, "", b"true"))
+                    fold._put(key, Entry(DONE, fold.token + 1, 1, "", fold.now, "", b"true"))
                 return Applied()
             case Declare(session, last):
                 if self.seqs.get(session, last) != last:
                     raise OutOfOrder
                 self._declare_dead(session)
             case Begin(bucket):
-                self._begin(bucket)
+                self.bucket = bucket
+                self._keys.done.begin(bucket, fold.place)
+                self.opens[bucket] = self.opened()
             case Raise(bucket):
                 self._raise(bucket)
         return Applied()
 
-    def _held(self, key: str, session: str) -> int:
-        """The token of the claim that ``session`` holds; 0, which is nobody's, if it holds none."""
+    def _held(self, fold: _Fold, key: str) -> int:
+        """The token of the claim that the writer holds; 0, which is nobody's, if it holds none."""
         entry = self._keys.open.get(key)
-        mine = entry is not None and entry.state == CLAIMED and entry.session == session
-        return entry.token if entry is not None and mine else 0
+        held = entry is not None and entry.session == fold.session and entry.state == CLAIMED
+        return entry.token if entry is not None and held else 0
 
     def _declare_dead(self, session: str) -> None:
         """Its claims are nobody's now."""
@@ -364,21 +292,14 @@ class Journal:
             if entry.session == session and entry.state == CLAIMED:
                 self._keys.open[key] = entry._replace(session="")
 
-    def _begin(self, bucket: int) -> None:
-        self.bucket = bucket
-        self._settled.setdefault(bucket, [])
-        self.opens[bucket] = self.opened()
-
     def _raise(self, floor: int) -> None:
         """Drop what has not changed since before ``floor``."""
         self.floor = floor
-        for bucket in [bucket for bucket in self._settled if bucket < floor]:
-            for key, entry in self._settled.pop(bucket):
-                if self._keys.done.get(key) is entry:
-                    del self._keys.done[key]
-            self.began.pop(bucket, None)
+        self._keys.drop_before(floor)
+        for bucket in [bucket for bucket in self.began if bucket < floor]:
+            del self.began[bucket]
         for key in [key for key, bucket in self._keys.freed.items() if bucket < floor]:
-            del self._keys.freed[key], self._keys.open[key]
+            self._keys.close(key)
         self.opens = {bucket: found for bucket, found in self.opens.items() if bucket >= floor}
         self._ended = {session: bucket for session, bucket in self._ended.items() if bucket >= floor}
 
@@ -387,8 +308,8 @@ class Journal:
     def restore(self, floor: int, opened: Sequence[Opened]) -> None:
         """Begin at ``floor`` with what was open there."""
         self.floor = self.bucket = floor
-        self._settled = {floor: []}
+        self._keys.done = Seen(floor)
         for key, entry, bucket in opened:
-            self._keys.open[key] = entry
+            self._keys.put(key, entry)
             if entry.state == FREE:
                 self._keys.freed[key] = bucket

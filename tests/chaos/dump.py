@@ -10,7 +10,8 @@ from idemp import open_store, open_transport
 from idemp.ports import Applied, Claimed, Delivery, Done, Reply, State, Store
 from idemp.stores.etcd_client import Client, KeyValue
 from idemp.stores.etcd_replica import Layout
-from idemp.stores.journal import Append, Journal, Record
+from idemp.stores.journal import Append, Journal
+from idemp.stores.records import Record, decode
 from tests.reliability.checker import Change, Dead, Kept
 from tests.reliability.history import digest
 from tests.reliability.witness import NAMES, id_of
@@ -26,10 +27,10 @@ class _Rereading(Journal):
         super().__init__()
         self.changes: list[Change] = []
 
-    def _apply(self, fold: Any, append: Append, record: Record) -> Reply:
+    def _apply(self, fold: Any, record: Record) -> Reply:
         key = getattr(record, "key", "")
         before = self.entry(key) if key else None
-        reply = super()._apply(fold, append, record)
+        reply = super()._apply(fold, record)  # a Finish comes back here as a Complete
         name = NAMES.get(type(record))
         if name and isinstance(reply, Claimed):
             self.changes.append(Change(name, id_of(key), reply.token, reply.attempt))
@@ -50,8 +51,9 @@ def changes(endpoints: Sequence[str], namespace: str) -> list[Change]:
     finally:
         client.close()
     journal = _Rereading()
-    for append in sorted((layout.append(pair) for pair in pairs), key=lambda each: each.revision):
-        journal.apply(append)
+    for pair in sorted(pairs, key=lambda each: each.mod_revision):
+        wall, records = decode(pair.value)
+        journal.apply(Append(pair.mod_revision, *layout.place(pair.key), wall, records))
     return journal.changes
 
 

@@ -168,8 +168,8 @@ MUTANTS = (
     Mutant(
         "done only by the holder of the claim",
         "stores/journal.py",
-        "entry.state == CLAIMED and entry.session == session\n        return",
-        "entry.state == CLAIMED\n        return",
+        "entry is not None and entry.session == fold.session and entry.state == CLAIMED",
+        "entry is not None and entry.state == CLAIMED",
         unit("test_journal.py::test_the_first_in_the_order_wins"),
     ),
     Mutant(
@@ -182,15 +182,15 @@ MUTANTS = (
     Mutant(
         "an append counts once",
         "stores/journal.py",
-        "if append.seq <= known or append.session in self._ended:",
-        "if append.session in self._ended:",
+        "if seq <= known or session in self._ended:",
+        "if session in self._ended:",
         unit("test_journal.py::test_an_append_is_applied_once_and_in_its_place"),
     ),
     Mutant(
         "what is done before the floor is dropped, and nothing else",
         "stores/journal.py",
-        "in self._settled if bucket < floor]:",
-        "in self._settled if bucket <= floor]:",
+        "self._keys.drop_before(floor)",
+        "self._keys.drop_before(floor + 1)",
         unit("test_journal.py::test_memory_is_bounded_by_the_buckets"),
     ),
     Mutant(
@@ -199,6 +199,27 @@ MUTANTS = (
         "                self._keys.freed[key] = bucket\n",
         "                self._keys.freed[key] = floor\n",
         unit("test_journal.py::test_an_importer_drops_what_was_freed_where_the_others_do"),
+    ),
+    Mutant(
+        "of a run, too, only what the writer holds is done",
+        "stores/journal.py",
+        "if key is not None and known[key].session == session:",
+        "if key is not None:",
+        unit("test_journal.py::TestReplicas"),
+    ),
+    Mutant(
+        "the short way gives nobody a key that was done",
+        "stores/journal.py",
+        "if key not in known and find(key) is None:",
+        "if key not in known:",
+        unit("test_journal.py::TestReplicas"),
+    ),
+    Mutant(
+        "a key is known by all of its hash",
+        "stores/seen.py",
+        " and _REST.unpack_from(cell, at + 8)[0] == _second(key):",
+        ":",
+        unit("test_seen.py::TestTables"),
     ),
     Mutant(
         "claims that nobody heard of are given back",

@@ -87,7 +87,7 @@ class Judge:
         """These keys may have changed."""
         for key in keys:
             record, entry = self.of(key), self.store.entry(key)
-            if entry is not record.entry:
+            if entry != record.entry:
                 before, record.entry = record.entry, entry
                 self._changed(key, record, before, entry)
 

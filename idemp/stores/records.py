@@ -1,0 +1,281 @@
+"""What is written in the journal: records, and their text.
+
+    C key                       claim, if the key is free
+    c rest                      the same for the key that starts like that of the last C, up to its last /
+    d token [=result|-] [print] done, by the holder of that claim; a plain d has result null
+    d token-line                the same for the claims from that token up to that line
+    R key attempts              free again, by the holder
+    Q key [attempts]            in doubt, by the holder's own word
+    P key reason                parked, by the holder
+    T key token                 take over what is in doubt or parked
+    F key token                 forget what is done or parked
+    S key                       done before there was a journal (the seed's ids)
+    X session n                 that session is dead, and its last append was n
+    E bucket                    the next bucket begins here
+    B bucket                    what was done before that bucket is dropped here
+
+The value of a log key is one *append*: the writer's wall clock, then a line for each of these.  Keys,
+results and reasons are percent-encoded; the token of a ``d`` is written as revision.line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+from urllib.parse import quote, quote_from_bytes, unquote, unquote_to_bytes
+
+from idemp.laws import Entry
+from idemp.ports import Abandon, Claim, Complete, Forget, Op, Park, Release, Takeover
+
+LINES = 1 << 16
+"""Tokens of one append: token = revision * LINES + line, where each record is a line."""
+# Everything that can be seen stays as it is, but the percent sign.
+_SAFE = "/:.-_~!$&'()*+,;=@?#[]{}|^`\"<>\\"
+_PLAIN = re.compile(r"[!-$&-~]+").fullmatch
+NULL = b"null"
+
+
+class Declare(NamedTuple):
+    """X: ``session`` is dead, its last append was ``last``."""
+
+    session: str
+    last: int
+
+
+class Begin(NamedTuple):
+    """E: the bucket begins here."""
+
+    bucket: int
+
+
+class Raise(NamedTuple):
+    """B: what was done or set free before the bucket is dropped here."""
+
+    bucket: int
+
+
+class Seed(NamedTuple):
+    """S: the key was done before there was a journal."""
+
+    key: str
+
+
+class Finish(NamedTuple):
+    """d: the claim with that token is done.  What `Complete` is when it is read."""
+
+    token: int
+    result: bytes | None = None
+    fingerprint: bytes | None = None
+
+
+class Claims(NamedTuple):
+    """C and c: many `Claim`, one after the other."""
+
+    keys: list[str]
+
+
+class Run(NamedTuple):
+    """d: that claim and the next ones, ``many`` in all, are done with result null."""
+
+    token: int
+    many: int
+
+
+Record = Op | Finish | Declare | Begin | Raise | Seed
+Block = Claims | Run | Record
+
+
+# ------------------------------------------------------------------ an append
+
+
+def encode(wall: float, records: Sequence[Record]) -> bytes:
+    """The value of a log key."""
+    lines = [f"{wall:.3f}"]
+    prefix: str | None = None
+    first = after = 0
+    for record in records:
+        if isinstance(record, Claim):
+            key = _quote(record.key)
+            end = key.rfind("/") + 1
+            if key[:end] == prefix:
+                lines.append("c " + key[end:])
+            else:
+                prefix = key[:end]
+                lines.append("C " + key)
+            after = 0
+        elif isinstance(record, Complete) and record.result == NULL and record.fingerprint is None:
+            if record.token == after and after % LINES:
+                lines.pop()
+            else:
+                first = record.token
+            after = record.token + 1
+            lines.append(_run(first, after - first))
+        else:
+            lines.append(_line(record))
+            after = 0
+    return "\n".join(lines).encode()
+
+
+def read(text: bytes) -> tuple[float, list[Block]]:
+    """The wall clock and the records of a log key's value, those that follow their like in one."""
+    wall, *lines = text.decode().split("\n")
+    blocks: list[Block] = []
+    keys: list[str] = []
+    prefix, last = "", ""
+    for line in lines:
+        kind = line[:2]
+        if kind == "c ":
+            rest = line[2:]
+            key = prefix + (unquote(rest) if "%" in rest else rest)
+        elif kind == "C ":
+            key = unquote(line[2:])
+            prefix = key[: key.rfind("/") + 1]
+        else:
+            blocks.append(_block(line))
+            last = ""
+            continue
+        if not last:
+            keys = []
+            blocks.append(Claims(keys))
+        keys.append(key)
+        last = kind
+    return float(wall), blocks
+
+
+def decode(text: bytes) -> tuple[float, list[Record]]:
+    """The same one by one."""
+    wall, blocks = read(text)
+    records: list[Record] = []
+    for block in blocks:
+        match block:
+            case Claims(keys):
+                records += map(Claim, keys)
+            case Run(token, many):
+                records += [Finish(token + line, NULL) for line in range(many)]
+            case _:
+                records.append(block)
+    return wall, records
+
+
+def names(text: bytes) -> Iterator[str]:
+    """The keys that a log key's value names, in short: those of claims and of the seed's ids."""
+    for block in read(text)[1]:
+        match block:
+            case Claims(keys):
+                yield from keys
+            case Seed(key):
+                yield key
+
+
+# ------------------------------------------------------------------ a line
+
+
+def _line(record: Record) -> str:
+    match record:
+        case Complete(_, token, result, fingerprint) | Finish(token, result, fingerprint):
+            return _run(token, 1) + _result(result, fingerprint)
+        case Release(key, _, attempts):
+            return f"R {_quote(key)} {attempts}"
+        case Abandon(key, _, attempts):
+            return f"Q {_quote(key)}" if attempts is None else f"Q {_quote(key)} {attempts}"
+        case Park(key, _, reason):
+            return f"P {_quote(key)} {_quote(reason)}"
+        case Takeover(key, token):
+            return f"T {_quote(key)} {token}"
+        case Forget(key, token):
+            return f"F {_quote(key)} {token}"
+        case Seed(key):
+            return f"S {_quote(key)}"
+        case Declare(session, last):
+            return f"X {session} {last}"
+        case Begin(bucket):
+            return f"E {bucket}"
+        case Raise(bucket):
+            return f"B {bucket}"
+    raise TypeError(f"{record!r} is no record")
+
+
+def _result(result: bytes | None, fingerprint: bytes | None) -> str:
+    if fingerprint is None and result == NULL:
+        return ""
+    text = " -" if result is None else " =" + quote_from_bytes(result, _SAFE)
+    return text if fingerprint is None else f"{text} {fingerprint.hex()}"
+
+
+def _run(token: int, many: int) -> str:
+    revision, line = divmod(token, LINES)
+    return f"d {revision}.{line}" if many == 1 else f"d {revision}.{line}-{line + many - 1}"
+
+
+def _block(line: str) -> Block:
+    kind, first, *rest = line.split(" ")
+    match kind:
+        case "d":
+            revision, _, place = first.partition(".")
+            start, _, last = place.partition("-")
+            token = int(revision) * LINES + int(start)
+            return (
+                Finish(token, *_what_is_kept(rest))
+                if rest
+                else Run(token, int(last or start) - int(start) + 1)
+            )
+        case "R":
+            return Release(unquote(first), 0, int(rest[0]))
+        case "Q":
+            return Abandon(unquote(first), 0, int(rest[0]) if rest else None)
+        case "P":
+            return Park(unquote(first), 0, unquote(rest[0]))
+        case "T":
+            return Takeover(unquote(first), int(rest[0]))
+        case "F":
+            return Forget(unquote(first), int(rest[0]))
+        case "S":
+            return Seed(unquote(first))
+        case "X":
+            return Declare(first, int(rest[0]))
+        case "E":
+            return Begin(int(first))
+        case "B":
+            return Raise(int(first))
+    raise ValueError(f"{line!r} is no record")
+
+
+def _what_is_kept(words: Sequence[str]) -> tuple[bytes | None, bytes | None]:
+    """The result and the fingerprint of a d."""
+    result = None if words[0] == "-" else unquote_to_bytes(words[0][1:])
+    return result, bytes.fromhex(words[1]) if len(words) > 1 else None
+
+
+def _quote(text: str) -> str:
+    return text if _PLAIN(text) else quote(text, _SAFE)
+
+
+# ------------------------------------------------------------------ a snapshot
+
+
+class Opened(NamedTuple):
+    """A key that is not done, as it stood.  ``bucket``: where it was set free, if it was."""
+
+    key: str
+    entry: Entry
+    bucket: int
+
+
+def encode_open(opened: Sequence[Opened]) -> bytes:
+    """A page of a snapshot."""
+    return "\n".join(
+        f"{_quote(key)} {e.state} {e.token} {e.attempt} {e.session or '-'} {e.at:.3f} {_quote(e.reason)} {b}"
+        for key, e, b in opened
+    ).encode()
+
+
+def decode_open(text: bytes) -> list[Opened]:
+    """The open keys of a snapshot's page."""
+    found = []
+    for line in text.decode().split("\n") if text else []:
+        key, state, token, attempt, session, at, reason, bucket = line.split(" ")
+        held = "" if session == "-" else session
+        entry = Entry(state, int(token), int(attempt), held, float(at), unquote(reason))
+        found.append(Opened(unquote(key), entry, int(bucket)))
+    return found
