@@ -24,7 +24,7 @@ from idemp.ports import Delivery, Publication, Sent, Transport
 from idemp.transports import open_transport, publish
 from idemp.transports import rabbitmq as rabbitmq_module
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
-from idemp.transports.amqp_wire import UNREADABLE, Arrived, Reader, decode, encode
+from idemp.transports.amqp_wire import UNREADABLE, Reader, decode, encode
 from idemp.transports.rabbitmq import RabbitMQTransport
 from tests.proxy import Proxy
 from tests.servers import RabbitMQ, free_port
@@ -238,11 +238,11 @@ def test_headers_that_are_no_table_are_kept_as_they_are(data: bytes) -> None:
     decode(encode(read), 2, int.from_bytes(encode(read)[:2], "big"))
 
 
-def frames(channel: int, tag: int, body: bytes, given: Properties) -> list[bytes]:
+def frames(channel: int, tag: int, body: bytes, given: Properties, piece: int = 7) -> list[bytes]:
     """A delivery, its body in pieces."""
     deliver = pika.spec.Basic.Deliver("ctag", tag, tag % 2 == 0, "x", f"key.{tag}")
     header = pika.frame.Header(channel, len(body), as_pika(given))
-    pieces = [pika.frame.Body(channel, body[at : at + 7]) for at in range(0, len(body), 7)]
+    pieces = [pika.frame.Body(channel, body[at : at + piece]) for at in range(0, len(body), piece)]
     return [frame.marshal() for frame in (pika.frame.Method(channel, deliver), header, *pieces)]
 
 
@@ -261,19 +261,20 @@ def test_deliveries_are_found_among_other_frames(bodies: list[bytes], random: An
     stream, handed_on, expected = [], b"", []
     for tag, body in enumerate(bodies, 1):
         given = Properties(f"id-{tag}")
-        expected.append(Arrived(tag, tag % 2 == 0, "x", f"key.{tag}", given, body))
-        for frame in frames(1, tag, body, given):
+        expected.append(Delivery(tag, body, given, "x", f"key.{tag}", tag % 2 == 0))
+        between = random.choice([0.0, 0.5])
+        for frame in frames(1, tag, body, given, random.choice([7, 30])):
             stream.append(frame)
-            if random.random() < 0.5:
+            if random.random() < between:
                 stream.append(random.choice(OTHERS))
                 handed_on += stream[-1]
     whole = b"".join(stream)
-    arrived: list[Arrived] = []
+    arrived: list[Delivery] = []
     rest: list[bytes] = []
     reader = Reader(arrived, rest.append)
     taken = start = 0
     while start < len(whole):
-        size = data.draw(st.integers(1, 50))
+        size = data.draw(st.integers(1, 500))
         taken += reader.feed(whole[start : start + size])
         start += size
     assert arrived == expected

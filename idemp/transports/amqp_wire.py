@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from idemp.message import Properties
+from idemp.ports import Delivery
 
 UNREADABLE = "x-unreadable-headers"
 """The header that holds the others' bytes when they are no AMQP table."""
@@ -24,28 +25,21 @@ _FRAME_END = 0xCE
 _METHOD, _HEADER, _BODY, _HEARTBEAT = _KINDS = 1, 2, 3, 8
 _DELIVER = b"\x00\x3c\x00\x3c"  # class basic, method deliver
 _CONTENT = struct.Struct(">4xQH")  # of a header frame: size of the body, which properties follow
+_HEAD = struct.Struct(">BHI4xQH")  # the same after its `_FRAME`
 _LONG = struct.Struct(">I")
 _LONGLONG = struct.Struct(">Q")
 _TAG = struct.Struct(">QB")  # of a delivery, and whether it is one again
 _PERSISTENT = 2
 
 
-class Arrived(NamedTuple):
-    """A delivery as it came."""
-
-    tag: int
-    redelivered: bool
-    exchange: str
-    routing_key: str
-    properties: Properties
-    body: bytes
-
-
 class Reader:
-    """Takes the deliveries out of what the broker says; ``hand_on`` gets all other frames, in order."""
+    """Takes the deliveries out of what the broker says; ``hand_on`` gets all other frames, in order.
 
-    def __init__(self, arrived: list[Arrived], hand_on: Callable[[bytes], None]) -> None:
-        self._arrived, self._hand_on = arrived, hand_on
+    first: added to the broker's tags.
+    """
+
+    def __init__(self, arrived: list[Delivery], hand_on: Callable[[bytes], None], first: int = 0) -> None:
+        self._arrived, self._hand_on, self._first = arrived, hand_on, first
         self._chunks: list[bytes] = []
         self._have = 0
         self._need = _FRAME.size + 1
@@ -74,6 +68,10 @@ class Reader:
             if stop >= end:
                 self._need = stop + 1 - start
                 break
+            if kind == _METHOD and (past := self._take_whole(channel, data, at, stop, end)):
+                taken += past - start
+                start = past
+                continue
             if self._take(kind, channel, data, at, stop):
                 taken += stop + 1 - start
             else:
@@ -82,6 +80,29 @@ class Reader:
         self._chunks = [data[start:]] if start < end else []
         self._have = end - start
         return taken
+
+    def _take_whole(self, channel: int, data: bytes, at: int, stop: int, end: int) -> int:
+        """Take a delivery whose three frames are here, one after the other, as most are.
+
+        at, stop: of what the first one holds.  Where the delivery ends; 0 if it is not such a one.
+        """
+        header = stop + 1
+        if end - header < _HEAD.size + _FRAME.size or not data.startswith(_DELIVER, at):
+            return 0
+        kind, of, size, missing, flags = _HEAD.unpack_from(data, header)
+        body: int = header + _FRAME.size + size + 1
+        last: int = body + _FRAME.size + missing
+        if kind != _HEADER or of != channel or last >= end:
+            return 0
+        if _FRAME.unpack_from(data, body) != (_BODY, channel, missing):
+            return 0
+        if not data[stop] == data[body - 1] == data[last] == _FRAME_END:
+            return 0
+        tag, redelivered, exchange, key = _envelope(data, at + 4, stop)
+        properties = decode(data, header + _HEAD.size, flags)
+        content = data[body + _FRAME.size : last]
+        self._arrived.append(Delivery(self._first + tag, content, properties, exchange, key, redelivered))
+        return last + 1
 
     def _take(self, kind: int, channel: int, data: bytes, start: int, stop: int) -> bool:
         """Whether the frame is of a delivery."""
@@ -103,7 +124,10 @@ class Reader:
             self._missing -= stop - start
         if self._missing <= 0:
             body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-            self._arrived.append(Arrived(*self._envelope, self._properties, body))
+            tag, redelivered, exchange, key = self._envelope
+            self._arrived.append(
+                Delivery(self._first + tag, body, self._properties, exchange, key, redelivered)
+            )
             self._channel = -1
         return True
 

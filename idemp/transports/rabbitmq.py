@@ -21,7 +21,7 @@ from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
 from idemp.settings import split
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
-from idemp.transports.amqp_wire import Arrived, Reader, encode
+from idemp.transports.amqp_wire import Reader, encode
 from idemp.transports.topic import no_queue
 
 try:
@@ -154,8 +154,8 @@ class _Connection(pika.SelectConnection):  # type: ignore[misc]
     If another pika calls this no more, then it reads them itself, as before.
     """
 
-    def __init__(self, arrived: list[Arrived], *args: Any, **named: Any) -> None:
-        self._reader = Reader(arrived, super()._on_data_available)
+    def __init__(self, arrived: list[Delivery], first: int, *args: Any, **named: Any) -> None:
+        self._reader = Reader(arrived, super()._on_data_available, first)
         super().__init__(*args, **named)
 
     def _on_data_available(self, data_in: bytes) -> None:
@@ -187,7 +187,7 @@ class _Link:
         self._connection: Any = None
         self._consuming: Any = None
         self._consumer = ""
-        self._came: list[Arrived] = []
+        self._came: list[Delivery] = []
         self._outstanding = Outstanding()
         self._publishing: Any = None
         self._unconfirmed = Unconfirmed()
@@ -201,6 +201,7 @@ class _Link:
         """Connect, or raise `ConfigError` or `TransportUnavailable`."""
         self._connection = _Connection(
             self._came,
+            self._first,
             self._parameters,
             on_open_error_callback=lambda _, error: self._lose(self._explain(error)),
             on_close_callback=lambda _, reason: self._lose(self._gone(reason)),
@@ -301,11 +302,7 @@ class _Link:
                 if self._came or self._sent or woken() or late:
                     break
         sent, self._sent = self._sent, []
-        first = self._first
-        deliveries = [
-            Delivery(first + tag, body, properties, exchange, key, redelivered)
-            for tag, redelivered, exchange, key, properties, body in self._came
-        ]
+        deliveries = self._came.copy()
         self._came.clear()
         self._outstanding.add([delivery.tag for delivery in deliveries])
         return [*sent, *deliveries]
@@ -384,12 +381,11 @@ class _Link:
         self._ask(channel, lambda then: channel.basic_cancel(tag, callback=then))
         self.check()
         for arrived in self._came:
-            channel.basic_reject(arrived.tag)
+            channel.basic_reject(arrived.tag - self._first)
         self._came.clear()
 
     def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """One that pika has read."""
-        envelope = method.delivery_tag, method.redelivered, method.exchange, method.routing_key
         given = Properties(
             properties.message_id,
             properties.type,
@@ -399,7 +395,8 @@ class _Link:
             properties.content_type,
             properties.headers or {},
         )
-        self._came.append(Arrived(*envelope, given, body))
+        tag = self._first + method.delivery_tag
+        self._came.append(Delivery(tag, body, given, method.exchange, method.routing_key, method.redelivered))
 
     def ack(self, tags: Iterable[int]) -> None:
         """Tags of other connections are not outstanding here."""
