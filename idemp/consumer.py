@@ -67,6 +67,8 @@ POLL = 0.5
 """Seconds: the longest that the connection is left alone."""
 REPORT = 1.0
 """Seconds between two summary lines."""
+TOGETHER = 256
+"""Operations that are worth a batch, also while more follows at once."""
 _HAND_BACK = 0.005
 _LOOK = 0.02
 
@@ -187,10 +189,12 @@ class Consumer:
         wait = POLL if due is None else min(POLL, max(0.0, due - now))
         came: list[Delivery | Sent] = []
         if connected:
-            came = self._transport.poll(0.0 if shell.inbox else wait)
-        elif not shell.inbox:
+            came = self._transport.poll(0.0 if shell.inbox or shell.unasked else wait)
+        elif not (shell.inbox or shell.unasked):
             self._clock.sleep(_LOOK)  # stopping: what runs is still waited for and recorded
         now = self._clock.steady()
+        if not (came or shell.inbox):
+            shell.ask_now()
         deliveries = [event for event in came if type(event) is Delivery]
         if deliveries:
             self._perform(pipeline.step(Delivered(deliveries, self._clock.wall()), now), shell, report)
@@ -213,7 +217,7 @@ class Consumer:
         for command in commands:
             match command:
                 case Apply(store, ops):
-                    shell.lane(store).put(ops)
+                    shell.ask(store, ops)
                 case Work(items):
                     shell.work(items)
                 case Acknowledge(tags):
@@ -296,6 +300,7 @@ class _Shell:
         self._service, self._meter = service, meter
         self._stopping, self._given_up = stopping, given_up
         self._wake = transport.wake
+        self.unasked: dict[int, tuple[Store, list[Op]]] = {}
         self._lanes: dict[int, queue.SimpleQueue[Sequence[Op] | None]] = {}
         self._jobs: queue.SimpleQueue[Sequence[tuple[Flight, Run | Ask]] | None] = queue.SimpleQueue()
         self._workers = workers
@@ -316,7 +321,20 @@ class _Shell:
 
     # ---------------------------------------------------------------- stores
 
-    def lane(self, store: Store) -> queue.SimpleQueue[Sequence[Op] | None]:
+    def ask(self, store: Store, ops: Sequence[Op]) -> None:
+        """With what follows at once: the fewer batches, the less each of their operations costs."""
+        _, unasked = self.unasked.setdefault(id(store), (store, []))
+        unasked += ops
+        if len(unasked) >= TOGETHER:
+            self.ask_now()
+
+    def ask_now(self) -> None:
+        """Nothing follows at once."""
+        for store, ops in self.unasked.values():
+            self._lane(store).put(ops)
+        self.unasked.clear()
+
+    def _lane(self, store: Store) -> queue.SimpleQueue[Sequence[Op] | None]:
         """The queue to ``store``'s thread."""
         lane = self._lanes.get(id(store))
         if lane is None:
