@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from msgspec.structs import replace
+
+from idemp.message import Value
 from idemp.ports import (
     Abandon,
     Applied,
@@ -35,7 +38,7 @@ from idemp.ports import (
 CLAIMED, FREE, PARKED, DONE = "claimed", "free", "parked", "done"
 
 
-class Entry(NamedTuple):
+class Entry(Value, frozen=True, gc=False):
     """What a store holds of a key.
 
     state: one of the four names above.  session: the claim's holder; "" after `Abandon`, which
@@ -97,7 +100,7 @@ class Ledger:
             case Abandon(_, token, attempts):
                 if entry is not None and _held(entry, token):
                     count = entry.attempt if attempts is None else attempts
-                    return self._put(key, entry._replace(session="", attempt=count))
+                    return self._put(key, replace(entry, session="", attempt=count))
             case Park(_, token, reason):
                 if entry is not None and _held(entry, token):
                     # A token of its own, so that who saw a doubt cannot take what was parked since.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -28,7 +28,11 @@ _strict = msgspec.json.Decoder().decode
 _CE_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-", "ce_")
 
 
-class Properties(NamedTuple):
+class Value(msgspec.Struct, frozen=True, gc=False):
+    """What each message needs several of: made in a sixth of the time of a named tuple.  In no cycle."""
+
+
+class Properties(Value, frozen=True, gc=False):
     """What a broker carries beside the body; the names are AMQP's.
 
     timestamp: seconds since 1970, when the message was first published.

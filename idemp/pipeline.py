@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
 from idemp.message import Message, Properties, decode
 from idemp.policy import Policy
@@ -503,7 +505,7 @@ class Pipeline:
         self._tell(flight, outcome, why)
         origin = flight.delivery
         headers = {**origin.properties.headers, "idemp-attempt": attempt}
-        copy = Publication(origin.body, origin.properties._replace(headers=headers), "", self._queue, delay)
+        copy = Publication(origin.body, replace(origin.properties, headers=headers), "", self._queue, delay)
         self._send(flight, copy, outcome)
 
     def _dead(self, flight: Flight, outcome: str, reason: str, attempt: int = 0) -> None:
@@ -519,7 +521,7 @@ class Pipeline:
             "idemp-exchange": origin.exchange,
             "idemp-routing-key": origin.routing_key,
         }
-        properties = origin.properties._replace(headers=headers)
+        properties = replace(origin.properties, headers=headers)
         self._send(flight, Publication(origin.body, properties, "", f"{self._queue}.dead"), outcome)
 
     def _send(self, flight: Flight, copy: Publication, outcome: str) -> None:

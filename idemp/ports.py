@@ -11,19 +11,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from idemp.message import Properties
+from idemp.message import Properties, Value
 
 # ------------------------------------------------------------------ the state of a key
 
 
-class Claimed(NamedTuple):
+class Claimed(Value, frozen=True, gc=False):
     """Mine now.  ``attempt`` counts from 1; ``token`` fences every later write."""
 
     token: int
     attempt: int
 
 
-class Done(NamedTuple):
+class Done(Value, frozen=True, gc=False):
     """The handler returned.  ``result`` is opaque; None means none was kept.  ``at``: since 1970.
 
     attempt: the one that was recorded; more than 1 tells of failures or doubts before it.
@@ -36,7 +36,7 @@ class Done(NamedTuple):
     attempt: int = 1
 
 
-class Busy(NamedTuple):
+class Busy(Value, frozen=True, gc=False):
     """Claimed by a live session."""
 
     token: int
@@ -45,7 +45,7 @@ class Busy(NamedTuple):
     at: float
 
 
-class Doubt(NamedTuple):
+class Doubt(Value, frozen=True, gc=False):
     """Claimed by a dead session, or left in doubt by its holder: the effect may have happened."""
 
     token: int
@@ -54,7 +54,7 @@ class Doubt(NamedTuple):
     at: float
 
 
-class Parked(NamedTuple):
+class Parked(Value, frozen=True, gc=False):
     """Set aside for a person."""
 
     token: int
@@ -63,7 +63,7 @@ class Parked(NamedTuple):
     at: float
 
 
-class Free(NamedTuple):
+class Free(Value, frozen=True, gc=False):
     """Nobody's.  ``attempts`` were made so far."""
 
     attempts: int = 0
@@ -74,20 +74,20 @@ State = Claimed | Done | Busy | Doubt | Parked | Free
 # ------------------------------------------------------------------ operations and replies
 
 
-class Claim(NamedTuple):
+class Claim(Value, frozen=True, gc=False):
     """Make a free key mine.  Reply: its state, `Claimed` if I won."""
 
     key: str
 
 
-class Takeover(NamedTuple):
+class Takeover(Value, frozen=True, gc=False):
     """Make a key in doubt, or parked, mine.  ``token``: the one seen.  Reply: its state."""
 
     key: str
     token: int
 
 
-class Complete(NamedTuple):
+class Complete(Value, frozen=True, gc=False):
     """My claim's handler returned.  Reply: `Applied` or `Lost`.  Repeating it is harmless."""
 
     key: str
@@ -96,7 +96,7 @@ class Complete(NamedTuple):
     fingerprint: bytes | None = None
 
 
-class Release(NamedTuple):
+class Release(Value, frozen=True, gc=False):
     """My claim goes free, remembering so many ``attempts``.  Reply: `Applied` or `Lost`."""
 
     key: str
@@ -104,7 +104,7 @@ class Release(NamedTuple):
     attempts: int
 
 
-class Abandon(NamedTuple):
+class Abandon(Value, frozen=True, gc=False):
     """I cannot say what became of my claim: it is in doubt.  Reply: `Applied` or `Lost`.
 
     attempts: how many to remember; None counts this one.  One that took a doubt over and did not start
@@ -116,7 +116,7 @@ class Abandon(NamedTuple):
     attempts: int | None = None
 
 
-class Park(NamedTuple):
+class Park(Value, frozen=True, gc=False):
     """My claim is set aside for a person.  Reply: `Applied` or `Lost`."""
 
     key: str
@@ -124,14 +124,14 @@ class Park(NamedTuple):
     reason: str
 
 
-class Forget(NamedTuple):
+class Forget(Value, frozen=True, gc=False):
     """Drop a done or parked key, never a claim.  Reply: `Applied` or `Lost`."""
 
     key: str
     token: int
 
 
-class Get(NamedTuple):
+class Get(Value, frozen=True, gc=False):
     """Look only.  Reply: its state, `Busy` also for my own claims."""
 
     key: str
@@ -140,11 +140,11 @@ class Get(NamedTuple):
 Op = Claim | Takeover | Complete | Release | Abandon | Park | Forget | Get
 
 
-class Applied(NamedTuple):
+class Applied(Value, frozen=True, gc=False):
     """The token was current and the change is durable."""
 
 
-class Lost(NamedTuple):
+class Lost(Value, frozen=True, gc=False):
     """The token was not current; nothing changed.  ``now``: the key's state."""
 
     now: State
@@ -225,7 +225,7 @@ class Publication(NamedTuple):
     delay: float = 0.0
 
 
-class Delivery(NamedTuple):
+class Delivery(Value, frozen=True, gc=False):
     """A message that came.  ``tag`` names it until it is acknowledged or the connection ends."""
 
     tag: int
@@ -236,7 +236,7 @@ class Delivery(NamedTuple):
     redelivered: bool
 
 
-class Sent(NamedTuple):
+class Sent(Value, frozen=True, gc=False):
     """The broker's word on publication ``number``.  ``error`` is "" when it is safe in a queue.
 
     unroutable: no queue takes it, so sending it again would not help.

@@ -14,7 +14,9 @@ this same code; it has no thread, socket, clock or sleep.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from idemp.errors import InDoubt, PermanentFailure, RetryLater
 from idemp.policy import Happened, NotHappened, Policy, Unknown
@@ -40,19 +42,19 @@ from idemp.ports import (
 # ------------------------------------------------------------------ commands
 
 
-class Run(NamedTuple):
+class Run(msgspec.Struct, frozen=True):
     """Call the handler under this claim, if the session is fresh."""
 
     claim: Claimed
 
 
-class Ask(NamedTuple):
+class Ask(msgspec.Struct, frozen=True):
     """Ask the policy's resolver what became of the effect."""
 
     claim: Claimed
 
 
-class Await(NamedTuple):
+class Await(msgspec.Struct, frozen=True):
     """Wait until the key may have changed."""
 
     busy: Busy
@@ -61,44 +63,44 @@ class Await(NamedTuple):
 # ------------------------------------------------------------------ what came of them
 
 
-class Returned(NamedTuple):
+class Returned(msgspec.Struct, frozen=True):
     """The handler returned ``value``; ``result`` is what is kept of it."""
 
     value: Any
     result: bytes | None
 
 
-class Raised(NamedTuple):
+class Raised(msgspec.Struct, frozen=True):
     """The handler, or the resolver, raised."""
 
     error: BaseException
 
 
-class NotStarted(NamedTuple):
+class NotStarted(msgspec.Struct, frozen=True):
     """The handler's first instruction was not reached: stale session, or stopping."""
 
 
 # ------------------------------------------------------------------ verdicts
 
 
-class Ok(NamedTuple):
+class Ok(msgspec.Struct, frozen=True):
     """Ran, and done is durable."""
 
     value: Any
     claim: Claimed
 
 
-class Skipped(NamedTuple):
+class Skipped(msgspec.Struct, frozen=True):
     """Done already."""
 
     done: Done
 
 
-class Conflict(NamedTuple):
+class Conflict(msgspec.Struct, frozen=True):
     """Done already, with another payload."""
 
 
-class Failed(NamedTuple):
+class Failed(msgspec.Struct, frozen=True):
     """Raised; the key is free again, or in doubt with the error `InDoubt`.  ``after``: seconds."""
 
     error: BaseException
@@ -106,11 +108,11 @@ class Failed(NamedTuple):
     after: float | None
 
 
-class Deferred(NamedTuple):
+class Deferred(msgspec.Struct, frozen=True):
     """Busy for longer than the policy waits."""
 
 
-class Refused(NamedTuple):
+class Refused(msgspec.Struct, frozen=True):
     """Parked, now or before.  ``error``: what the handler raised just now, if it did."""
 
     reason: str
@@ -118,13 +120,13 @@ class Refused(NamedTuple):
     error: BaseException | None = None
 
 
-class Overtaken(NamedTuple):
+class Overtaken(msgspec.Struct, frozen=True):
     """The claim was lost while the handler ran."""
 
     claim: Claimed
 
 
-class NotRun(NamedTuple):
+class NotRun(msgspec.Struct, frozen=True):
     """The claim was given back before the handler started."""
 
 

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from idemp.errors import IdempError, KeyBusy, TransportUnavailable, Unroutable
 from idemp.ports import (
     Applied,
@@ -137,5 +139,5 @@ def _again(delivery: Delivery, queue: str, mark: Mapping[str, Any]) -> Publicati
     """The message as it was, with the time from which its age is counted anew."""
     dead = delivery.properties.headers
     headers = {name: value for name, value in dead.items() if not str(name).startswith("idemp-")}
-    properties = delivery.properties._replace(headers={**headers, **mark})
+    properties = replace(delivery.properties, headers={**headers, **mark})
     return Publication(delivery.body, properties, "", str(dead.get("idemp-queue", queue)))

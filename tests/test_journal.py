@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import astuple
 
 from idemp.laws import Entry
 from idemp.ports import (
@@ -67,7 +68,7 @@ records = st.one_of(
 def test_what_is_written_is_read(written: list[Any]) -> None:
     """Any key, result and reason, one readable line each; of what is done only the token."""
     text = encode(1234.5, written)
-    read = [Finish(*record[1:]) if isinstance(record, Complete) else record for record in written]
+    read = [Finish(*astuple(record)[1:]) if isinstance(record, Complete) else record for record in written]
     assert decode(text) == (1234.5, read)
     assert len(text.split(b"\n")) == len(written) + 1
     assert text.decode().isprintable() or "\n" in text.decode()

@@ -771,4 +771,3 @@ def test_public_names_are_whole() -> None:
     assert sorted(idemp.__all__) == idemp.__all__
     assert all(hasattr(idemp, name) for name in idemp.__all__)
     assert StoreUnavailable in (idemp.StoreUnavailable,)
-    assert isinstance(Done(1, None, None, 0.0), tuple)

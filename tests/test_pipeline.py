@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from idemp.message import Message, Properties
 from idemp.pipeline import (
@@ -68,7 +69,7 @@ def pipeline(**options: Any) -> Pipeline:
 def delivery(tag: int, id: str = "1", type: str = "t", **properties: Any) -> Delivery:
     message = Message(id, type)
     return Delivery(
-        tag, message.encode(), message.properties()._replace(**properties), "events", "foo", False
+        tag, message.encode(), replace(message.properties(), **properties), "events", "foo", False
     )
 
 
@@ -181,7 +182,7 @@ def test_a_lost_claim_is_looked_up_again() -> None:
 def test_bad_messages_are_set_aside_with_the_reason(body: bytes, properties: Any, reason: str) -> None:
     """N10: copied to the dead-letter queue, confirmed, then acknowledged; no store is asked."""
     line = pipeline()
-    given = Properties(headers={"mine": 1})._replace(**properties)
+    given = replace(Properties(headers={"mine": 1}), **properties)
     [send] = deliver(line, Delivery(1, body, given, "events", "foo", False))
     flight, copy = send.items[0]
     assert copy.routing_key == "q.dead"

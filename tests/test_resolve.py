@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from idemp import Consumer, KeyBusy, Message, PermanentFailure, idempotent, open_store, open_transport
 from idemp.errors import IdempError, Unroutable
@@ -304,7 +305,7 @@ def test_a_message_that_dies_again_at_once_is_sent_back_once(unique: str) -> Non
     thread.start()
     assert ready.wait(10)
     message = Message("1", "new_order")
-    with_key = message.properties()._replace(headers={"idemp-key": KEY, "idemp-queue": queue})
+    with_key = replace(message.properties(), headers={"idemp-key": KEY, "idemp-queue": queue})
     connection = open_transport(url)
     body = message.encode()
     letters = [Publication(body, with_key, "", f"{queue}.dead") for _ in range(50)]

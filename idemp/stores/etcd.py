@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import CLAIMED, DONE, Entry, undoing, view
 from idemp.ports import (
@@ -301,7 +303,7 @@ class _Session:
         outcomes = self._append_surely(takeovers, deadline)
         for (place, op), taken in zip(settling.items(), outcomes, strict=True):
             if isinstance(taken, Claimed):
-                ops[place] = op._replace(token=taken.token)
+                ops[place] = replace(op, token=taken.token)
         return ops
 
     def _bury(self, deadline: float) -> None:

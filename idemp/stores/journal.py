@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
 from idemp.ports import Abandon, Applied, Claim, Complete, Forget, Park, Release, Reply, State, Takeover
 from idemp.stores.records import (
@@ -255,12 +257,12 @@ class Journal:
             case Claim() | Takeover() | Forget():
                 return fold.apply(record)
             case Complete(key, token):
-                return fold.apply(record if self._held(fold, key) == token else record._replace(token=0))
+                return fold.apply(record if self._held(fold, key) == token else replace(record, token=0))
             case Finish(token, result, fingerprint):
                 key = self._keys.claims.get(token, "")
                 return self._apply(fold, Complete(key, token, result, fingerprint))
             case Release(key) | Abandon(key) | Park(key):
-                return fold.apply(record._replace(token=self._held(fold, key)))
+                return fold.apply(replace(record, token=self._held(fold, key)))
             case Seed(key):
                 if self._keys.get(key) is None:
                     fold._put(key, Entry(DONE, fold.token + 1, 1, "", fold.now, "", b"true"))
@@ -290,7 +292,7 @@ class Journal:
         self.walls.pop(session, None)
         for key, entry in self._keys.open.items():
             if entry.session == session and entry.state == CLAIMED:
-                self._keys.open[key] = entry._replace(session="")
+                self._keys.open[key] = replace(entry, session="")
 
     def _raise(self, floor: int) -> None:
         """Drop what has not changed since before ``floor``."""

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec.structs import astuple
+
 from idemp.embedded import check_durable, check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
@@ -307,7 +309,7 @@ class _Session:
                 places = (*_place(blob, entry.result), *_place(blob, entry.fingerprint))
                 done.append((name, entry.token, entry.attempt, entry.at, *places))
             else:
-                opened.append((name, *entry[:6]))
+                opened.append((name, *astuple(entry)[:6]))
         if opened:
             db.execute(_SAVE_OPEN, (_json(opened),))
         if done:

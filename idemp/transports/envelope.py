@@ -12,6 +12,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+from msgspec.structs import astuple
+
 from idemp.message import Properties
 from idemp.ports import Publication
 
@@ -21,7 +23,7 @@ _TAG = "$"
 def pack(publication: Publication) -> bytes:
     """The blob.  Raises `TypeError` or `ValueError` for a header that cannot be kept."""
     properties = publication.properties
-    fields = [publication.exchange, publication.routing_key, *properties[:6]]
+    fields = [publication.exchange, publication.routing_key, *astuple(properties)[:6]]
     if properties.headers:
         fields.append(_tagged(properties.headers))
     envelope = json.dumps(fields, separators=(",", ":")).encode()

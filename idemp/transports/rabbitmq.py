@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+from msgspec.structs import replace
+
 from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, TransportUnavailable
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
@@ -480,7 +482,7 @@ def _properties(publication: Publication) -> _Properties:
         return _Properties(encode(properties))
     # With the history of earlier delays in it, the broker may take this one for a loop and drop it.
     headers = {name: value for name, value in properties.headers.items() if name != "x-death"}
-    return _Properties(encode(properties._replace(headers=headers), str(math.ceil(delay * 1000))))
+    return _Properties(encode(replace(properties, headers=headers), str(math.ceil(delay * 1000))))
 
 
 def _parameters(url: str) -> pika.URLParameters:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import astuple
 
 from idemp.errors import Closed, ConfigError, TransportUnavailable, Unroutable
 from idemp.message import Properties
@@ -128,7 +129,7 @@ def test_a_message_comes_as_it_was_sent(transport: Transport, unique: str) -> No
 
     transport.consume(unique, 10)
     (came,) = take(transport, 1)
-    assert came[1:] == (b"\x00body\xff", given, f"{unique}-x", "orders.new", False)
+    assert astuple(came)[1:] == (b"\x00body\xff", given, f"{unique}-x", "orders.new", False)
 
 
 def test_a_message_without_properties_comes(transport: Transport, unique: str) -> None:

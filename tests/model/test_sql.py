@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from idemp.laws import Entry, Ledger
 from idemp.ports import Abandon, Applied, Claim, Claimed, Complete, Forget, Lost, Park, Release, Takeover
@@ -122,7 +123,7 @@ def _entry(row: Row) -> Entry:
 
 def _plain(entry: Entry | None) -> Entry | None:
     """Without the reason, which the model has no use for."""
-    return None if entry is None else entry._replace(reason="", at=float(entry.at))
+    return None if entry is None else replace(entry, reason="", at=float(entry.at))
 
 
 def _reply(said: Any) -> Reply:

@@ -46,7 +46,7 @@ from tests.reliability.history import History, Line, digest
 At = Callable[[str, Sequence[str]], None]
 
 STEPS = {Claim: "claim", Takeover: "takeover", Complete: "mark", Release: "release", Park: "park"}
-NAMES = {
+NAMES: dict[type, str] = {
     Claim: "claim",
     Takeover: "takeover",
     Complete: "complete",

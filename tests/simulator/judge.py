@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import astuple
+
 from idemp.laws import CLAIMED, DONE, FREE, PARKED, Entry
 from idemp.once import Context
 from idemp.ports import Claimed, Done, Parked, State
@@ -110,7 +112,7 @@ class Judge:
             record.done_at = self.now()
 
     def _done_is_left(self, key: str, record: Record, old: Entry, new: Entry | None) -> None:
-        kept = new is not None and new.state == DONE and new[1:3] + new[6:] == old[1:3] + old[6:]
+        kept = new is not None and new.state == DONE and _lasting(new) == _lasting(old)
         over = self.now() - record.done_at >= self.plan.retention
         must(kept or over, f"done of {key} changes within the retention: {old} -> {new}")
 
@@ -175,7 +177,7 @@ class Judge:
         """A handler is about to start.  too_old: its message was, for the retention, when it came."""
         record = self.of(key)
         entry: Entry | None = self.store.entry(key)
-        held = entry is not None and entry[:4] == (CLAIMED, claim.token, claim.attempt, session)
+        held = entry is not None and astuple(entry)[:4] == (CLAIMED, claim.token, claim.attempt, session)
         must(held, f"{key} starts under {claim}, in truth it is {entry}")
         must(self.store.alive(session), f"{key} starts under a dead session")
         must(claim.attempt <= self.plan.attempts, f"{key} starts for the {claim.attempt}th time")
@@ -291,3 +293,8 @@ class Judge:
     @staticmethod
     def _resolved(record: Record, state: Done) -> bool:
         return record.happened == state.token
+
+
+def _lasting(entry: Entry) -> tuple[object, ...]:
+    """What of a done key never changes."""
+    return entry.token, entry.attempt, entry.result, entry.fingerprint

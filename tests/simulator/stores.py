@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from msgspec.structs import replace
+
 from idemp.errors import StoreUnavailable
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
 from idemp.ports import (
@@ -405,7 +407,7 @@ class JournalSession:
         for (place, op), taken in zip(settling, outcomes, strict=True):
             if isinstance(taken, Claimed):
                 self.store.place.retook(op.key, op.token, taken.token)
-                changed[place] = op._replace(token=taken.token)
+                changed[place] = replace(op, token=taken.token)
         return changed
 
     # ------------------------------------------------------------ an append

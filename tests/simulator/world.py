@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from idemp.message import Message, Properties
 from idemp.policy import Happened, NotHappened, Unknown
 from idemp.ports import Applied, Claimed, Complete, Parked, Publication, Release, Takeover
@@ -318,7 +320,7 @@ class World:
         for each in [each for each in self.dead if each.properties.headers.get("idemp-key") == key]:
             self.dead.remove(each)
             headers = {"idemp-retried-at": int(self.wall())}
-            again = each._replace(properties=each.properties._replace(headers=headers), routing_key=QUEUE)
+            again = each._replace(properties=replace(each.properties, headers=headers), routing_key=QUEUE)
             self.send_in(0.1, again)
         return True
 
