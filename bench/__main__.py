@@ -1,101 +1,120 @@
-"""`make bench`: a deduplicating consumer beside plain ones, in alternating rounds on one real broker.
+"""`make bench`: a deduplicating consumer beside plain ones, in short alternating rounds on real servers.
 
 Machines are shared and noisy, so ratios within a round count, and their median is quoted.  A round
-is void unless the store remembers as many keys as there were messages.
+is void unless the store remembers as many ids as there were.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sqlite3
 import statistics
-import subprocess
-import sys
-import tempfile
-import uuid
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-import pika
 
-from idemp import Message, open_transport, publish
-from idemp.ports import Publication
-from tests.servers import Etcd, RabbitMQ
+from bench import decorator, growth, latency, picture
+from bench.cells import STORES, Cell, cells
+from bench.stack import environment, run, stack
 
-CONTENDERS = ("plain", "ceiling", "seed", "sqlite", "etcd")
-SEED_SHARE = 10
-"""The seed's way is so much slower that it gets a tenth of the messages."""
-PAYLOAD = {"sku": "x" * 100, "cents": 500}
+RECORD = Path(__file__).parent / "record"
+MINUTES = 15.0
 
 
-def fill(url: str, queue: str, count: int) -> None:
-    """Put ``count`` fresh messages into ``queue``."""
-    transport = open_transport(url)
-    transport.declare(queue, "events")
-    messages = [Message(uuid.uuid4().hex, "new_order", PAYLOAD) for _ in range(count)]
-    for start in range(0, count, 5000):
-        part = messages[start : start + 5000]
-        publish(transport, [Publication(m.encode(), m.properties(), "", queue) for m in part])
-    transport.close()
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Measure idemp beside its contenders.  Without a command: all but the growth, within 15 minutes."""
+    if context.invoked_subcommand is None:
+        context.invoke(factors)
+        context.invoke(decorators)
+        context.invoke(latencies)
 
 
-def measure(name: str, url: str, etcd: str, count: int) -> float:
-    """Messages a second of one contender on a full queue."""
-    run = uuid.uuid4().hex[:8]
-    queue = f"bench{run}-queue"
-    count = count // SEED_SHARE if name == "seed" else count
-    fill(url, queue, count)
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"sqlite:///{folder}/seen.db" if name == "sqlite" else f"{etcd}{run}"
-        command = [sys.executable, "-m", "bench.contenders", name, url, queue, str(count), store]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    result = json.loads(done.stdout)
-    if name not in ("plain", "ceiling") and result["remembered"] != count:
-        raise SystemExit(f"void: {name} remembers {result['remembered']} of {count} messages")
-    return float(result["rate"])
-
-
-@click.command()
+@main.command()
 @click.option("--messages", default=20_000, show_default=True, help="Messages in a round.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds; each runs every contender once.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures here too.")
-def main(messages: int, rounds: int, file: Path | None) -> None:
-    """Measure the contenders side by side."""
-    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    with RabbitMQ() as broker, Etcd() as etcd:
+@click.option("--rounds", default=3, show_default=True, help="Rounds; each runs every cell once.")
+@click.option(
+    "--only", default="", help="Only cells whose name has this in it, and those they are divided by."
+)
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "factors.json")
+def factors(
+    messages: int = 20_000, rounds: int = 3, only: str = "", file: Path = RECORD / "factors.json"
+) -> None:
+    """One factor at a time around a base point, each contender in a process of its own."""
+    chosen = _chosen(cells(), only)
+    rates: dict[str, list[float]] = {cell.name: [] for cell in chosen}
+    end = time.monotonic() + MINUTES * 60
+    with stack(STORES) as servers:
         for number in range(rounds):
-            for name in CONTENDERS:
-                rates[name].append(measure(name, broker.url, etcd.url, messages))
-            row = "  ".join(f"{name} {rates[name][-1]:7.0f}" for name in CONTENDERS)
-            click.echo(f"round {number + 1}/{rounds}   {row}  messages/s")
-    click.echo()
-    ratios = {name: ratio(rates[name], rates["plain"]) for name in CONTENDERS}
-    for name in CONTENDERS:
-        low, high = min(rates[name]), max(rates[name])
-        middle = statistics.median(rates[name])
-        click.echo(
-            f"{name:8} {ratios[name]:5.2f} x plain   median {middle:7.0f}/s   ({low:.0f} to {high:.0f})"
-        )
-    if file is not None:
-        file.write_text(json.dumps(report(messages, rates, ratios), indent=2) + "\n")
+            if number and time.monotonic() > end:
+                click.echo(f"time is up after {number} of {rounds} rounds", err=True)
+                break
+            # Every other round backwards, so that nobody always runs after the same one.
+            for cell in chosen if number % 2 == 0 else reversed(chosen):
+                rates[cell.name].append(run(cell.setting, servers, messages))
+                click.echo(
+                    f"round {number + 1}/{rounds}  {cell.name:34} {rates[cell.name][-1]:9.0f}/s", err=True
+                )
+    found = {cell.name: _summary(rates, cell) for cell in chosen}
+    for name, each in found.items():
+        ratios = "  ".join(f"{value:5.2f} x {over.split(': ')[1]}" for over, value in each["ratios"].items())
+        click.echo(f"{name:34} {each['median']:9.0f}/s  ({each['low']:.0f} to {each['high']:.0f})  {ratios}")
+    _keep(file, {"messages": messages, "cells": found})
 
 
-def ratio(rates: list[float], base: list[float]) -> float:
-    """The median over the rounds of what each round says."""
-    return statistics.median(a / b for a, b in zip(rates, base, strict=True))
+def _chosen(every: Sequence[Cell], only: str) -> list[Cell]:
+    wanted = [cell for cell in every if only in cell.name]
+    needed = {name for cell in wanted for name in (cell.name, *cell.over)}
+    return [cell for cell in every if cell.name in needed]
 
 
-def report(messages: int, rates: dict[str, list[float]], ratios: dict[str, float]) -> dict[str, object]:
-    """Everything that a reader of the figures would ask for."""
-    versions = {
-        "python": platform.python_version(),
-        "pika": pika.__version__,
-        "sqlite": sqlite3.sqlite_version,
+def _summary(rates: Mapping[str, Sequence[float]], cell: Cell) -> dict[str, Any]:
+    """Messages a second, and the median over the rounds of what each says in ratios."""
+    mine = rates[cell.name]
+    over = {
+        name: statistics.median(a / b for a, b in zip(mine, rates[name], strict=True)) for name in cell.over
     }
-    machine = {"cores": os.cpu_count(), "system": platform.platform()}
-    return {"messages": messages, "ratios": ratios, "rates": rates, "versions": versions, "machine": machine}
+    return {"median": statistics.median(mine), "low": min(mine), "high": max(mine), "ratios": over}
+
+
+@main.command()
+@click.option("--seconds", default=3.0, show_default=True, help="Of each measurement.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "decorator.json")
+def decorators(seconds: float = 3.0, rounds: int = 3, file: Path = RECORD / "decorator.json") -> None:
+    """The decorator alone, without a broker, beside that of AWS Powertools."""
+    _keep(file, decorator.measure(seconds, rounds))
+
+
+@main.command()
+@click.option("--messages", default=400, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "latency.json")
+def latencies(messages: int = 400, file: Path = RECORD / "latency.json") -> None:
+    """One message at a time on an idle stack: until its handler begins, until it is acknowledged."""
+    _keep(file, latency.measure(messages))
+
+
+@main.command()
+@click.option("--ids", default=10_000_000, show_default=True, help="The most.")
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "growth.json")
+def growths(ids: int, file: Path) -> None:
+    """The same with ever more remembered ids: throughput, memory, import, bytes in the store."""
+    _keep(file, growth.measure(ids))
+
+
+@main.command()
+def pictures() -> None:
+    """Draw docs/*.svg from what is on record."""
+    picture.draw_all(RECORD, Path(__file__).parent.parent / "docs")
+
+
+def _keep(file: Path, found: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**found, **environment()}, indent=1) + "\n")
+    click.echo(f"kept in {file}", err=True)
 
 
 if __name__ == "__main__":

@@ -1,126 +1,218 @@
-"""The contenders, each a process of its own: `python -m bench.contenders NAME AMQP QUEUE COUNT STORE`.
+"""The contenders, each a process of its own: `python -m bench.contenders JOB`, a `Job` as JSON.
 
-    plain     pika as people write it: prefetch, acknowledge each message
-    ceiling   pika at its best: acknowledge a hundred at a time; remembers nothing
-    seed      the way of the service before idemp, made safe: one etcd put a message, then its ack
-    sqlite    idemp with the SQLite store: claimed and done durably, each message once
-    etcd      idemp with the etcd store: the same, replicated
+    plain       pika as people write it: prefetch, acknowledge each message
+    ceiling     pika at its best: acknowledge a hundred at a time; remembers nothing
+    seed        the way of the service before idemp, made safe: one etcd put a message, then its ack
+    the others  idemp with that store: claimed and done durably, each id once
 
-All decode the same payload.  Each prints its messages a second, from the first handler to the last
-acknowledgement, and how many it remembers at the end.
+All decode the same payload.  Each prints when it took its first measured message and when its last was
+acknowledged, in seconds of the system's steady clock, so that several of them can be one figure.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import msgspec
 import pika
 
+from bench.cells import IDEMP, Setting
 from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp.ports import Delivery, Transport
 from idemp.stores.etcd_client import Client
 
-PREFETCH = 256
-"""Of those that acknowledge message by message."""
-FAR = 1024
-"""Of those that acknowledge many at once: a batch that is under way must not use it up."""
+IDLE = 2.0
+"""Seconds without a message after which one of several replicas takes the queue for empty."""
 
 
-def plain(url: str, queue: str, count: int, every: int = 1) -> tuple[float, int]:
+class Job(msgspec.Struct, frozen=True):
+    """warm: how many messages are not measured.  count: those that are, over all replicas."""
+
+    setting: Setting
+    url: str
+    queue: str
+    warm: int
+    count: int
+    store: str
+
+
+class Span:
+    """From the first measured message to the last acknowledgement."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.came = self.settled = 0
+        self.began = self.ended = 0.0
+
+    def arrive(self, many: int = 1) -> None:
+        """So many messages came."""
+        self.came += many
+        if not self.began and self.came > self._job.warm:
+            self.began = time.monotonic()
+
+    def settle(self, many: int = 1) -> bool:
+        """So many were acknowledged; whether those were the last."""
+        self.settled += many
+        self.ended = time.monotonic()
+        return self.settled >= self._job.warm + self._job.count
+
+    def over(self) -> bool:
+        """Whether a replica that shares the queue may stop."""
+        return self.settled > 0 and time.monotonic() - self.ended > IDLE
+
+
+# ------------------------------------------------------------------ pika
+
+
+def plain(job: Job, every: int = 1, handle: Callable[[bytes], object] = json.loads) -> Span:
     """Acknowledge ``every`` messages."""
-    connection = pika.BlockingConnection(pika.URLParameters(url))
+    span, setting = Span(job), job.setting
+    connection = pika.BlockingConnection(pika.URLParameters(job.url))
     channel = connection.channel()
-    channel.basic_qos(prefetch_count=PREFETCH if every == 1 else FAR)
-    seen, began = 0, 0.0
+    channel.basic_qos(prefetch_count=setting.window())
+    pool = ThreadPoolExecutor(setting.workers) if setting.workers > 1 else None
 
-    def handle(_: Any, method: Any, properties: Any, body: bytes) -> None:
-        nonlocal seen, began
-        began = began or time.perf_counter()
-        json.loads(body)
-        seen += 1
-        if seen % every == 0:
-            channel.basic_ack(method.delivery_tag, multiple=every > 1)
-        if seen == count:
-            channel.basic_ack(method.delivery_tag, multiple=True) if seen % every else None
-            channel.stop_consuming()
+    def settle(tag: int) -> None:
+        if every == 1 or tag % every == 0 or tag == job.warm + job.count:
+            channel.basic_ack(tag, multiple=every > 1)
+            if span.settle(every) or tag == job.warm + job.count:
+                channel.stop_consuming()
 
-    channel.basic_consume(queue, handle)
+    def work(tag: int, body: bytes) -> None:
+        handle(body)
+        time.sleep(setting.milliseconds / 1000)
+        connection.add_callback_threadsafe(partial(settle, tag))
+
+    def came(_: Any, method: Any, properties: Any, body: bytes) -> None:
+        span.arrive()
+        if pool is not None:
+            pool.submit(work, method.delivery_tag, body)
+            return
+        handle(body)
+        settle(method.delivery_tag)
+
+    channel.basic_consume(job.queue, came)
+    if setting.replicas > 1:
+        look(connection, span, channel.stop_consuming)
     channel.start_consuming()
     connection.close()
-    return count / (time.perf_counter() - began), 0
+    return span
 
 
-def seed(url: str, queue: str, count: int, store_url: str) -> tuple[float, int]:
+def look(connection: Any, span: Span, stop: Callable[[], None]) -> None:
+    """End one of several replicas when nothing comes any more."""
+    if span.over():
+        stop()
+    else:
+        connection.call_later(0.2, partial(look, connection, span, stop))
+
+
+def seed(job: Job) -> Span:
     """A set in memory, one put a message in etcd, acknowledge each."""
-    host, _, namespace = store_url.removeprefix("etcd://").partition("/")
+    host, _, namespace = job.store.removeprefix("etcd://").partition("/")
     client, known = Client([host]), set[str]()
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    channel = connection.channel()
-    channel.basic_qos(prefetch_count=PREFETCH)
-    began = 0.0
 
-    def handle(_: Any, method: Any, properties: Any, body: bytes) -> None:
-        nonlocal began
-        began = began or time.perf_counter()
+    def handle(body: bytes) -> None:
         identity = json.loads(body)["id"]
         if identity not in known:
             known.add(identity)
             client.put(f"/service/{namespace}/{identity}", b"true")
-        channel.basic_ack(method.delivery_tag)
-        if len(known) == count:
-            channel.stop_consuming()
 
-    channel.basic_consume(queue, handle)
-    channel.start_consuming()
-    took = time.perf_counter() - began
-    connection.close()
-    remembered = client.range(f"/service/{namespace}/", prefix=True, keys_only=True).count
-    client.close()
-    return count / took, remembered
+    try:
+        return plain(job, handle=handle)
+    finally:
+        client.close()
 
 
-def idemp(url: str, queue: str, count: int, store_url: str) -> tuple[float, int]:
+# ------------------------------------------------------------------ idemp
+
+
+class Watched:
+    """A transport, whose deliveries and acknowledgements are noted."""
+
+    def __init__(self, inner: Transport, span: Span) -> None:
+        self._inner, self._span = inner, span
+        self.last: Callable[[], None] = lambda: None
+
+    def poll(self, timeout: float) -> list[Any]:
+        """See `Transport`."""
+        came = self._inner.poll(timeout)
+        self._span.arrive(sum(type(event) is Delivery for event in came))
+        return came
+
+    def ack(self, tags: Iterable[int]) -> None:
+        """See `Transport`."""
+        tags = list(tags)
+        self._inner.ack(tags)
+        if self._span.settle(len(tags)):
+            self.last()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def idemp(job: Job) -> Span:
     """The product, with its defaults but the prefetch."""
-    store = open_store(store_url)
-    consumer = Consumer(open_transport(url), service=queue.removesuffix("-queue"), prefetch=FAR)
-    seen, began = 0, 0.0
+    span, setting = Span(job), job.setting
+    store = open_store(job.store)
+    store.apply([])
+    transport = Watched(open_transport(job.url), span)
+    consumer = Consumer(
+        transport,  # type: ignore[arg-type]
+        service=job.queue.removesuffix("-queue"),
+        prefetch=setting.window(),
+        workers=setting.workers,
+    )
+    transport.last = consumer.stop
+    pause = setting.milliseconds / 1000
 
     @consumer.on("new_order")
     @idempotent(store, name="bench.new_order")
     def handle(message: Message) -> None:
-        nonlocal seen, began
-        began = began or time.perf_counter()
-        seen += 1
-        if seen == count:
-            consumer.stop()
+        if pause:
+            time.sleep(pause)
 
+    if setting.replicas > 1:
+        stop_when_over(span, consumer.stop)
     consumer.run()
-    took = time.perf_counter() - began
-    remembered, after = 0, ""
-    while page := store.scan("bench.new_order/", after=after):
-        remembered += sum(type(state).__name__ == "Done" for _, state in page)
-        after = page[-1][0]
     store.close()
-    return count / took, remembered
+    return span
 
 
-def main(name: str, url: str, queue: str, count: str, store: str) -> None:
+def stop_when_over(span: Span, stop: Callable[[], None]) -> None:
+    """`look`, with a thread."""
+
+    def watch() -> None:
+        while not span.over():
+            time.sleep(0.2)
+        stop()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(text: str) -> None:
     """Run one contender on a queue that is full already."""
-    match name:
-        case "plain":
-            rate, remembered = plain(url, queue, int(count))
-        case "ceiling":
-            rate, remembered = plain(url, queue, int(count), every=100)
-        case "seed":
-            rate, remembered = seed(url, queue, int(count), store)
-        case "sqlite" | "etcd":
-            rate, remembered = idemp(url, queue, int(count), store)
-        case _:
-            sys.exit(f"no contender {name!r}; there are plain, ceiling, seed, sqlite, etcd")
-    print(json.dumps({"rate": rate, "remembered": remembered}))
+    job = msgspec.json.decode(text, type=Job)
+    name = job.setting.contender
+    if name == "plain":
+        span = plain(job)
+    elif name == "ceiling":
+        span = plain(job, every=100)
+    elif name == "seed":
+        span = seed(job)
+    elif name in IDEMP:
+        span = idemp(job)
+    else:
+        sys.exit(f"no contender {name!r}")
+    print(json.dumps({"began": span.began, "ended": span.ended, "settled": span.settled}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -1,0 +1,98 @@
+"""The decorator alone: calls a second of `@idempotent` and of AWS Powertools' `@idempotent_function`.
+
+Each with its strongest honest setting: Powertools with its cache on and Redis without persistence, which
+is faster than a Redis that keeps what it acknowledged; idemp on a store that does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from bench.stack import Stack, stack
+from idemp import idempotent, open_store
+from tests.servers import Redis
+
+THREADS = 32
+
+Call = Callable[[str], Any]
+
+
+def measure(seconds: float, rounds: int) -> dict[str, Any]:
+    """Alternating rounds of each; medians and their ratios."""
+    rates: dict[str, list[float]] = {}
+    with stack() as servers, Redis(options={"appendonly": "no"}) as redis:
+        subjects = {
+            "powertools": powertools(redis.port),
+            "idemp, etcd": ours(servers, "etcd"),
+            "idemp, sqlite": ours(servers, "sqlite"),
+        }
+        for _ in range(rounds):
+            for name, call in subjects.items():
+                call("warm")
+                rates.setdefault(f"duplicate, 1 thread: {name}", []).append(rate(call, 1, seconds, ["warm"]))
+                rates.setdefault(f"fresh, {THREADS} threads: {name}", []).append(rate(call, THREADS, seconds))
+    found = {}
+    for name, each in rates.items():
+        base = rates[name.split(":")[0] + ": powertools"]
+        ratio = statistics.median(a / b for a, b in zip(each, base, strict=True))
+        found[name] = {"median": statistics.median(each), "low": min(each), "high": max(each), "ratio": ratio}
+        click.echo(f"{name:36} {found[name]['median']:9.0f}/s  {ratio:6.2f} x powertools")
+    return {"threads": THREADS, "calls": found}
+
+
+def rate(call: Call, threads: int, seconds: float, keys: list[str] | None = None) -> float:
+    """Calls a second of so many threads; with ``keys`` the same again and again, else a new one each."""
+    counts = [0] * threads
+    gate = threading.Barrier(threads + 1)
+    end = [0.0]
+
+    def work(number: int) -> None:
+        gate.wait()
+        while time.perf_counter() < end[0]:
+            call(keys[0] if keys else uuid.uuid4().hex)
+            counts[number] += 1
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    began = time.perf_counter()
+    end[0] = began + seconds
+    gate.wait()
+    for worker in workers:
+        worker.join()
+    return sum(counts) / (time.perf_counter() - began)
+
+
+def ours(servers: Stack, name: str) -> Call:
+    """A handler of ours."""
+    store = open_store(servers.store(name))
+
+    @idempotent(store, name="bench.place", key="order")
+    def place(order: str) -> dict[str, str]:
+        return {"order": order}
+
+    return place
+
+
+def powertools(port: int) -> Call:
+    """The same handler as theirs."""
+    from aws_lambda_powertools.utilities.idempotency import IdempotencyConfig, idempotent_function
+    from aws_lambda_powertools.utilities.idempotency.persistence.redis import RedisCachePersistenceLayer
+
+    warnings.simplefilter("ignore")  # that no Lambda's time-out is known
+    layer = RedisCachePersistenceLayer(host="127.0.0.1", port=port, ssl=False)
+    config = IdempotencyConfig(use_local_cache=True, local_cache_max_items=1024)
+
+    @idempotent_function(data_keyword_argument="order", config=config, persistence_store=layer)  # type: ignore[untyped-decorator]
+    def place(order: str) -> dict[str, str]:
+        return {"order": order}
+
+    return lambda order: place(order=order)
