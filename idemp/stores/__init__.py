@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from urllib.parse import SplitResult, unquote
 
@@ -64,14 +65,42 @@ def open_store(url: str) -> Store:
     if parts.scheme in ("postgresql", "postgres"):
         from idemp.stores.postgresql import PostgresqlStore, place
 
-        at = place(parts, found, _namespace(found.get("namespace", "default")))
+        at = place(parts, found, _namespace(found))
         return PostgresqlStore(at, retention=retention or RETENTION, session_ttl=session)
+    if parts.scheme in ("redis", "rediss"):
+        from idemp.stores.redis import RedisStore, server
+
+        redis = server(parts, found, _namespace(found))
+        return RedisStore(redis, retention=retention or RETENTION, session_ttl=session)
     from idemp.stores.sqlite import SqliteStore
 
     return SqliteStore(sqlite_path(parts), retention=retention or RETENTION, session_ttl=session)
 
 
-def _namespace(name: str) -> str:
+def init_store(url: str, grant: str = "") -> str:
+    """Make what the store at ``url`` needs before its first use; what was done, in a sentence.
+
+    Only PostgreSQL's tables need it: when the services' own user may not make them, or for a new version
+    of idemp.  ``grant``: the role that the services use, which gets the rights on them.  Raises
+    `ConfigError`, `StoreUnavailable`.
+    """
+    parts = split(url)
+    if parts.scheme not in ("postgresql", "postgres"):
+        if grant:
+            raise ConfigError(f"--grant is for PostgreSQL's tables; {parts.scheme}:// has none")
+        with closing(open_store(url)) as store:
+            store.apply([])
+        return "it is ready"
+    from idemp.stores.postgresql import init, place
+
+    found = options(parts, {**_OPTIONS, **_POSTGRESQL})
+    new = init(place(parts, found, _namespace(found)), grant)
+    made = f"its tables are at version {new[-1]} now" if new else "its tables were there already"
+    return f"{made}; {grant} may use them" if grant else made
+
+
+def _namespace(found: Mapping[str, str]) -> str:
+    name = found.get("namespace", "default")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", name):
         raise ConfigError(f"namespace={name!r}: up to 50 letters, digits, dots, dashes, underscores")
     return name

@@ -55,10 +55,17 @@ def postgresql(request: pytest.FixtureRequest, folder: Path) -> Backend:
     return Backend(url, True, lambda query="": open_store(url + query))
 
 
+def redis(request: pytest.FixtureRequest, folder: Path) -> Backend:
+    """A database of the shared server."""
+    url = request.getfixturevalue("redis").database()
+    return Backend(url, True, lambda query="": open_store(url + query))
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest, Path], Backend]] = {
     "memory": memory,
     "sqlite": sqlite,
     "etcd": etcd,
     "postgresql": postgresql,
+    "redis": redis,
 }
-SHARED = ("sqlite", "etcd", "postgresql")
+SHARED = ("sqlite", "etcd", "postgresql", "redis")

@@ -1,5 +1,6 @@
 """Redis for tests: a server of one's own, on its own port and data, from 127.0.0.1 only."""
 
+import itertools
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ class Redis(Lent):
             "dir": str(self.folder),
             "save": "",
             "daemonize": "no",
+            "databases": "10000",
             **SAFE,
             **(options or {}),
         }
@@ -43,11 +45,16 @@ class Redis(Lent):
         self._pid = self.folder / "pid"
         # A shell that becomes the server: the number stays.
         command = ["/bin/sh", "-c", 'echo $$ > pid; exec "$0" "$@"', program, *flags]
+        self._databases = itertools.count(1)
         self._runs = Processes(self.folder, environment, command)
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    def database(self) -> str:
+        """The URL of a database that nobody uses yet."""
+        return f"redis://127.0.0.1:{self.port}/{next(self._databases)}"
 
     def start(self) -> None:
         """Return when it serves: at first, and again on the same data after stop or kill."""
