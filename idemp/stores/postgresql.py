@@ -20,10 +20,9 @@ import math
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, StoreUnavailable
 from idemp.laws import DONE, Entry, Ledger, undoing, view
@@ -49,6 +48,8 @@ try:
     )
 except ImportError:
     raise MissingExtra("postgresql://", "postgresql") from None
+
+T = TypeVar("T")
 
 __all__ = ["PostgresqlStore", "init", "place", "transact"]
 
@@ -392,8 +393,10 @@ class _Session:
     # ---------------------------------------------------------------- the session
 
     def _be_born(self, connection: Connection) -> None:
-        """A new session; the claims of the one before are in doubt, or will be when its time is over."""
+        """A new session; the claims of the one before are in doubt."""
         words, new, sent = self._words, uuid.uuid4().hex, self._clock.steady()
+        if self._id:
+            _run(connection, words.died, [self._id])
         named = _run(connection, words.retention, [self._named]).fetchone()
         row = _run(connection, words.born, [new, self._ttl]).fetchone()
         assert row is not None
@@ -421,13 +424,12 @@ class _Session:
                 self._last,
                 batch,
             )
-            _run(connection, self._words.died, [self._id])
         self._be_born(connection)
 
     def _confirm(self, connection: Connection) -> bool:
         """Whether my session lives on."""
         mine, sent = self._id, self._clock.steady()
-        if _run(connection, self._words.beat, [self._ttl, mine]).rowcount == 0:
+        if _run(connection, self._words.beat, [self._ttl, mine, self._last]).rowcount == 0:
             return False
         if mine == self._id:
             self._confirmed = max(self._confirmed, sent)
@@ -513,7 +515,7 @@ class _Session:
             if left <= 0 or not (isinstance(state, Busy) and state.token == token):
                 return
             if not told:
-                self._read(self._words.await_key, [key.encode(), token], rows=False)
+                self._asked(lambda line: _run(line, self._words.await_key, [key.encode(), token]))
                 self._listen()
                 told = True
                 continue
@@ -523,8 +525,7 @@ class _Session:
             pause = min(pause * 2, most)
 
     def _peek(self, key: str) -> State:
-        with self._reading, self._at_reader() as connection:
-            found = self._looked(connection, [key])
+        found = self._asked(lambda connection: self._looked(connection, [key]))
         return view(found.entries.get(key), found.alive.__contains__)
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
@@ -536,20 +537,30 @@ class _Session:
         keys = sorted(found.entries)[:limit]
         return [(key, view(found.entries[key], found.alive.__contains__)) for key in keys]
 
-    def _read(self, text: str, values: Any, *, rows: bool = True) -> list[tuple[Any, ...]]:
-        with self._reading, self._at_reader() as connection:
-            answer = _run(connection, text, values)
-            return answer.fetchall() if rows else []
+    def _read(self, text: str, values: Any) -> list[tuple[Any, ...]]:
+        return self._asked(lambda connection: _run(connection, text, values).fetchall())
 
-    @contextmanager
-    def _at_reader(self) -> Iterator[Connection]:
-        if self._ended.is_set():
-            raise Closed("this store was closed")
+    def _asked(self, what: Callable[[Connection], T]) -> T:
+        """The answer to what may be asked twice, beside the writer."""
         try:
-            with self._reader.use(PATIENCE) as connection:
-                yield connection
+            return self._ask(what)
+        except psycopg.Error as error:
+            if isinstance(failed := explain(self._place, error), ConfigError):
+                raise failed from None
+        except StoreUnavailable:
+            pass
+        self.group.apply([])  # returns when the server is there again, or raises
+        try:
+            return self._ask(what)
         except psycopg.Error as error:
             raise explain(self._place, error) from None
+
+    def _ask(self, what: Callable[[Connection], T]) -> T:
+        with self._reading:
+            if self._ended.is_set():
+                raise Closed("this store was closed")
+            with self._reader.use(PATIENCE) as connection:
+                return what(connection)
 
     # ---------------------------------------------------------------- being told
 

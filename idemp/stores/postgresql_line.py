@@ -226,7 +226,9 @@ def migrate(connection: Connection, place: Place, grant: str = "") -> list[int]:
         run("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", schema)
         if run("SELECT to_regclass(%s)", f"{schema}.migration").fetchone() == (None,):
             run(f"CREATE SCHEMA IF NOT EXISTS {schema}")
-            run(f"CREATE TABLE {schema}.migration (version int PRIMARY KEY, at timestamptz NOT NULL)")
+            # It may have come about while we waited, which this process need not have noticed yet.
+            columns = "(version int PRIMARY KEY, at timestamptz NOT NULL)"
+            run(f"CREATE TABLE IF NOT EXISTS {schema}.migration {columns}")
         before = _version(connection, place)
         new = list(range(before + 1, VERSION + 1))
         for version in new:

@@ -131,7 +131,7 @@ _TEMPLATE = Statements(
     confirm="UPDATE {s}.session SET expires = clock_timestamp() + %s * interval '1 second', batch = %s"
     " WHERE id = %s",
     beat="UPDATE {s}.session SET expires = clock_timestamp() + %s * interval '1 second'"
-    " WHERE id = %s AND expires > clock_timestamp()",
+    " WHERE id = %s AND batch >= %s AND expires > clock_timestamp()",
     born="INSERT INTO {s}.session VALUES (%s, clock_timestamp() + %s * interval '1 second', 0)"
     " RETURNING nextval('{s}.token')",
     died="DELETE FROM {s}.session WHERE id = %s",

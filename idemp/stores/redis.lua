@@ -2,7 +2,7 @@
 -- One batch of one session, all of it or, if it must not be, nothing: what speaks against it is asked first.
 -- KEYS[1]: the prefix of the namespace.  ARGV: what is to be done, the session, and for
 --   born    its time to live (ms), the retention named (ms), the highest token seen
---   beat    its time to live
+--   beat    its time to live, the batch that it must know
 --   apply   its time to live, the batch's number, the last one before, then eight fields an operation:
 --           verb, key, token, attempts ("" for none), reason, result, fingerprint, flags ("r", "f": which are there)
 --   void    a batch's number: it must not take effect any more; answers what became of it
@@ -90,10 +90,10 @@ end
 local held = redis.call('GET', mine)
 
 if verb == 'beat' then
-  if held then
-    redis.call('PEXPIRE', mine, ARGV[3])
+  if held and tonumber(string.match(held, '^%d+')) >= tonumber(ARGV[4]) then
+    return redis.call('PEXPIRE', mine, ARGV[3])
   end
-  return held and 1 or 0
+  return 0
 end
 
 if verb == 'await' then
@@ -235,7 +235,7 @@ codes = table.concat(said, ',')
 answers[2], answers[3] = codes, whole(first)
 answers[#answers + 1] = retention
 answers[#answers + 1] = tell and '1' or '0'
-if #order == 0 then
+if not string.find(codes, '[AC]') then
   return answers
 end
 for _, key in ipairs(order) do

@@ -225,7 +225,6 @@ class _Session:
         self._at, self._ttl, self._clock = at, ttl, clock
         self._epoch: str | None = None
         self._id = ""
-        self._over = ""  # the one before, which the server may still believe in
         self._batch = 0
         self._last = 0  # the batch that the session's key names, if the server forgot nothing
         self._token = 0  # the highest that came
@@ -283,9 +282,9 @@ class _Session:
             try:
                 return self._attempt(ops)
             except _Restarted as restarted:
-                log.warning("%s began anew: what this process had claimed is in doubt", self._at.shown)
-                self._epoch = restarted.epoch
-                self._over, self._id = self._id or self._over, ""
+                # Whether it forgot anything of mine, the next call finds out; until then nothing is fresh.
+                log.warning("%s began anew", self._at.shown)
+                self._epoch, self._confirmed = restarted.epoch, -self._ttl
                 continue
             except RedisError as error:
                 failed = explain(self._at, error)
@@ -317,7 +316,7 @@ class _Session:
                     self._last,
                     int(answer[0]),
                 )
-            self._over, self._id = self._id, ""
+            self._be_born()
             return self._attempt(whole)[len(whole) - len(ops) :]
         return self._answered(whole, kind, answer, sent)[len(whole) - len(ops) :]
 
@@ -357,12 +356,11 @@ class _Session:
     # ---------------------------------------------------------------- the session
 
     def _be_born(self) -> None:
-        """A new session; the claims of the one before are in doubt, or will be when its time is over."""
+        """A new session; the claims of the one before are in doubt."""
         new, sent = uuid.uuid4().hex, self._clock.steady()
         ttl, named = int(self._ttl * 1000), int(self._named * 1000)
-        if self._over:
-            self._client.delete(f"{self._at.prefix}s:{self._over}")
-            self._over = ""
+        if self._id:
+            self._client.delete(f"{self._at.prefix}s:{self._id}")
         token, retention = self._call("born", new, ttl, named, self._token)
         self.retention = int(retention) / 1000
         if self.retention > self._named:
@@ -379,7 +377,7 @@ class _Session:
     def _confirm(self) -> bool:
         """Whether my session lives on."""
         mine, sent = self._id, self._clock.steady()
-        if not self._call("beat", mine, int(self._ttl * 1000)):
+        if not self._call("beat", mine, int(self._ttl * 1000), self._last):
             return False
         if mine == self._id:
             self._confirmed = max(self._confirmed, sent)

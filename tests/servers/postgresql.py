@@ -83,7 +83,7 @@ class PostgreSQL(Lent):
         """A fresh cluster with a password for everybody."""
         secret = self.folder / "password"
         secret.write_text(PASSWORD + "\n")
-        _give(self.folder)
+        give(self.folder)
         command = [str(self.programs / "initdb"), "-D", str(self.data), "-U", "postgres", "--no-sync"]
         command += ["-A", "scram-sha-256", f"--pwfile={secret}", "--locale=C.UTF-8", "-E", "UTF8"]
         done = subprocess.run(as_user(command), cwd=self.folder, capture_output=True, text=True, check=False)
@@ -113,6 +113,18 @@ class PostgreSQL(Lent):
         self.stop()
         self.start()
 
+    @classmethod
+    def copy(cls, other: "PostgreSQL") -> "PostgreSQL":
+        """A replica that follows ``other``, which is stopped at this moment and may start again."""
+        (other.data / "pg_hba.conf").write_text("host all,replication all 127.0.0.1/32 scram-sha-256\n")
+        primary = f"host=127.0.0.1 port={other.port} user=postgres password='{PASSWORD}'"
+        replica = cls(options={"primary_conninfo": primary})
+        shutil.copytree(other.data, replica.data)
+        (replica.data / "standby.signal").touch()
+        give(replica.folder)
+        replica.data.chmod(0o700)
+        return replica
+
     def promote(self) -> None:
         """Let a replica become a primary."""
         self._control("promote", "-w")
@@ -135,7 +147,7 @@ def as_user(command: Sequence[str]) -> list[str]:
     return ["setpriv", f"--reuid={USER}", "--regid=nogroup", "--clear-groups", "--", *command]
 
 
-def _give(folder: Path) -> None:
+def give(folder: Path) -> None:
     """To that user."""
     if os.geteuid() == 0:
         folder.chmod(0o755)

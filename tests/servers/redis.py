@@ -36,7 +36,7 @@ class Redis(Lent):
             "dir": str(self.folder),
             "save": "",
             "daemonize": "no",
-            "databases": "10000",
+            "databases": "512",
             **SAFE,
             **(options or {}),
         }
