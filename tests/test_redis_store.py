@@ -81,9 +81,12 @@ def test_a_replica_is_refused(own_redis: Redis) -> None:
     """In one sentence."""
     need("redis")
     follows = {"replicaof": f"127.0.0.1 {own_redis.port}"}
-    with Redis(options=follows) as replica, closing(open_store(replica.url)) as store:
-        with pytest.raises(ConfigError, match="read-only replica"):
-            claim(store, "key")
+    with (
+        Redis(options=follows) as replica,
+        closing(open_store(replica.url)) as store,
+        pytest.raises(ConfigError, match="read-only replica"),
+    ):
+        claim(store, "key")
 
 
 # ------------------------------------------------------------------ faults

@@ -47,7 +47,8 @@ from tests.reliability.checker import Dead, Kept, Limits, check
 from tests.reliability.history import History, digest
 from tests.reliability.judge import Evidence
 from tests.reliability.nursery import Nursery, Spec, Strike
-from tests.servers import Etcd, RabbitMQ
+from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis
+from tests.servers.postgresql import url_of
 
 SESSION = 2.0
 """Seconds: the shortest that etcd has."""
@@ -87,7 +88,7 @@ STEPS = (
     "ack.sent",
 )
 ACTIONS = ("kill", "stop", "raise", "cut")
-STORES = ("sqlite", "etcd")
+STORES = ("sqlite", "etcd", "postgresql", "redis")
 BROKERS = ("rabbitmq", "sqlite")
 
 OF_STORE = ("claim", "takeover", "mark", "release", "park")
@@ -155,6 +156,21 @@ def cells() -> Iterator[Cell]:
         yield Cell(step, "kill", store, broker, "park")
 
 
+FEW = (
+    *((step, "kill") for step in ("claim.sent", "takeover.sent", "effect.mid", "effect.after", "mark.sent")),
+    *((step, "stop") for step in ("claim.after", "effect.mid", "mark.before")),
+    *((step, "cut") for step in ("claim.sent", "mark.sent", "release.sent", "park.sent")),
+)
+"""With PostgreSQL and Redis the suite runs these; the command runs all."""
+
+
+def in_suite(cell: Cell) -> bool:
+    """Whether the cell is a test."""
+    if cell.store in ("sqlite", "etcd"):
+        return True
+    return cell.broker == "rabbitmq" and cell.in_doubt == "retry" and (cell.step, cell.action) in FEW
+
+
 def effects(cell: Cell) -> int:
     """How often the aimed message takes effect."""
     if cell.in_doubt == "park":
@@ -186,7 +202,13 @@ class Servers:
     nursery: Nursery
     amqp: int
     etcd: int
+    postgresql: int
+    redis: int
     folder: Path
+
+    def port(self, store: str) -> int:
+        """Where that store's server is; 0 if it has none."""
+        return int(getattr(self, store, 0))
 
 
 @contextmanager
@@ -195,8 +217,16 @@ def servers() -> Iterator[Servers]:
     with ExitStack() as stack:
         nursery = stack.enter_context(Nursery())
         rabbitmq, etcd = stack.enter_context(RabbitMQ()), stack.enter_context(Etcd())
+        postgresql, redis = stack.enter_context(PostgreSQL()), stack.enter_context(Redis())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="idemp-matrix-")))
-        yield Servers(nursery=nursery, amqp=rabbitmq.port, etcd=etcd.members[0].port, folder=folder)
+        yield Servers(
+            nursery=nursery,
+            amqp=rabbitmq.port,
+            etcd=etcd.members[0].port,
+            postgresql=postgresql.port,
+            redis=redis.port,
+            folder=folder,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +281,7 @@ class Run:
         self.folder = shared.folder / self.service
         self.folder.mkdir()
         self.shared, self.broker, self.kind = shared, broker, store
-        self.store = self.store_at(shared.etcd)
+        self.store = self.store_at(shared.port(store))
         self.transport = self.transport_at(shared.amqp)
         self.in_doubt, self.attempts = in_doubt, attempts
         self.published: Counter[str] = Counter()
@@ -264,10 +294,13 @@ class Run:
 
     def store_at(self, port: int, session: float = SESSION) -> str:
         """Its URL, by way of a proxy at ``port``."""
-        place = f"etcd://127.0.0.1:{port}/{self.service}"
-        if self.kind == "sqlite":
-            place = f"sqlite:///{self.folder}/seen.db"
-        return f"{place}?session={session:g}s"
+        place = {
+            "sqlite": f"sqlite:///{self.folder}/seen.db?",
+            "etcd": f"etcd://127.0.0.1:{port}/{self.service}?",
+            "postgresql": f"{url_of(port)}?namespace={self.service}&",
+            "redis": f"redis://127.0.0.1:{port}/0?namespace={self.service}&",
+        }[self.kind]
+        return f"{place}session={session:g}s"
 
     def transport_at(self, port: int) -> str:
         """Its URL, by way of a proxy at ``port``."""
@@ -438,7 +471,7 @@ class Run:
         """id -> its state in the store."""
         found: dict[str, State] = {}
         after = ""
-        with closing(open_store(self.store_at(self.shared.etcd, session=60))) as store:
+        with closing(open_store(self.store_at(self.shared.port(self.kind), session=60))) as store:
             while page := store.scan(f"{self.service}.new_order/", after=after):
                 found.update((key.partition("/")[2], state) for key, state in page)
                 after = page[-1][0]
@@ -599,9 +632,10 @@ def _process_state(pid: int) -> str:
 def _cut(run: Run, cell: Cell) -> None:
     """The request at this step reaches the server, and its reply is lost with the connection."""
     to_store = cell.word in OF_STORE
-    with Proxy(run.shared.etcd if to_store else run.shared.amqp) as proxy:
-        # etcd's smallest append is bigger than its pings and keepalives.
-        port = proxy.trigger(least=200 if to_store else 1)
+    with Proxy(run.shared.port(cell.store) if to_store else run.shared.amqp) as proxy:
+        # The smallest request of a batch is bigger than the pings, keepalives and heartbeats of its store.
+        least = {"postgresql": 600}.get(cell.store, 200)
+        port = proxy.trigger(least=least if to_store else 1)
         strike = Strike(step=CUT_AT[cell.step], action=f"call:{port}", id=AIMED)
         pid = run.start(
             strike,

@@ -20,6 +20,11 @@ USER = "nobody"
 PASSWORD = "secret word"
 
 
+def url_of(port: int, user: str = "postgres", password: str = PASSWORD, database: str = "idemp") -> str:
+    """Of what is at ``port``: a server of these, or a proxy before it."""
+    return f"postgresql://{user}:{quote(password)}@127.0.0.1:{port}/{database}"
+
+
 class PostgreSQL(Lent):
     """A server: started by `with`, gone with its data at the end of it.
 
@@ -51,10 +56,10 @@ class PostgreSQL(Lent):
     @property
     def url(self) -> str:
         """Of the database ``idemp``, for its owner."""
-        return self.url_of("postgres", PASSWORD, "idemp")
+        return url_of(self.port)
 
     def url_of(self, user: str, password: str, database: str) -> str:
-        return f"postgresql://{user}:{quote(password)}@127.0.0.1:{self.port}/{database}"
+        return url_of(self.port, user, password, database)
 
     def database(self) -> str:
         """The URL of a new database, for its owner."""
