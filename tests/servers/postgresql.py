@@ -71,6 +71,8 @@ class PostgreSQL(Lent):
         """Return when it serves: at first, and again on the same data after stop or kill."""
         if first := not self.data.exists():
             self._make()
+        # Of one that was killed; a process that has its number now would keep this one from starting.
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
         self._runs.start()
         self._wait()
         if first:
@@ -111,8 +113,6 @@ class PostgreSQL(Lent):
     def kill(self) -> None:
         """SIGKILL; what the server had forked ends by itself as soon as it notices."""
         self._runs.kill()
-        pid = self.data / "postmaster.pid"
-        pid.unlink(missing_ok=True)
 
     def restart(self) -> None:
         self.stop()
