@@ -368,6 +368,23 @@ def test_space_is_bounded_by_rate_times_retention(url: str) -> None:
     assert max(sizes[len(sizes) // 2 :]) < 1.3 * max(sizes[: len(sizes) // 2])
 
 
+def test_what_is_claimed_anew_is_not_done_again_by_a_longer_retention(url: str, store: Any) -> None:
+    """The old record is there until its slice is truncated: the claim that came after it counts."""
+    with closing(open_store(f"{url}?retention=1s")) as short:
+        sql(url, "UPDATE idemp_default.meta SET retention = 1")
+        first = claim(short, "key")
+        assert one(short, Complete("key", first.token)) == Applied()
+        until(lambda: one(short, Get("key")) == Free(0))
+        second = claim(short, "key")
+        sql(url, "UPDATE idemp_default.meta SET retention = 3600")
+
+        assert isinstance(one(short, Claim("key")), Busy)
+        assert one(short, Complete("key", second.token, b"2")) == Applied()
+        done = one(short, Get("key"))
+        assert isinstance(done, Done)
+        assert (done.token, done.result) == (second.token, b"2")
+
+
 # ------------------------------------------------------------------ in a caller's transaction
 
 

@@ -471,13 +471,10 @@ class _Session:
     def _turn(self, connection: Connection) -> None:
         """Begin a new slice when it is time, in the place of the oldest, which is over by then."""
         with connection.transaction():
-            row = _run(connection, self._words.turn).fetchone()
+            row = _run(connection, self._words.turn, [_MARGIN]).fetchone()
             if row is None:
-                return  # another process is at it
-            number, began, ended, retention, now = row
-            # The slice that comes next was closed when the one before the present began.
-            if now - began < retention / 2 or now - ended < retention + _MARGIN:
-                return
+                return  # it is not time, or another process is at it
+            number, now = row
             try:
                 connection.execute("SET LOCAL lock_timeout = '1s'")
                 with connection.transaction():

@@ -155,8 +155,10 @@ _TEMPLATE = Statements(
         "DELETE FROM {s}.session WHERE id IN (SELECT id FROM {s}.session"
         " WHERE expires < clock_timestamp() - interval '1 hour' FOR UPDATE SKIP LOCKED)",
     ),
-    turn="SELECT slice, began, ended, retention, extract(epoch FROM clock_timestamp())::float8"
-    " FROM {s}.meta FOR UPDATE SKIP LOCKED",
+    # The slice that comes next was closed when the one before the present began.
+    turn="SELECT slice, t.now FROM {s}.meta, (SELECT extract(epoch FROM clock_timestamp())::float8) AS t(now)"
+    " WHERE t.now - began >= retention / 2 AND t.now - ended >= retention + %s"
+    " FOR UPDATE OF meta SKIP LOCKED",
     turned="UPDATE {s}.meta SET slice = %s, ended = began, began = %s",
     clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
 )
