@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from idemp.errors import ConfigError, StoreUnavailable
-from idemp.ports import Applied, Claim, Claimed, Complete, Done, Doubt, Free, Get, Op, Reply
+from idemp.ports import Applied, Claim, Claimed, Complete, Done, Doubt, Free, Get, Lost, Op, Reply
 from idemp.stores import open_store
+from tests.proxy import Proxy
 from tests.servers import Redis, need
 
 
@@ -157,6 +158,36 @@ def test_a_lost_tail_is_noticed(
         with closing(open_store(own_redis.url)) as other:
             assert isinstance(one(other, Get("old")), Doubt)
         assert one(store, Complete("old", old.token)) == Applied()
+
+
+def test_a_failover_loses_what_its_replica_had_not_heard(
+    own_redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Redis confirms before its replicas know: no setting helps.  It is noticed by who had written it."""
+    follows = {"replicaof": f"127.0.0.1 {own_redis.port}"}
+    with (
+        Redis(options=follows) as replica,
+        Proxy(own_redis.port) as proxy,
+        closing(open_store(f"redis://127.0.0.1:{proxy.port}/0")) as store,
+    ):
+        old = claim(store, "old")
+        until(lambda: replica.call("EXISTS", "idemp:{default}:k:old") == "1")
+        replica.call("REPLICAOF", "NO", "ONE")  # here the stream breaks off
+        lost, done = claim(store, "lost"), claim(store, "done")
+        assert one(store, Complete("done", done.token)) == Applied()
+        own_redis.kill()
+        proxy.move(replica.port)
+        proxy.cut()
+
+        with closing(open_store(replica.url)) as other:
+            doubled = [claim(other, key) for key in ("lost", "done")]
+            store.apply([])
+            assert "has forgotten what it had confirmed" in caplog.text
+            assert not any(store.fresh(mine.token) for mine in (old, lost))
+            assert isinstance(one(other, Get("old")), Doubt)
+
+        assert min(doubled).token > done.token
+        assert isinstance(one(store, Complete("lost", lost.token)), Lost)
 
 
 def test_an_idle_process_notices_a_lost_tail_by_its_heartbeat(own_redis: Redis) -> None:

@@ -329,7 +329,9 @@ class _Session:
             self._be_born(connection)
         if not ops:
             if not self._confirm(connection):
-                self._be_born(connection)
+                head = _run(connection, self._words.head, {"me": self._id}).fetchone()
+                assert head is not None
+                self._bury(connection, Head(*head).batch)
             return []
         if all(isinstance(op, Get) for op in ops):
             return self._look(connection, ops)

@@ -89,11 +89,13 @@ end
 
 local held = redis.call('GET', mine)
 
-if verb == 'beat' then
-  if held and tonumber(string.match(held, '^%d+')) >= tonumber(ARGV[4]) then
-    return redis.call('PEXPIRE', mine, ARGV[3])
+if verb == 'beat' and held then
+  local known = string.match(held, '^%d+')
+  if tonumber(known) < tonumber(ARGV[4]) then
+    return {'forgotten', known}
   end
-  return 0
+  redis.call('PEXPIRE', mine, ARGV[3])
+  return {'ok'}
 end
 
 if verb == 'await' then

@@ -298,8 +298,8 @@ class _Session:
         if not self._id:
             self._be_born()
         if not ops:
-            if not self._confirm():
-                self._be_born()
+            if (over := self._confirm()) is not None:
+                self._begin_anew(*over)
             return []
         whole = self._with_undo(ops)
         self._unsure = _Unsure(self._batch, whole, len(ops))
@@ -308,15 +308,7 @@ class _Session:
         kind, *answer = self._call("apply", self._id, int(self._ttl * 1000), self._batch, self._last, *words)
         self._unsure = None
         if kind in (b"dead", b"forgotten"):
-            if kind == b"forgotten":
-                log.error(
-                    "%s has forgotten what it had confirmed (batch %d; it names %d), as after a failover:"
-                    " the claims of this process are in doubt",
-                    self._at.shown,
-                    self._last,
-                    int(answer[0]),
-                )
-            self._be_born()
+            self._begin_anew(kind, *answer)
             return self._attempt(whole)[len(whole) - len(ops) :]
         return self._answered(whole, kind, answer, sent)[len(whole) - len(ops) :]
 
@@ -374,14 +366,27 @@ class _Session:
         self._last, self._unsure = 0, None
         self._id, self._confirmed = new, sent
 
-    def _confirm(self) -> bool:
-        """Whether my session lives on."""
+    def _begin_anew(self, kind: bytes, *named: bytes) -> None:
+        """My session is dead, or the server names an earlier batch than it had confirmed."""
+        if kind == b"forgotten":
+            log.error(
+                "%s has forgotten what it had confirmed (batch %d; it names %d), as after a failover:"
+                " the claims of this process are in doubt",
+                self._at.shown,
+                self._last,
+                int(named[0]),
+            )
+        self._be_born()
+
+    def _confirm(self) -> list[bytes] | None:
+        """None: my session lives on; else what the server says instead."""
         mine, sent = self._id, self._clock.steady()
-        if not self._call("beat", mine, int(self._ttl * 1000), self._last):
-            return False
+        answer: list[bytes] = self._call("beat", mine, int(self._ttl * 1000), self._last)
+        if answer != [b"ok"]:
+            return answer
         if mine == self._id:
             self._confirmed = max(self._confirmed, sent)
-        return True
+        return None
 
     def fresh(self, token: int = 0) -> bool:
         """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
@@ -403,7 +408,7 @@ class _Session:
 
     def _beaten(self) -> bool:
         try:
-            return self._confirm()
+            return self._confirm() is None
         except _Restarted:
             return False
         except RedisError as error:

@@ -1,6 +1,6 @@
 """The kill matrix: every step of the protocol x what may happen there x store x broker.
 
-    python -m tests.reliability.matrix [--rounds N] [--kills N] [--json FILE] [--actions kill,stop]
+    python -m tests.reliability.matrix [--rounds N] [--kills N] [--json FILE] [--actions A] [--stores S]
     python -m tests.reliability.matrix --explain
 
 A cell is a small run of its own: some thirty messages, each sent twice, one of them three times; that
@@ -763,6 +763,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--kills", type=int, default=0, help="further rounds of the kills alone")
     parser.add_argument("--actions", default=",".join(ACTIONS), help="some of kill,stop,raise,cut")
+    parser.add_argument("--stores", default=",".join(STORES), help="some of them")
     parser.add_argument("--steps", default="", help="the beginning of a step")
     parser.add_argument("--workers", type=int, default=8, help="cells side by side")
     parser.add_argument("--json", type=Path, help="where the figures go")
@@ -771,7 +772,9 @@ def main() -> None:
     if asked.explain:
         print("\n".join(f"{cell:40} {why}" for cell, why in explained()))
         return
-    chosen = [c for c in cells() if c.action in asked.actions.split(",") and c.step.startswith(asked.steps)]
+    stores, actions = asked.stores.split(","), asked.actions.split(",")
+    chosen = [c for c in cells() if c.store in stores and c.action in actions]
+    chosen = [c for c in chosen if c.step.startswith(asked.steps)]
     kills = [cell for cell in chosen if cell.action == "kill"]
     rounds = [chosen] * asked.rounds + [kills] * asked.kills
     wanted = [(cell, seed) for seed, each in enumerate(rounds) for cell in each]
@@ -784,7 +787,7 @@ def main() -> None:
             _tell(verdict, verdicts, len(wanted), time.monotonic() - began)
             if asked.json and not len(verdicts) % 50:
                 asked.json.write_text(json.dumps(report(verdicts, quiet), indent=1))
-        quiet = {store: light(shared, store) for store in STORES}
+        quiet = {store: light(shared, store) for store in stores}
     if sys.stderr.isatty():
         print(file=sys.stderr)
     found = report(verdicts, quiet)
