@@ -210,16 +210,18 @@ def test_a_taker_waits_for_the_batch_of_a_session_that_is_about_to_die(url: str)
     ):
         mine = claim(store, "key")
         session = one(other, Get("key")).session  # type: ignore[union-attr]
-        # The holder's batch: its session's row is held, then its time is over.
-        holder.execute(b"SELECT 1 FROM idemp_default.session WHERE id = %s FOR UPDATE", [session])
-        held = (
-            "UPDATE idemp_default.session SET expires = clock_timestamp() + %s * interval '1 s' WHERE id = %s"
+        life = (
+            "UPDATE idemp_default.session SET expires = clock_timestamp() + interval '{} s' WHERE id = '{}'"
         )
-        holder.execute(held.encode(), [-1, session])
+        sql(url, life.format(1, session))
+        # The holder's batch, which found its session alive; then its time is over.
+        holder.execute(b"SELECT 1 FROM idemp_default.session WHERE id = %s FOR UPDATE", [session])
+        until(lambda: isinstance(one(other, Get("key")), Doubt))
         with ThreadPoolExecutor(1) as pool:
             taking = pool.submit(one, other, Takeover("key", mine.token))
-            until(lambda: sql(url, "SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
-            holder.execute(held.encode(), [60, session])
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            until(lambda: taking.done() or sql(url, waiting) == [(1,)])
+            holder.execute(life.format(60, session).encode())
             holder.commit()
             assert isinstance(taking.result(30), Busy)
 

@@ -12,6 +12,7 @@ import pytest
 from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import Applied, Claim, Claimed, Complete, Done, Doubt, Free, Get, Lost, Op, Reply
 from idemp.stores import open_store
+from idemp.stores.redis import _words
 from tests.proxy import Proxy
 from tests.servers import Redis, need
 
@@ -196,6 +197,19 @@ def test_an_idle_process_notices_a_lost_tail_by_its_heartbeat(own_redis: Redis) 
         mine = claim(store, "key")
         own_redis.call("FLUSHALL")
         until(lambda: not store.fresh(mine.token))
+
+
+def test_a_call_that_was_given_up_takes_no_effect_when_it_comes_late(store: Any) -> None:
+    """It was on its way when its caller was told that it had failed, and the next batch had asked for it."""
+    session = store._session
+    late = ("apply", session._id, 10_000, 7, session._last, *_words(Claim("key")))
+    assert session._call("void", session._id, 7) == [b"void"]
+
+    session._call(*late)
+
+    session._last = 7
+    assert one(store, Get("key")) == Free(0)
+    claim(store, "key")
 
 
 # ------------------------------------------------------------------ memory
