@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.servers import Etcd, Graphite, RabbitMQ, Statsd, need
+from tests.servers import Etcd, Graphite, PostgreSQL, RabbitMQ, Redis, Statsd, need
 
 # It tells of every connection, many lines each: a failed test's report is for what idemp says.
 logging.getLogger("pika").setLevel(logging.WARNING)
@@ -48,6 +48,38 @@ def own_etcd() -> Iterator[Etcd]:
     need("etcd")
     with Etcd() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """The server that the whole run shares.  Tests keep apart by namespaces: see `unique`."""
+    need("postgresql")
+    with PostgreSQL() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgresql() -> Iterator[PostgreSQL]:
+    """A server for this test alone, which may stop, kill and restart it."""
+    need("postgresql")
+    with PostgreSQL() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    """The server that the whole run shares.  Tests keep apart by namespaces: see `unique`."""
+    need("redis")
+    with Redis() as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis() -> Iterator[Redis]:
+    """A server for this test alone, which may stop, kill and restart it."""
+    need("redis")
+    with Redis() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

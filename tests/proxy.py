@@ -139,6 +139,10 @@ class Proxy:
         """Reset every connection, or ``most`` of them, the oldest first; how many there were."""
         return self._do(lambda: self._cut(len(self._links) if most is None else most))
 
+    def move(self, target: int) -> None:
+        """From now on new connections go to another port of this machine."""
+        self._target = target
+
     def hold(self, *, questions: bool = False, answers: bool = False) -> None:
         """Keep what goes to the target, or what comes from it; connections stay, and new ones come about."""
         self._do(lambda: self._hold(questions, answers))

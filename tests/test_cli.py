@@ -568,7 +568,7 @@ EVENT = '{"type":"new_order","id":"1"}'
         (["publish", EVENT, "--transport", "sqlite:///q.db?nope=1"], ["--transport", "no option 'nope'"]),
         (["ls"], ["Missing option '--store'", "IDEMP_STORE", "See 'idemp ls --help'."]),
         (["ls", "--store", "nonsense"], ["--store (IDEMP_STORE)", "is no URL"]),
-        (["ls", "--store", "redis://me:secret@h/"], ["--store", "there is no store for"]),
+        (["ls", "--store", "mongodb://me:secret@h/"], ["--store", "there is no store for"]),
         (["ls", "--store", "sqlite:////no/such.db"], ["--store", "there is no file /no/such.db"]),
         (["ls", "--store", f"sqlite:///{__file__}"], ["--store", "is no SQLite file"]),
         (["ls", "--store", "memory://?retention=soon"], ["--store", "retention='soon' is no duration"]),

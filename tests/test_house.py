@@ -95,6 +95,9 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.transports.sqlite": {"sqlite3"},
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
+        "idemp.stores.postgresql": {"psycopg"},
+        "idemp.stores.postgresql_line": {"psycopg"},
+        "idemp.stores.redis": {"redis"},
         "idemp.metrics": {"statsd", "prometheus_client"},
     }
     assert drivers <= allowed.get(module, set())
@@ -143,13 +146,16 @@ print(threading.active_count())
     [
         ('open_transport("amqp://localhost")', "rabbitmq"),
         ('open_store("etcd://localhost/x")', "etcd"),
+        ('open_store("postgresql://localhost/x")', "postgresql"),
+        ('open_store("redis://localhost/0")', "redis"),
     ],
 )
 def test_a_missing_extra_is_one_sentence(open_it: str, extra: str) -> None:
     """With the line to type."""
     code = f"""
 import sys
-sys.modules["pika"] = sys.modules["grpc"] = None
+for name in ("pika", "grpc", "psycopg", "redis"):
+    sys.modules[name] = None
 import idemp
 try:
     idemp.{open_it}

@@ -15,6 +15,7 @@ import click
 from idemp import __version__
 from idemp.cli.consume import consume
 from idemp.cli.demo import demo
+from idemp.cli.init import init
 from idemp.cli.keys import doubt, get, ls
 from idemp.cli.publish import publish
 from idemp.cli.resolve import resolve
@@ -36,7 +37,7 @@ def cli(verbose: bool) -> None:
         logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-for command in (publish, consume, ls, get, doubt, resolve, demo):
+for command in (publish, consume, ls, get, doubt, resolve, demo, init):
     cli.add_command(command)
 
 

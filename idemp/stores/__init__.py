@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from urllib.parse import SplitResult, unquote
 
@@ -18,23 +19,41 @@ SESSION = 10.0
 
 _OPTIONS = {"retention": "24h", "session": "10s"}
 _ETCD = {"tls": "true", "ca": "ca.pem", "cert": "client.pem", "key": "client.key", "seed_layout": "1"}
+_SERVER = {"namespace": "orders", "unsafe_durability": "true"}
+_TLS = {name: example for name, example in _ETCD.items() if name in ("ca", "cert", "key")}
+_POSTGRESQL = {**_SERVER, "sslmode": "verify-full", **_TLS}
+_REDIS = {**_SERVER, **_TLS}
+_OF = {
+    "etcd": _ETCD,
+    "postgresql": _POSTGRESQL,
+    "postgres": _POSTGRESQL,
+    "redis": _REDIS,
+    "rediss": _REDIS,
+    "sqlite": {},
+    "memory": {},
+}
 
 
 def open_store(url: str) -> Store:
     """The store at ``url``; nothing connects before its first use.
 
-    ``sqlite:///seen.db`` (``sqlite:////absolute/seen.db``), ``memory://`` for one process, or
+    ``sqlite:///seen.db`` (``sqlite:////absolute/seen.db``), ``memory://`` for one process,
     ``etcd://host1:2379,host2:2379/namespace``, there with ``user:password@`` and the options ``tls``,
-    ``ca``, ``cert`` and ``key`` (files); ``seed_layout=1`` writes ``/service/<namespace>/<id>`` too.
+    ``ca``, ``cert`` and ``key`` (files); ``seed_layout=1`` writes ``/service/<namespace>/<id>`` too;
+    ``postgresql://user:password@host/database?namespace=orders``, with ``sslmode``, ``ca``, ``cert`` and
+    ``key``; or ``redis://host/0?namespace=orders`` (``rediss://`` for TLS).  The last two refuse a server
+    that may forget what it confirmed, unless ``unsafe_durability=true`` says that it may.
     ``?retention=24h`` says how long done is remembered; the longest that any opener named is in
     force.  ``?session=10s`` says how long a process may be silent before its claims are in doubt.
     Raises `ConfigError`.
     """
     parts = split(url)
-    if parts.scheme not in {"sqlite", "memory", "etcd"}:
-        offer = "sqlite:///seen.db, etcd://host/namespace or memory://"
+    if parts.scheme not in _OF:
+        offer = (
+            "sqlite:///seen.db, postgresql://host/database, redis://host, etcd://host/namespace or memory://"
+        )
         raise ConfigError(f"there is no store for {hidden(url)!r}; use {offer}")
-    found = options(parts, {**_OPTIONS, **(_ETCD if parts.scheme == "etcd" else {})})
+    found = options(parts, {**_OPTIONS, **_OF[parts.scheme]})
     retention = duration(found["retention"], "retention") if "retention" in found else None
     session = duration(found["session"], "session") if "session" in found else SESSION
     if parts.scheme == "memory":
@@ -43,9 +62,48 @@ def open_store(url: str) -> Store:
         return MemoryStore(retention=retention or RETENTION)
     if parts.scheme == "etcd":
         return _etcd(parts, found, retention or RETENTION, session)
+    if parts.scheme in ("postgresql", "postgres"):
+        from idemp.stores.postgresql import PostgresqlStore, place
+
+        at = place(parts, found, _namespace(found))
+        return PostgresqlStore(at, retention=retention or RETENTION, session_ttl=session)
+    if parts.scheme in ("redis", "rediss"):
+        from idemp.stores.redis import RedisStore, server
+
+        redis = server(parts, found, _namespace(found))
+        return RedisStore(redis, retention=retention or RETENTION, session_ttl=session)
     from idemp.stores.sqlite import SqliteStore
 
     return SqliteStore(sqlite_path(parts), retention=retention or RETENTION, session_ttl=session)
+
+
+def init_store(url: str, grant: str = "") -> str:
+    """Make what the store at ``url`` needs before its first use; what was done, in a sentence.
+
+    Only PostgreSQL's tables need it: when the services' own user may not make them, or for a new version
+    of idemp.  ``grant``: the role that the services use, which gets the rights on them.  Raises
+    `ConfigError`, `StoreUnavailable`.
+    """
+    parts = split(url)
+    if parts.scheme not in ("postgresql", "postgres"):
+        if grant:
+            raise ConfigError(f"--grant is for PostgreSQL's tables; {parts.scheme}:// has none")
+        with closing(open_store(url)) as store:
+            store.apply([])
+        return "it is ready"
+    from idemp.stores.postgresql import init, place
+
+    found = options(parts, {**_OPTIONS, **_POSTGRESQL})
+    new = init(place(parts, found, _namespace(found)), grant)
+    made = f"its tables are at version {new[-1]} now" if new else "its tables were there already"
+    return f"{made}; {grant} may use them" if grant else made
+
+
+def _namespace(found: Mapping[str, str]) -> str:
+    name = found.get("namespace", "default")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", name):
+        raise ConfigError(f"namespace={name!r}: up to 50 letters, digits, dots, dashes, underscores")
+    return name
 
 
 def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, session: float) -> Store:

@@ -49,9 +49,23 @@ def etcd(request: pytest.FixtureRequest, folder: Path) -> Backend:
     return Backend(url, True, lambda query="": open_store(url + query), forks_after_use=False)
 
 
+def postgresql(request: pytest.FixtureRequest, folder: Path) -> Backend:
+    """A database of the shared server."""
+    url = request.getfixturevalue("postgresql").database()
+    return Backend(url, True, lambda query="": open_store(url + query))
+
+
+def redis(request: pytest.FixtureRequest, folder: Path) -> Backend:
+    """A database of the shared server."""
+    url = request.getfixturevalue("redis").database()
+    return Backend(url, True, lambda query="": open_store(url + query))
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest, Path], Backend]] = {
     "memory": memory,
     "sqlite": sqlite,
     "etcd": etcd,
+    "postgresql": postgresql,
+    "redis": redis,
 }
-SHARED = ("sqlite", "etcd")
+SHARED = ("sqlite", "etcd", "postgresql", "redis")

@@ -26,7 +26,7 @@ def isolated(command: Sequence[str]) -> list[str]:
     kills the others, unmounts what only they saw, and lets go of the loop devices below.
     """
     tied = ["setpriv", "--pdeathsig", "KILL"]
-    room = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    room = ["unshare", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
     return [*tied, *room, *command]
 
 

@@ -33,7 +33,7 @@ from idemp.ports import (
     Transport,
 )
 from tests.power.disk import Disk
-from tests.servers import Etcd, RabbitMQ
+from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis
 
 Note = Callable[[Sequence[str]], None]
 
@@ -165,6 +165,50 @@ class EtcdSubject(StoreSubject):
         if self._lying_disk:
             _let_fsync_lie("etcd")
         super().write(note)
+
+
+class PostgresqlSubject(StoreSubject):
+    """One server.  ``synchronous_commit``: its setting."""
+
+    def __init__(self, folder: Path, synchronous_commit: str = "on") -> None:
+        with _writing_to(folder):
+            self._server = PostgreSQL(options={"synchronous_commit": synchronous_commit})
+        unsafe = "?unsafe_durability=true" if synchronous_commit == "off" else ""
+        super().__init__(f"{self._server.url}{unsafe}")
+
+    def start(self) -> None:
+        """Return when it serves."""
+        self._server.start()
+
+    def settle(self, disk: Disk) -> None:
+        """A new cluster is made without a flush."""
+        disk.flush()
+
+    def kill(self) -> None:
+        """At once."""
+        self._server.kill()
+
+
+class RedisSubject(StoreSubject):
+    """One server.  ``appendfsync``: its setting."""
+
+    def __init__(self, folder: Path, appendfsync: str = "always") -> None:
+        with _writing_to(folder):
+            self._server = Redis(options={"appendfsync": appendfsync})
+        unsafe = "?unsafe_durability=true" if appendfsync != "always" else ""
+        super().__init__(f"{self._server.url}{unsafe}")
+
+    def start(self) -> None:
+        """Return when it serves."""
+        self._server.start()
+
+    def settle(self, disk: Disk) -> None:
+        """The file that names its log is older than any promise."""
+        disk.flush()
+
+    def kill(self) -> None:
+        """At once."""
+        self._server.kill()
 
 
 # ------------------------------------------------------------------ brokers
@@ -393,6 +437,8 @@ SETTINGS: dict[str, Setting] = {
     "sqlite store": Setting(SqliteStoreSubject),
     "sqlite transport": Setting(SqliteTransportSubject),
     "etcd store": Setting(EtcdSubject, needs=("etcd",)),
+    "postgresql store": Setting(PostgresqlSubject, needs=("postgresql",)),
+    "redis store": Setting(RedisSubject, needs=("redis",)),
     "rabbitmq classic queue": _rabbitmq("classic"),
     "rabbitmq quorum queue": _rabbitmq("quorum"),
     "sqlite store, NORMAL": Setting(partial(SqliteStoreSubject, cheat="NORMAL"), Expect.LOSES),
@@ -401,6 +447,11 @@ SETTINGS: dict[str, Setting] = {
     "etcd store, fsync lies": Setting(
         partial(EtcdSubject, lying_disk=True), Expect.LOSES, ("etcd", "strace")
     ),
+    "postgresql store, synchronous_commit off": Setting(
+        partial(PostgresqlSubject, synchronous_commit="off"), Expect.LOSES, ("postgresql",)
+    ),
+    "redis store, everysec": Setting(partial(RedisSubject, appendfsync="everysec"), Expect.LOSES, ("redis",)),
+    "redis store, no": Setting(partial(RedisSubject, appendfsync="no"), Expect.LOSES, ("redis",)),
     "rabbitmq classic queue, fsync lies": _rabbitmq("classic", Expect.LOSES, lying_disk=True),
     "rabbitmq quorum queue, fsync lies": _rabbitmq("quorum", Expect.LOSES, lying_disk=True),
     "rabbitmq classic queue, young": _rabbitmq("classic", Expect.UNKNOWN, young=True),

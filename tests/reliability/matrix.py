@@ -1,6 +1,6 @@
 """The kill matrix: every step of the protocol x what may happen there x store x broker.
 
-    python -m tests.reliability.matrix [--rounds N] [--kills N] [--json FILE] [--actions kill,stop]
+    python -m tests.reliability.matrix [--rounds N] [--kills N] [--json FILE] [--actions A] [--stores S]
     python -m tests.reliability.matrix --explain
 
 A cell is a small run of its own: some thirty messages, each sent twice, one of them three times; that
@@ -47,7 +47,8 @@ from tests.reliability.checker import Dead, Kept, Limits, check
 from tests.reliability.history import History, digest
 from tests.reliability.judge import Evidence
 from tests.reliability.nursery import Nursery, Spec, Strike
-from tests.servers import Etcd, RabbitMQ
+from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis
+from tests.servers.postgresql import url_of
 
 SESSION = 2.0
 """Seconds: the shortest that etcd has."""
@@ -87,7 +88,7 @@ STEPS = (
     "ack.sent",
 )
 ACTIONS = ("kill", "stop", "raise", "cut")
-STORES = ("sqlite", "etcd")
+STORES = ("sqlite", "etcd", "postgresql", "redis")
 BROKERS = ("rabbitmq", "sqlite")
 
 OF_STORE = ("claim", "takeover", "mark", "release", "park")
@@ -155,6 +156,21 @@ def cells() -> Iterator[Cell]:
         yield Cell(step, "kill", store, broker, "park")
 
 
+FEW = (
+    *((step, "kill") for step in ("claim.sent", "takeover.sent", "effect.mid", "effect.after", "mark.sent")),
+    *((step, "stop") for step in ("claim.after", "effect.mid", "mark.before")),
+    *((step, "cut") for step in ("claim.sent", "mark.sent", "release.sent", "park.sent")),
+)
+"""With PostgreSQL and Redis the suite runs these; the command runs all."""
+
+
+def in_suite(cell: Cell) -> bool:
+    """Whether the cell is a test."""
+    if cell.store in ("sqlite", "etcd"):
+        return True
+    return cell.broker == "rabbitmq" and cell.in_doubt == "retry" and (cell.step, cell.action) in FEW
+
+
 def effects(cell: Cell) -> int:
     """How often the aimed message takes effect."""
     if cell.in_doubt == "park":
@@ -186,7 +202,13 @@ class Servers:
     nursery: Nursery
     amqp: int
     etcd: int
+    postgresql: int
+    redis: int
     folder: Path
+
+    def port(self, store: str) -> int:
+        """Where that store's server is; 0 if it has none."""
+        return int(getattr(self, store, 0))
 
 
 @contextmanager
@@ -195,8 +217,16 @@ def servers() -> Iterator[Servers]:
     with ExitStack() as stack:
         nursery = stack.enter_context(Nursery())
         rabbitmq, etcd = stack.enter_context(RabbitMQ()), stack.enter_context(Etcd())
+        postgresql, redis = stack.enter_context(PostgreSQL()), stack.enter_context(Redis())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="idemp-matrix-")))
-        yield Servers(nursery=nursery, amqp=rabbitmq.port, etcd=etcd.members[0].port, folder=folder)
+        yield Servers(
+            nursery=nursery,
+            amqp=rabbitmq.port,
+            etcd=etcd.members[0].port,
+            postgresql=postgresql.port,
+            redis=redis.port,
+            folder=folder,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +281,7 @@ class Run:
         self.folder = shared.folder / self.service
         self.folder.mkdir()
         self.shared, self.broker, self.kind = shared, broker, store
-        self.store = self.store_at(shared.etcd)
+        self.store = self.store_at(shared.port(store))
         self.transport = self.transport_at(shared.amqp)
         self.in_doubt, self.attempts = in_doubt, attempts
         self.published: Counter[str] = Counter()
@@ -264,10 +294,13 @@ class Run:
 
     def store_at(self, port: int, session: float = SESSION) -> str:
         """Its URL, by way of a proxy at ``port``."""
-        place = f"etcd://127.0.0.1:{port}/{self.service}"
-        if self.kind == "sqlite":
-            place = f"sqlite:///{self.folder}/seen.db"
-        return f"{place}?session={session:g}s"
+        place = {
+            "sqlite": f"sqlite:///{self.folder}/seen.db?",
+            "etcd": f"etcd://127.0.0.1:{port}/{self.service}?",
+            "postgresql": f"{url_of(port)}?namespace={self.service}&",
+            "redis": f"redis://127.0.0.1:{port}/0?namespace={self.service}&",
+        }[self.kind]
+        return f"{place}session={session:g}s"
 
     def transport_at(self, port: int) -> str:
         """Its URL, by way of a proxy at ``port``."""
@@ -438,7 +471,7 @@ class Run:
         """id -> its state in the store."""
         found: dict[str, State] = {}
         after = ""
-        with closing(open_store(self.store_at(self.shared.etcd, session=60))) as store:
+        with closing(open_store(self.store_at(self.shared.port(self.kind), session=60))) as store:
             while page := store.scan(f"{self.service}.new_order/", after=after):
                 found.update((key.partition("/")[2], state) for key, state in page)
                 after = page[-1][0]
@@ -599,9 +632,10 @@ def _process_state(pid: int) -> str:
 def _cut(run: Run, cell: Cell) -> None:
     """The request at this step reaches the server, and its reply is lost with the connection."""
     to_store = cell.word in OF_STORE
-    with Proxy(run.shared.etcd if to_store else run.shared.amqp) as proxy:
-        # etcd's smallest append is bigger than its pings and keepalives.
-        port = proxy.trigger(least=200 if to_store else 1)
+    with Proxy(run.shared.port(cell.store) if to_store else run.shared.amqp) as proxy:
+        # The smallest request of a batch is bigger than the pings, keepalives and heartbeats of its store.
+        least = {"postgresql": 600}.get(cell.store, 200)
+        port = proxy.trigger(least=least if to_store else 1)
         strike = Strike(step=CUT_AT[cell.step], action=f"call:{port}", id=AIMED)
         pid = run.start(
             strike,
@@ -729,6 +763,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--kills", type=int, default=0, help="further rounds of the kills alone")
     parser.add_argument("--actions", default=",".join(ACTIONS), help="some of kill,stop,raise,cut")
+    parser.add_argument("--stores", default=",".join(STORES), help="some of them")
     parser.add_argument("--steps", default="", help="the beginning of a step")
     parser.add_argument("--workers", type=int, default=8, help="cells side by side")
     parser.add_argument("--json", type=Path, help="where the figures go")
@@ -737,7 +772,9 @@ def main() -> None:
     if asked.explain:
         print("\n".join(f"{cell:40} {why}" for cell, why in explained()))
         return
-    chosen = [c for c in cells() if c.action in asked.actions.split(",") and c.step.startswith(asked.steps)]
+    stores, actions = asked.stores.split(","), asked.actions.split(",")
+    chosen = [c for c in cells() if c.store in stores and c.action in actions]
+    chosen = [c for c in chosen if c.step.startswith(asked.steps)]
     kills = [cell for cell in chosen if cell.action == "kill"]
     rounds = [chosen] * asked.rounds + [kills] * asked.kills
     wanted = [(cell, seed) for seed, each in enumerate(rounds) for cell in each]
@@ -750,7 +787,7 @@ def main() -> None:
             _tell(verdict, verdicts, len(wanted), time.monotonic() - began)
             if asked.json and not len(verdicts) % 50:
                 asked.json.write_text(json.dumps(report(verdicts, quiet), indent=1))
-        quiet = {store: light(shared, store) for store in STORES}
+        quiet = {store: light(shared, store) for store in stores}
     if sys.stderr.isatty():
         print(file=sys.stderr)
     found = report(verdicts, quiet)

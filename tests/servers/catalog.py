@@ -11,6 +11,8 @@ NPM = Path(__file__).with_name("npm")
 """What comes from npm, with its pins."""
 FROM_NPM = Path(__file__).parents[2] / ".venv" / "npm"
 
+_POSTGRESQL = list(Path("/usr/lib/postgresql").glob("*/bin"))
+
 
 @dataclass(frozen=True)
 class Server:
@@ -53,6 +55,12 @@ SERVERS = {
         image="quay.io/coreos/etcd:v3.4.37",
         places=("/usr/local/bin", "/opt/homebrew/bin"),
     ),
+    # Debian keeps PostgreSQL's programs out of PATH, a folder for each version.
+    "postgresql": Server(
+        program="postgres", package="postgresql", places=tuple(map(str, sorted(_POSTGRESQL, reverse=True)))
+    ),
+    "redis": Server(program="redis-server", package="redis-server"),
+    "pgbouncer": Server(program="pgbouncer", package="pgbouncer"),
     "carbon": Server(program="carbon-cache", package="graphite-carbon", service="carbon-cache"),
     "graphite-web": Server(program="graphite-manage", package="graphite-web"),
     "statsd": Server(

@@ -1,0 +1,596 @@
+"""The PostgreSQL store: many hosts on one database.
+
+A batch is one short transaction of two round trips: take the rows of its keys in a fixed order and load
+them; let `idemp.laws` decide; write what changed and commit.  `transact` does that in any transaction,
+so that a caller's own statements can commit with it.
+
+Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to ``done_2``: a
+new slice begins when the last is half a retention old, in the place of the oldest, which is over by then
+and is truncated as a whole.  So nothing is deleted row by row, and the tables hold at most one and a
+half retentions.
+
+The session's row has an expiry by the server's clock, and the number of its last batch: after a lost
+connection that tells whether the commit took effect.  Who declares a session dead holds its row.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, StoreUnavailable
+from idemp.laws import DONE, Entry, Ledger, undoing, view
+from idemp.ports import Busy, Clock, Forget, Get, Op, Reply, State, Takeover
+from idemp.stores.door import SessionStore
+from idemp.stores.group import GroupCommit
+from idemp.stores.postgresql_sql import CHANNEL, Statements, settings, statements
+
+try:
+    import psycopg
+    from psycopg import errors, sql
+
+    from idemp.stores.postgresql_line import (
+        Connection,
+        Line,
+        Place,
+        connect,
+        explain,
+        migrate,
+        one_line,
+        place,
+        watch,
+    )
+except ImportError:
+    raise MissingExtra("postgresql://", "postgresql") from None
+
+T = TypeVar("T")
+
+__all__ = ["PostgresqlStore", "init", "place", "transact"]
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds that a batch tries to get through before `StoreUnavailable`."""
+BATCH_TOKENS = 1 << 20
+"""Tokens that one batch may give out: the sequence counts batches."""
+MAX_KEY = 2600
+"""Bytes; a third of a page of an index is the most that PostgreSQL takes."""
+_HOLD = 5.0  # how long a batch waits for another's keys, and may hold its own if this host stands still
+_SWEEP = 3600.0
+_MARGIN = 2.0
+_POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications come
+
+
+class PostgresqlStore(SessionStore):
+    """The store in the namespace ``place``.
+
+    retention: seconds that done is remembered (the longest that any opener named is in force).
+    session_ttl: seconds without a heartbeat after which this process's claims are in doubt.
+    """
+
+    def __init__(
+        self, place: Place, *, retention: float, session_ttl: float, clock: Clock | None = None
+    ) -> None:
+        super().__init__(partial(_Session, place, retention, session_ttl, clock or Clock()), retention)
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """See `idemp.ports.Store`.  Raises `BadMessage` for a key that no index takes."""
+        for op in ops:
+            _check_key(op.key)
+        return super().apply(ops)
+
+
+def init(place: Place, grant: str = "") -> list[int]:
+    """Make or renew the tables; the versions that were new.  ``grant``: the role that may use them."""
+    try:
+        with connect(place) as connection:
+            return migrate(connection, place, grant)
+    except psycopg.Error as error:
+        raise ConfigError(
+            f"{place.shown}: {one_line(error)}; use a user who may create a schema and grant rights on it"
+        ) from None
+
+
+def _check_key(key: str) -> None:
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise BadMessage(f"the key {key!r} is not valid Unicode") from None
+    if size > MAX_KEY:
+        raise BadMessage(f"the key {key[:40]!r}... has {size} bytes; PostgreSQL's index takes {MAX_KEY}")
+
+
+# ------------------------------------------------------------------ one batch, in anybody's transaction
+
+Rows = psycopg.Cursor[tuple[Any, ...]]
+
+
+class Head(NamedTuple):
+    """What a batch knows before it decides.  ``batch``: my session's last; None: there is no such session."""
+
+    number: int
+    retention: float
+    slice: int
+    now: float
+    batch: int | None
+    alive: bool | None
+
+
+class Loaded(NamedTuple):
+    """The keys of a batch, held until the transaction ends."""
+
+    head: Head
+    entries: dict[str, Entry]
+    empty: set[str]
+    """Keys whose row in ``open`` is there only to be held."""
+    awaited: set[str]
+    alive: set[str]
+
+
+class Asked(NamedTuple):
+    """Answers that come when the pipeline ends."""
+
+    seen: Rows
+    head: Rows
+    rows: Rows
+
+    def loaded(self) -> Loaded:
+        """What they say."""
+        row = self.head.fetchone()
+        assert row is not None
+        loaded = Loaded(Head(*row), {}, set(), set(), set())
+        _fold(loaded, self.rows.fetchall())
+        # What was seen done without being held stands as it was seen: another may have forgotten it since.
+        for key, *columns in self.seen.fetchall():
+            loaded.entries[bytes(key).decode()] = _entry(columns[:-2])
+        return loaded
+
+
+def transact(connection: Connection, words: Statements, session: str, ops: Sequence[Op]) -> list[Reply]:
+    """Apply ``ops`` in the transaction that is open on ``connection``, which the caller commits.
+
+    session: its claims are this live session's.  Raises psycopg's errors; then nothing was done.
+    """
+    with connection.pipeline():
+        asked = ask(connection, words, session, ops)
+    loaded = asked.loaded()
+    ledger = decide(loaded, session)
+    replies = [ledger.apply(op) for op in ops]
+    with connection.pipeline():
+        save(connection, words, loaded, ledger)
+    return replies
+
+
+def ask(connection: Connection, words: Statements, session: str, ops: Sequence[Op]) -> Asked:
+    """In a pipeline: hold the keys of ``ops`` and load them."""
+    keys = sorted({op.key.encode() for op in ops})
+    held = sorted({op.key.encode() for op in ops if not isinstance(op, Get)})
+    firm = {op.key.encode() for op in ops if isinstance(op, Forget)}
+    taken = [op.key.encode() for op in ops if isinstance(op, Takeover)]
+    seen = _run(connection, words.lock, {"keys": held, "firm": [key in firm for key in held]})
+    _run(connection, words.holders, {"me": session, "taken": taken})
+    head = _run(connection, words.head, {"me": session})
+    return Asked(seen, head, _run(connection, words.load, {"keys": keys}))
+
+
+def decide(loaded: Loaded, session: str) -> Ledger:
+    """The laws over what was loaded."""
+    head = loaded.head
+    alive = {*loaded.alive, session}
+    return Ledger(loaded.entries, alive.__contains__, session, head.number * BATCH_TOKENS, head.now)
+
+
+def save(connection: Connection, words: Statements, loaded: Loaded, ledger: Ledger) -> None:
+    """In a pipeline: write what changed."""
+    opened: list[tuple[str, Entry]] = []
+    done: list[tuple[str, Entry]] = []
+    gone: list[bytes] = []
+    for key in ledger.changed | (loaded.empty - loaded.entries.keys()):
+        entry = ledger.entries.get(key)
+        if entry is not None and entry.state != DONE:
+            opened.append((key, entry))
+            continue
+        gone.append(key.encode())
+        if entry is not None:
+            done.append((key, entry))
+    if opened:
+        _run(connection, words.save_open, _open_columns(opened))
+    if gone:
+        _run(connection, words.drop_open, [gone])
+    if done:
+        _run(connection, words.save_done[loaded.head.slice % 3], _done_columns(done))
+    forgotten = [key.encode() for key in ledger.changed if key not in ledger.entries]
+    for statement in words.drop_done if forgotten else ():
+        _run(connection, statement, [forgotten])
+
+
+def _run(connection: Connection, text: str, values: Any = None) -> Rows:
+    return connection.execute(text.encode(), values, binary=True)
+
+
+def _fold(loaded: Loaded, rows: Sequence[tuple[Any, ...]]) -> None:
+    """The newest row of each key."""
+    for key, *columns in rows:
+        name = bytes(key).decode()
+        *plain, awaited, alive = columns
+        if not plain[0]:
+            loaded.empty.add(name)
+            continue
+        entry = _entry(plain)
+        if awaited:
+            loaded.awaited.add(name)
+        if alive:
+            loaded.alive.add(entry.session)
+        if name not in loaded.entries or loaded.entries[name].token <= entry.token:
+            loaded.entries[name] = entry
+
+
+def _entry(columns: Sequence[Any]) -> Entry:
+    state, token, attempt, session, at, reason, result, fingerprint = columns
+    said = "" if reason is None else bytes(reason).decode()
+    return Entry(state, token, attempt, session, at, said, result, fingerprint)
+
+
+def _open_columns(rows: Sequence[tuple[str, Entry]]) -> list[list[Any]]:
+    columns = _columns(rows, "state", "token", "attempt", "session", "at")
+    # A reason is what an error said: it may hold what no text of PostgreSQL may.
+    return [*columns, [entry.reason.encode(errors="backslashreplace") for _, entry in rows]]
+
+
+def _done_columns(rows: Sequence[tuple[str, Entry]]) -> list[list[Any]]:
+    return _columns(rows, "token", "attempt", "at", "result", "fingerprint")
+
+
+def _columns(rows: Sequence[tuple[str, Entry]], *names: str) -> list[list[Any]]:
+    values = ([getattr(entry, name) for _, entry in rows] for name in names)
+    return [[key.encode() for key, _ in rows], *values]
+
+
+# ------------------------------------------------------------------ the session
+
+
+class _Unsure(NamedTuple):
+    """A commit whose fate is not known yet: the session's row names the last that took effect."""
+
+    batch: int
+    ops: Sequence[Op]
+    replies: list[Reply]
+
+
+class _Session:
+    """One process's presence: connections, heartbeat, group commit."""
+
+    def __init__(self, place: Place, retention: float, ttl: float, clock: Clock) -> None:
+        self.pid = os.getpid()
+        self.retention = retention
+        self.group = GroupCommit(self._commit)
+        self._named = retention
+        self._place, self._ttl, self._clock = place, ttl, clock
+        self._words = statements(place.schema)
+        self._settings = settings(_HOLD).encode()
+        self._channel = CHANNEL.format(namespace=place.namespace)
+        self._id = ""
+        self._batch = 0
+        self._last = 0  # the batch that the session's row names, if the server forgot nothing
+        self._number = 0  # the highest of the server's numbers that came
+        self._confirmed = -ttl
+        self._born = 0  # the last token before the session
+        self._swept = clock.steady()
+        self._unsure: _Unsure | None = None
+        self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
+        self._reading = threading.Lock()
+        self._changed = threading.Condition()
+        self._listens: bool | None = None  # None: nobody has waited yet
+        self._ended = threading.Event()
+        lines = [self._writer, self._beater, self._reader]
+        self._threads = [self._start("watch", partial(watch, lines, self._ended))]
+        self._threads.append(self._start("heartbeat", self._beat))
+
+    def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work, name=f"idemp-postgresql-{name}", daemon=True)
+        thread.start()
+        return thread
+
+    # ---------------------------------------------------------------- one batch
+
+    def _commit(self, ops: Sequence[Op]) -> list[Reply]:
+        """One transaction, repeated until its fate is known or `PATIENCE` is over."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        deadline = self._clock.steady() + PATIENCE
+        self._batch += 1
+        while True:
+            failed: Exception
+            try:
+                with self._writer.use(deadline - self._clock.steady()) as connection:
+                    return self._attempt(connection, ops)
+            except psycopg.Error as error:
+                failed = explain(self._place, error)
+            except StoreUnavailable as error:
+                failed = error
+            if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
+                raise failed
+            log.debug("%s", failed)
+            self._clock.sleep(0.05)
+
+    def _attempt(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
+        """Apply ``ops``, once it is known what became of the commit before.
+
+        If that was a commit of this very batch and it took effect, its replies stand.  If it was of
+        an earlier batch, whose caller was told `StoreUnavailable`, its claims are given back.
+        """
+        if not self._id:
+            self._be_born(connection)
+        if not ops:
+            if not self._confirm(connection):
+                head = _run(connection, self._words.head, {"me": self._id}).fetchone()
+                assert head is not None
+                self._bury(connection, Head(*head).batch)
+            return []
+        if all(isinstance(op, Get) for op in ops):
+            return self._look(connection, ops)
+        unsure, sent = self._unsure, self._clock.steady()
+        undo = [] if unsure is None else undoing(unsure.ops, unsure.replies)
+        with connection.pipeline():
+            connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+            connection.execute(self._settings)
+            asked = ask(connection, self._words, self._id, [*undo, *ops])
+        loaded = asked.loaded()
+        head = loaded.head
+        self.retention, self._number = head.retention, head.number
+        if unsure is None or head.batch != unsure.batch:
+            undo = []
+        elif unsure.batch == self._batch:
+            connection.execute("ROLLBACK")
+            self._settle(unsure.batch, self._confirmed)
+            return unsure.replies[len(unsure.replies) - len(ops) :]
+        else:
+            self._settle(unsure.batch, self._confirmed)
+        if not head.alive or head.batch != self._last:
+            connection.execute("ROLLBACK")
+            self._bury(connection, head.batch)
+            return self._attempt(connection, [*undo, *ops])[len(undo) :]
+        ledger = decide(loaded, self._id)
+        replies = [ledger.apply(op) for op in [*undo, *ops]]
+        if ledger.changed:
+            self._unsure = _Unsure(self._batch, [*undo, *ops], replies)
+            self._write(connection, loaded, ledger)
+            self._settle(self._batch, sent)
+            if loaded.awaited & ledger.changed:
+                self._wake()
+        else:
+            connection.execute("ROLLBACK")
+        return replies[len(undo) :]
+
+    def _write(self, connection: Connection, loaded: Loaded, ledger: Ledger) -> None:
+        with connection.pipeline():
+            save(connection, self._words, loaded, ledger)
+            _run(connection, self._words.confirm, [self._ttl, self._batch, self._id])
+            if loaded.awaited & ledger.changed:
+                # Only then: notifications make all commits of a server wait for each other.
+                _run(connection, "SELECT pg_notify(%s, '')", [self._channel])
+            connection.execute("COMMIT")
+
+    def _settle(self, batch: int, confirmed: float) -> None:
+        """This commit took effect."""
+        self._last, self._unsure, self._confirmed = batch, None, max(confirmed, self._confirmed)
+
+    def _look(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
+        """Nothing is held where nothing is changed."""
+        found = self._looked(connection, [op.key for op in ops])
+        return [view(found.entries.get(op.key), found.alive.__contains__) for op in ops]
+
+    def _looked(self, connection: Connection, keys: Sequence[str]) -> Loaded:
+        found = Loaded(Head(0, 0.0, 0, 0.0, None, None), {}, set(), set(), set())
+        rows = _run(connection, self._words.load, {"keys": sorted({key.encode() for key in keys})})
+        _fold(found, rows.fetchall())
+        return found
+
+    # ---------------------------------------------------------------- the session
+
+    def _be_born(self, connection: Connection) -> None:
+        """A new session; the claims of the one before are in doubt."""
+        words, new, sent = self._words, uuid.uuid4().hex, self._clock.steady()
+        if self._id:
+            _run(connection, words.died, [self._id])
+        named = _run(connection, words.retention, [self._named]).fetchone()
+        row = _run(connection, words.born, [new, self._ttl]).fetchone()
+        assert row is not None
+        assert named is not None
+        if row[0] <= self._number:
+            # The server forgot numbers that it gave out: tokens must not come again.
+            row = _run(connection, words.ahead, [self._number + 1]).fetchone()
+            assert row is not None
+        if self.retention < named[0]:
+            log.warning(
+                "%s remembers for %g s, longer than the %g s named", self._place.shown, named[0], self._named
+            )
+        self.retention = named[0]
+        self._number, self._born = row[0], (row[0] + 1) * BATCH_TOKENS - 1
+        self._last, self._unsure = 0, None
+        self._id, self._confirmed = new, sent
+
+    def _bury(self, connection: Connection, batch: int | None) -> None:
+        """My session is over, or the server does not know its last batch any more."""
+        if batch is not None and batch != self._last:
+            log.error(
+                "%s has forgotten what it had confirmed (batch %d; it names %d), as after a failover:"
+                " the claims of this process are in doubt",
+                self._place.shown,
+                self._last,
+                batch,
+            )
+        self._be_born(connection)
+
+    def _confirm(self, connection: Connection) -> bool:
+        """Whether my session lives on."""
+        mine, sent = self._id, self._clock.steady()
+        if _run(connection, self._words.beat, [self._ttl, mine, self._last]).rowcount == 0:
+            return False
+        if mine == self._id:
+            self._confirmed = max(self._confirmed, sent)
+        return True
+
+    def fresh(self, token: int = 0) -> bool:
+        """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
+        if self._clock.steady() - self._confirmed >= self._ttl * 2 / 3:
+            return False
+        # In this order: a session that begins in between is confirmed after its birth is known.
+        return not token or token > self._born
+
+    def _beat(self) -> None:
+        """Confirm the session thrice in its time to live, beside the batches, and clear what is over."""
+        while not self._ended.wait(self._ttl / 3):
+            try:
+                if self._id:
+                    self._beat_once()
+            except Closed:
+                break
+            except (StoreUnavailable, ConfigError) as error:
+                log.warning("heartbeat: %s", error)
+            except psycopg.Error as error:
+                log.warning("heartbeat of %s: %s", self._place.shown, one_line(error))
+        self._beater.drop()
+
+    def _beat_once(self) -> None:
+        with self._beater.use(PATIENCE) as connection:
+            alive = self._confirm(connection)
+        if not alive:
+            self.group.apply([])
+        with self._beater.use(PATIENCE) as connection:
+            self._turn(connection)
+            if self._clock.steady() - self._swept >= min(self.retention / 4, _SWEEP):
+                self._swept = self._clock.steady()
+                for statement in self._words.sweep:
+                    _run(connection, statement)
+
+    def _turn(self, connection: Connection) -> None:
+        """Begin a new slice when it is time, in the place of the oldest, which is over by then."""
+        with connection.transaction():
+            row = _run(connection, self._words.turn, [_MARGIN]).fetchone()
+            if row is None:
+                return  # it is not time, or another process is at it
+            number, now = row
+            try:
+                connection.execute("SET LOCAL lock_timeout = '1s'")
+                with connection.transaction():
+                    _run(connection, self._words.clear[(number + 1) % 3])
+            except errors.LockNotAvailable:
+                return  # at the next beat
+            _run(connection, self._words.turned, [number + 1, now])
+
+    def close(self) -> None:
+        """End the session and let go of the database."""
+        self._ended.set()
+        with self.group.paused():
+            try:
+                if self._id:
+                    with self._writer.use(PATIENCE) as connection:
+                        _run(connection, self._words.died, [self._id])
+            except (psycopg.Error, StoreUnavailable, ConfigError) as error:
+                log.warning("%s: %s", self._place.shown, one_line(error))
+            self._writer.drop()
+        self._wake()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        with self._reading:
+            self._reader.drop()
+
+    # ---------------------------------------------------------------- reading
+
+    def wait(self, key: str, token: int, timeout: float) -> None:
+        """Leave word that the key is awaited, and look at it when told, and now and then."""
+        deadline = self._clock.steady() + timeout
+        pause, most, told = _POLL[0], _POLL[1], False
+        while True:
+            state = self._peek(key)
+            left = deadline - self._clock.steady()
+            if left <= 0 or not (isinstance(state, Busy) and state.token == token):
+                return
+            if not told:
+                self._asked(lambda line: _run(line, self._words.await_key, [key.encode(), token]))
+                self._listen()
+                told = True
+                continue
+            with self._changed:
+                self._changed.wait(min(left, pause))
+            most = _POLL[2] if self._listens else _POLL[1]
+            pause = min(pause * 2, most)
+
+    def _peek(self, key: str) -> State:
+        found = self._asked(lambda connection: self._looked(connection, [key]))
+        return view(found.entries.get(key), found.alive.__contains__)
+
+    def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        start = prefix.encode()
+        values = {"after": after.encode(), "prefix": start, "end": start + b"\xff", "limit": limit}
+        found = Loaded(Head(0, 0.0, 0, 0.0, None, None), {}, set(), set(), set())
+        _fold(found, self._read(self._words.scan, values))
+        keys = sorted(found.entries)[:limit]
+        return [(key, view(found.entries[key], found.alive.__contains__)) for key in keys]
+
+    def _read(self, text: str, values: Any) -> list[tuple[Any, ...]]:
+        return self._asked(lambda connection: _run(connection, text, values).fetchall())
+
+    def _asked(self, what: Callable[[Connection], T]) -> T:
+        """The answer to what may be asked twice, beside the writer."""
+        try:
+            return self._ask(what)
+        except psycopg.Error as error:
+            if isinstance(failed := explain(self._place, error), ConfigError):
+                raise failed from None
+        except StoreUnavailable:
+            pass
+        self.group.apply([])  # returns when the server is there again, or raises
+        try:
+            return self._ask(what)
+        except psycopg.Error as error:
+            raise explain(self._place, error) from None
+
+    def _ask(self, what: Callable[[Connection], T]) -> T:
+        with self._reading:
+            if self._ended.is_set():
+                raise Closed("this store was closed")
+            with self._reader.use(PATIENCE) as connection:
+                return what(connection)
+
+    # ---------------------------------------------------------------- being told
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _listen(self) -> None:
+        """Be told from now on, on a connection of its own."""
+        with self._changed:
+            if self._listens is None:
+                self._listens = False
+                self._threads.append(self._start("listen", self._hear))
+
+    def _hear(self) -> None:
+        while not self._ended.is_set():
+            try:
+                with self._listener.use(math.inf) as connection:
+                    if self._listener.pooled:
+                        break  # who listens and who is told would be different connections
+                    connection.execute(f"LISTEN {sql.Identifier(self._channel).as_string(None)}".encode())
+                    self._listens = True
+                    self._hear_on(connection)
+            except (psycopg.Error, StoreUnavailable, ConfigError) as error:
+                log.info("%s: not listening: %s", self._place.shown, one_line(error))
+                self._listens = False
+                self._ended.wait(1.0)
+        self._listener.drop()
+
+    def _hear_on(self, connection: Connection) -> None:
+        self._wake()  # what was said before goes unheard
+        while not self._ended.is_set():
+            for _ in connection.notifies(timeout=0.5, stop_after=1):
+                self._wake()

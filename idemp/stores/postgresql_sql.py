@@ -1,0 +1,173 @@
+"""What the PostgreSQL store says to its server: the tables, how they came about, and each statement.
+
+Every namespace has a schema of its own, ``idemp_<namespace>``.  Keys are their UTF-8 bytes, which may
+hold anything and sort as Python sorts.  Times are seconds since 1970, by the server's clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+SLICES = range(3)
+"""Of the done keys, by time: see `idemp.stores.postgresql`."""
+CHANNEL = "idemp_{namespace}"
+
+MIGRATIONS = (
+    (
+        "CREATE TABLE {s}.meta (retention float8 NOT NULL, slice int NOT NULL, began float8 NOT NULL,"
+        " ended float8 NOT NULL)",
+        "INSERT INTO {s}.meta VALUES (0, 0, extract(epoch FROM clock_timestamp()), 0)",
+        "CREATE SEQUENCE {s}.token AS bigint",
+        "CREATE TABLE {s}.session (id text PRIMARY KEY, expires timestamptz NOT NULL, batch bigint NOT NULL)"
+        " WITH (fillfactor = 50)",
+        # Rows come and go with every claim: vacuum by their number, not by a share of the table.
+        "CREATE TABLE {s}.open (key bytea PRIMARY KEY, state text NOT NULL, token bigint, attempt int,"
+        " session text, at float8, reason bytea, awaited bool NOT NULL DEFAULT false)"
+        " WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)",
+        *(
+            f"CREATE TABLE {{s}}.done_{n} (key bytea PRIMARY KEY, token bigint NOT NULL,"
+            " attempt int NOT NULL, at float8 NOT NULL, result bytea, fingerprint bytea)"
+            for n in SLICES
+        ),
+    ),
+)
+"""Version by version, from 1.  A version that was once published is never changed."""
+VERSION = len(MIGRATIONS)
+
+GRANTS = (
+    "GRANT USAGE ON SCHEMA {s} TO {role}",
+    "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA {s} TO {role}",
+    "GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA {s} TO {role}",
+)
+
+# The plans are known: by key, through the index, whatever the tables' sizes were when a plan was made.
+# A ban counts as a huge cost, for which PostgreSQL would compile the plan each time.
+_PLANS = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
+
+
+def settings(patience: float) -> str:
+    """For one transaction: how to look keys up, and how long it waits for others and holds them up."""
+    bounds = {"lock_timeout": patience, "idle_in_transaction_session_timeout": patience}
+    calls = [f"set_config('{name}', 'off', true)" for name in _PLANS]
+    calls += [f"set_config('{name}', '{int(seconds * 1000)}', true)" for name, seconds in bounds.items()]
+    return f"SELECT {', '.join(calls)}"
+
+
+_OVER = "(SELECT extract(epoch FROM now())::float8 - retention FROM {s}.meta)"
+_NEWEST = (
+    "(SELECT * FROM ("
+    + " UNION ALL ".join(f"SELECT * FROM {{s}}.done_{n} d WHERE d.key = k.key" for n in SLICES)
+    + f") every WHERE every.at > {_OVER} ORDER BY every.token DESC LIMIT 1)"
+)
+_DONE = "'done', d.token, d.attempt, '', d.at, NULL::bytea, d.result, d.fingerprint, false, false"
+_ALIVE = "coalesce(s.expires > clock_timestamp(), false)"
+_OPEN = (
+    f"o.state, o.token, o.attempt, o.session, o.at, o.reason, NULL::bytea, NULL::bytea, o.awaited, {_ALIVE}"
+)
+
+
+class Statements(NamedTuple):
+    """Of one namespace; each is made for a batch, whatever its size.
+
+    lock: holds the row of every key in ``open``, and makes an empty one where there is none, in the keys'
+    order, so that of two transactions one waits for the other; answers the keys that are done and
+    need no hold, which those that are ``firm`` do.  holders: holds the sessions that may be declared dead,
+    and mine.  head: what the batch needs to know.  load: the keys' rows.
+    """
+
+    lock: str
+    holders: str
+    head: str
+    load: str
+    save_open: str
+    drop_open: str
+    save_done: tuple[str, ...]
+    drop_done: tuple[str, ...]
+    confirm: str
+    beat: str
+    born: str
+    died: str
+    retention: str
+    ahead: str
+    await_key: str
+    scan: str
+    sweep: tuple[str, ...]
+    turn: str
+    turned: str
+    clear: tuple[str, ...]
+
+
+_TEMPLATE = Statements(
+    lock="WITH k AS (SELECT * FROM unnest(%(keys)b::bytea[], %(firm)b::bool[]) AS k(key, firm)),"
+    f" seen AS MATERIALIZED (SELECT d.key, {_DONE} FROM k CROSS JOIN LATERAL {_NEWEST} d WHERE NOT k.firm"
+    " AND NOT EXISTS (SELECT FROM {s}.open o WHERE o.key = k.key)),"
+    " locked AS (INSERT INTO {s}.open AS o (key, state) SELECT k.key, '' FROM k"
+    " WHERE NOT EXISTS (SELECT FROM seen WHERE seen.key = k.key) ORDER BY k.key"
+    " ON CONFLICT (key) DO UPDATE SET state = o.state WHERE false) SELECT * FROM seen",
+    holders="SELECT id FROM {s}.session WHERE id = %(me)s OR id IN (SELECT o.session FROM {s}.open o"
+    " WHERE o.key = ANY(%(taken)b::bytea[])) ORDER BY id FOR UPDATE",
+    head="SELECT nextval('{s}.token'), m.retention, m.slice, extract(epoch FROM clock_timestamp())::float8,"
+    " s.batch, s.expires > clock_timestamp() FROM {s}.meta m LEFT JOIN {s}.session s ON s.id = %(me)s",
+    load="SELECT k.key, "
+    + _OPEN
+    + " FROM unnest(%(keys)b::bytea[]) AS k(key)"
+    + " JOIN {s}.open o ON o.key = k.key LEFT JOIN {s}.session s ON s.id = o.session"
+    + f" WHERE o.state <> 'free' OR o.at > {_OVER}"
+    + f" UNION ALL SELECT k.key, {_DONE} FROM unnest(%(keys)b::bytea[]) AS k(key)"
+    + f" CROSS JOIN LATERAL {_NEWEST} d",
+    save_open="UPDATE {s}.open o SET state = u.state, token = u.token, attempt = u.attempt,"
+    " session = u.session, at = u.at, reason = u.reason, awaited = false"
+    " FROM unnest(%b::bytea[], %b::text[], %b::bigint[], %b::int[], %b::text[], %b::float8[], %b::bytea[])"
+    " AS u(key, state, token, attempt, session, at, reason) WHERE o.key = u.key",
+    drop_open="DELETE FROM {s}.open WHERE key = ANY(%b::bytea[])",
+    save_done=tuple(
+        f"INSERT INTO {{s}}.done_{n} SELECT * FROM unnest("
+        "%b::bytea[], %b::bigint[], %b::int[], %b::float8[], %b::bytea[], %b::bytea[])"
+        " ON CONFLICT (key) DO UPDATE SET token = excluded.token, attempt = excluded.attempt,"
+        " at = excluded.at, result = excluded.result, fingerprint = excluded.fingerprint"
+        for n in SLICES
+    ),
+    drop_done=tuple(f"DELETE FROM {{s}}.done_{n} WHERE key = ANY(%b::bytea[])" for n in SLICES),
+    confirm="UPDATE {s}.session SET expires = clock_timestamp() + %s * interval '1 second', batch = %s"
+    " WHERE id = %s",
+    beat="UPDATE {s}.session SET expires = clock_timestamp() + %s * interval '1 second'"
+    " WHERE id = %s AND batch >= %s AND expires > clock_timestamp()",
+    born="INSERT INTO {s}.session VALUES (%s, clock_timestamp() + %s * interval '1 second', 0)"
+    " RETURNING nextval('{s}.token')",
+    died="DELETE FROM {s}.session WHERE id = %s",
+    retention="UPDATE {s}.meta SET retention = greatest(retention, %s) RETURNING retention",
+    ahead="SELECT setval('{s}.token', %s)",
+    await_key="UPDATE {s}.open SET awaited = true WHERE key = %b AND token = %s AND NOT awaited",
+    scan=f"SELECT * FROM (SELECT o.key, {_OPEN} FROM {{s}}.open o"
+    " LEFT JOIN {s}.session s ON s.id = o.session WHERE o.key > %(after)b AND o.key >= %(prefix)b"
+    f" AND o.key < %(end)b AND o.state <> '' AND (o.state <> 'free' OR o.at > {_OVER})"
+    " ORDER BY o.key LIMIT %(limit)s) opened"
+    + "".join(
+        f" UNION ALL SELECT * FROM (SELECT d.key, {_DONE} FROM {{s}}.done_{n} d WHERE d.key > %(after)b"
+        f" AND d.key >= %(prefix)b AND d.key < %(end)b AND d.at > {_OVER}"
+        " ORDER BY d.key LIMIT %(limit)s) done"
+        for n in SLICES
+    ),
+    sweep=(
+        "DELETE FROM {s}.open WHERE key IN (SELECT o.key FROM {s}.open o"
+        f" WHERE o.state = 'free' AND o.at <= {_OVER} FOR UPDATE SKIP LOCKED)",
+        # Long dead: the row says which batch was its last, to a process that comes back.
+        "DELETE FROM {s}.session WHERE id IN (SELECT id FROM {s}.session"
+        " WHERE expires < clock_timestamp() - interval '1 hour' FOR UPDATE SKIP LOCKED)",
+    ),
+    # The slice that comes next was closed when the one before the present began.
+    turn="SELECT slice, t.now FROM {s}.meta, (SELECT extract(epoch FROM clock_timestamp())::float8) AS t(now)"
+    " WHERE t.now - began >= retention / 2 AND t.now - ended >= retention + %s"
+    " FOR UPDATE OF meta SKIP LOCKED",
+    turned="UPDATE {s}.meta SET slice = %s, ended = began, began = %s",
+    clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
+)
+
+
+def statements(schema: str) -> Statements:
+    """The statements of the namespace whose quoted schema this is."""
+
+    def named(text: Any) -> Any:
+        return text.replace("{s}", schema) if isinstance(text, str) else tuple(map(named, text))
+
+    return Statements(*map(named, _TEMPLATE))

@@ -1,0 +1,416 @@
+"""What only the PostgreSQL store has: tables and rights, a pooler, locks, slices of time, wrong settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from idemp.errors import ConfigError, StoreUnavailable
+from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Op, Reply, Takeover
+from idemp.stores import open_store
+from idemp.stores.postgresql import transact
+from idemp.stores.postgresql_line import explain
+from idemp.stores.postgresql_sql import statements
+from tests.servers import PostgreSQL, need
+from tests.servers.pgbouncer import PgBouncer
+
+
+def one(store: Any, op: Op) -> Reply:
+    reply: Reply = store.apply([op])[0]
+    return reply
+
+
+def claim(store: Any, key: str) -> Claimed:
+    reply = one(store, Claim(key))
+    assert isinstance(reply, Claimed), reply
+    return reply
+
+
+def until(what: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def url(postgresql: PostgreSQL) -> str:
+    """A new database, for its owner."""
+    return postgresql.database()
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Any]:
+    with closing(open_store(url)) as opened:
+        opened.apply([])
+        yield opened
+
+
+def sql(url: str, *statements_: str) -> list[Any]:
+    """What the last of them answers."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in statements_:
+            answer = connection.execute(statement.encode())
+        return answer.fetchall() if answer.description else []
+
+
+def idemp(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "idemp", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+# ------------------------------------------------------------------ tables and rights
+
+
+def test_four_that_open_at_once_make_the_tables_once(url: str) -> None:
+    """And all of them can claim."""
+    stores = [open_store(url) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda store: one(store, Claim("key")), stores))
+    for store in stores:
+        store.close()
+
+    assert sorted(type(reply).__name__ for reply in replies) == ["Busy", "Busy", "Busy", "Claimed"]
+    assert sql(url, "SELECT version FROM idemp_default.migration") == [(1,)]
+
+
+def test_a_user_who_may_not_make_tables(postgresql: PostgreSQL, url: str, unique: str) -> None:
+    """One sentence with the command; after it, by somebody who may, the user can do all that a store does."""
+    sql(url, f"CREATE ROLE {unique} LOGIN PASSWORD 'theirs'")
+    theirs = postgresql.url_of(unique, "theirs", url.rpartition("/")[2])
+    with closing(open_store(theirs)) as store, pytest.raises(ConfigError, match="idemp init URL --grant"):
+        store.apply([])
+    sql(url, "CREATE SCHEMA idemp_default")
+    with closing(open_store(theirs)) as store, pytest.raises(ConfigError, match="idemp init URL --grant"):
+        store.apply([])
+    sql(url, "DROP SCHEMA idemp_default")
+
+    told = idemp("init", url, "--grant", unique)
+
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout == f"its tables are at version 1 now; {unique} may use them.\n"
+    with closing(open_store(theirs + "?retention=1s&session=1s")) as store:
+        mine = claim(store, "key")
+        assert one(store, Complete("key", mine.token)) == Applied()
+        # The turn of a slice needs the right to truncate.
+        until(lambda: sql(url, "SELECT slice > 0 FROM idemp_default.meta") == [(True,)])
+    again = idemp("init", url)
+    assert again.stdout == "its tables were there already.\n"
+
+
+def test_init_refuses_in_one_sentence(postgresql: PostgreSQL, url: str, unique: str) -> None:
+    """A user without the right, an unknown role, and a store that has no roles."""
+    sql(url, f"CREATE ROLE {unique} LOGIN PASSWORD 'theirs'")
+    theirs = postgresql.url_of(unique, "theirs", url.rpartition("/")[2])
+    for words, says in (
+        ((theirs,), "permission denied"),
+        ((url, "--grant", "no_such_role"), "no_such_role"),
+        (("memory://", "--grant", unique), "--grant is for PostgreSQL's tables"),
+    ):
+        told = idemp("init", *words)
+        assert told.returncode == 2
+        assert says in told.stderr
+        assert "theirs" not in told.stderr
+        assert told.stderr.count("\n") == 1
+    assert sql(url, "SELECT to_regnamespace('idemp_default')") == [(None,)]  # nothing half done
+    assert idemp("init", "memory://").stdout == "it is ready.\n"
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("UPDATE idemp_default.migration SET version = 99", "newer idemp .version 99.; upgrade idemp"),
+        ("DROP TABLE idemp_default.open", "run: idemp init URL"),
+    ],
+)
+def test_tables_that_do_not_fit(url: str, statement: str, says: str) -> None:
+    """One sentence."""
+    with closing(open_store(url)) as store:
+        store.apply([])
+    sql(url, statement)
+    with closing(open_store(url)) as store, pytest.raises(ConfigError, match=says):
+        claim(store, "key")
+
+
+@pytest.mark.parametrize("setting", ["synchronous_commit", "fsync", "full_page_writes"])
+def test_a_server_that_may_forget_is_refused(setting: str) -> None:
+    """Unless it is said that it may."""
+    need("postgresql")
+    with PostgreSQL(options={setting: "off"}) as server:
+        with closing(open_store(server.url)) as store, pytest.raises(ConfigError, match=f"{setting} = off"):
+            claim(store, "key")
+        with closing(open_store(f"{server.url}?unsafe_durability=true")) as store:
+            claim(store, "key")
+
+
+def test_a_replica_is_refused_and_a_promoted_one_is_taken(own_postgresql: PostgreSQL) -> None:
+    """A read-only one in one sentence; several hosts: the one that can be written is found."""
+    with closing(open_store(own_postgresql.url)) as store:
+        mine = claim(store, "key")
+    own_postgresql.stop()
+    with PostgreSQL.copy(own_postgresql) as replica:
+        own_postgresql.start()
+        with closing(open_store(replica.url)) as store, pytest.raises(ConfigError, match="read-only replica"):
+            store.apply([])
+        several = replica.url.replace("@", f"@127.0.0.1:{own_postgresql.port},")
+        with closing(open_store(several)) as store:
+            assert isinstance(one(store, Get("key")), Doubt)
+            own_postgresql.kill()
+            replica.promote()
+
+            assert one(store, Complete("key", mine.token)) == Applied()
+
+
+# ------------------------------------------------------------------ a server that has forgotten
+
+
+def test_a_server_that_forgot_what_it_had_confirmed_is_noticed(
+    url: str, store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a failover to a replica that lags: no old claim is fresh, and no token comes twice."""
+    old = claim(store, "old")
+    lost = claim(store, "lost")
+    sql(
+        url,
+        "DELETE FROM idemp_default.open WHERE key = 'lost'",
+        "UPDATE idemp_default.session SET batch = batch - 1",
+        "SELECT setval('idemp_default.token', 1)",
+    )
+
+    new = claim(store, "lost")
+
+    assert "has forgotten what it had confirmed" in caplog.text
+    assert new.token > lost.token
+    assert store.fresh(new.token)
+    assert not store.fresh(old.token)
+    with closing(open_store(url)) as other:
+        assert isinstance(one(other, Get("old")), Doubt)
+    assert one(store, Complete("old", old.token)) == Applied()
+
+
+# ------------------------------------------------------------------ locks
+
+
+def test_a_taker_waits_for_the_batch_of_a_session_that_is_about_to_die(url: str) -> None:
+    """The holder's batch, under way when its time is over, confirms it: then its claims are not in doubt."""
+    with (
+        closing(open_store(f"{url}?session=60s")) as store,
+        closing(open_store(url)) as other,
+        psycopg.connect(url) as holder,
+    ):
+        mine = claim(store, "key")
+        session = one(other, Get("key")).session  # type: ignore[union-attr]
+        life = (
+            "UPDATE idemp_default.session SET expires = clock_timestamp() + interval '{} s' WHERE id = '{}'"
+        )
+        sql(url, life.format(1, session))
+        # The holder's batch, which found its session alive; then its time is over.
+        holder.execute(b"SELECT 1 FROM idemp_default.session WHERE id = %s FOR UPDATE", [session])
+        until(lambda: isinstance(one(other, Get("key")), Doubt))
+        with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(one, other, Takeover("key", mine.token))
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            until(lambda: taking.done() or sql(url, waiting) == [(1,)])
+            holder.execute(life.format(60, session).encode())
+            holder.commit()
+            assert isinstance(taking.result(30), Busy)
+
+
+def test_a_key_that_another_holds_is_unavailable_in_time(
+    url: str, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's transaction, left open, holds a key: its claim fails in time, and the others go on."""
+    mine = claim(store, "held")
+    monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 0.5)
+    with psycopg.connect(url) as holder:
+        holder.execute(b"SELECT 1 FROM idemp_default.open WHERE key = 'held' FOR UPDATE")
+        with pytest.raises(StoreUnavailable):
+            one(store, Complete("held", mine.token))
+        claim(store, "free")
+
+    assert one(store, Complete("held", mine.token)) == Applied()
+
+
+def test_a_statement_time_out_is_survived(url: str, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that an administrator set, too short for a while."""
+    said: list[str] = []
+
+    def explained(place: Any, error: psycopg.Error) -> Exception:
+        said.append(str(error))
+        return explain(place, error)
+
+    monkeypatch.setattr("idemp.stores.postgresql.explain", explained)
+    with psycopg.connect(url) as holder, ThreadPoolExecutor(1) as pool:
+        mine = claim(store, "held")
+        sql(url, f"ALTER DATABASE {url.rpartition('/')[2]} SET statement_timeout = '50ms'")
+        store._session._writer.drop()
+        holder.execute(b"SELECT 1 FROM idemp_default.open WHERE key = 'held' FOR UPDATE")
+        completing = pool.submit(one, store, Complete("held", mine.token, b"1"))
+        until(lambda: any("statement timeout" in each for each in said))
+        holder.rollback()
+        assert completing.result(30) == Applied()
+    assert isinstance(one(store, Get("held")), Done)
+
+
+def test_backends_are_terminated_under_load(url: str, store: Any) -> None:
+    """Again and again, in whatever they are doing: every key is won once, and ends done."""
+    stop = threading.Event()
+
+    def work(number: int) -> list[str]:
+        done: list[str] = []
+        while not stop.is_set():
+            keys = [f"{number}/{len(done) + n}" for n in range(10)]
+            claims = store.apply([Claim(key) for key in keys])
+            assert {type(reply) for reply in claims} == {Claimed}, claims
+            ops = [Complete(k, c.token, k.encode()) for k, c in zip(keys, claims, strict=True)]
+            assert set(store.apply(ops)) == {Applied()}
+            done += keys
+        return done
+
+    with ThreadPoolExecutor(4) as pool:
+        works = [pool.submit(work, number) for number in range(4)]
+        terminate = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        try:
+            for _ in range(25):
+                time.sleep(0.04)
+                sql(url, f"{terminate} WHERE application_name = 'idemp' AND datname = current_database()")
+        finally:
+            stop.set()
+        done = [key for each in works for key in each.result(60)]
+
+    assert len(done) > 100
+    states = store.apply([Get(key) for key in done])
+    assert [state.result.decode() for state in states] == done
+
+
+def test_no_connection_is_left(
+    postgresql: PostgreSQL, url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unavailable in time; and it goes on once there is one."""
+    sql(url, f"CREATE ROLE {unique} LOGIN PASSWORD 'theirs' CONNECTION LIMIT 0")
+    assert idemp("init", url, "--grant", unique).returncode == 0
+    theirs = postgresql.url_of(unique, "theirs", url.rpartition("/")[2])
+    with closing(open_store(theirs)) as store:
+        with monkeypatch.context() as short:
+            short.setattr("idemp.stores.postgresql.PATIENCE", 0.3)
+            with pytest.raises(StoreUnavailable, match="too many connections"):
+                claim(store, "key")
+        sql(url, f"ALTER ROLE {unique} CONNECTION LIMIT 10")
+        claim(store, "key")
+
+
+# ------------------------------------------------------------------ a pooler
+
+
+def test_behind_a_pooler_in_transaction_mode(postgresql: PostgreSQL, url: str) -> None:
+    """Nothing hangs on a connection: no prepared statement, no setting, no notification."""
+    need("pgbouncer")
+    with (
+        PgBouncer(postgresql.port) as pooler,
+        closing(open_store(pooler.through(url))) as store,
+        closing(open_store(pooler.through(url))) as other,
+    ):
+        for n in range(30):
+            with ThreadPoolExecutor(2) as pool:
+                keys = [f"{n}/{m}" for m in range(5)]
+                ops = [Claim(key) for key in keys]
+                first, second = pool.map(lambda each, ops=ops: each.apply(ops), (store, other))
+            for key, mine, theirs in zip(keys, first, second, strict=True):
+                assert {type(mine), type(theirs)} == {Claimed, Busy}
+                winner, token = (store, mine.token) if isinstance(mine, Claimed) else (other, theirs.token)
+                assert one(winner, Complete(key, token)) == Applied()
+        mine = claim(other, "awaited")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(store.wait, "awaited", mine.token, 50.0)
+            time.sleep(0.2)  # until it sleeps; too soon would be seen at once, which is fine as well
+            one(other, Complete("awaited", mine.token))
+            waiting.result(10)
+        assert store._session._writer.pooled  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------ slices of time
+
+
+def test_space_is_bounded_by_rate_times_retention(url: str) -> None:
+    """Done keys go by truncation, a slice at a time, and nothing that is not over goes with them."""
+    sizes = []
+    tables = " + ".join(f"(SELECT count(*) FROM idemp_default.done_{n})" for n in range(3))
+    with closing(open_store(f"{url}?retention=2s&session=600ms")) as store:
+        end = time.monotonic() + 20
+        n = 0
+        done: list[tuple[str, float]] = []
+        while time.monotonic() < end:
+            keys = [f"{n}/{m}" for m in range(20)]
+            claims = store.apply([Claim(key) for key in keys])
+            done += [(key, time.time()) for key in keys]
+            store.apply([Complete(k, c.token) for k, c in zip(keys, claims, strict=True)])  # type: ignore[union-attr]
+            states = store.apply([Get(key) for key, _ in done[-400:]])
+            now = time.time()
+            gone = [
+                key for (key, at), s in zip(done[-400:], states, strict=True) if at > now - 2 and s == Free(0)
+            ]
+            assert not gone
+            n += 1
+            sizes.append(sql(url, f"SELECT {tables}")[0][0])
+            time.sleep(0.1)
+        turns = sql(url, "SELECT slice FROM idemp_default.meta")[0][0]
+
+    assert turns >= 4
+    assert sizes[-1] < 0.8 * 20 * n
+    assert max(sizes[len(sizes) // 2 :]) < 1.3 * max(sizes[: len(sizes) // 2])
+
+
+def test_what_is_claimed_anew_is_not_done_again_by_a_longer_retention(url: str, store: Any) -> None:
+    """The old record is there until its slice is truncated: the claim that came after it counts."""
+    with closing(open_store(f"{url}?retention=1s")) as short:
+        sql(url, "UPDATE idemp_default.meta SET retention = 1")
+        first = claim(short, "key")
+        assert one(short, Complete("key", first.token)) == Applied()
+        until(lambda: one(short, Get("key")) == Free(0))
+        second = claim(short, "key")
+        sql(url, "UPDATE idemp_default.meta SET retention = 3600")
+
+        assert isinstance(one(short, Claim("key")), Busy)
+        assert one(short, Complete("key", second.token, b"2")) == Applied()
+        done = one(short, Get("key"))
+        assert isinstance(done, Done)
+        assert (done.token, done.result) == (second.token, b"2")
+
+
+# ------------------------------------------------------------------ in a caller's transaction
+
+
+def test_a_batch_commits_with_the_callers_own_statements(url: str, store: Any) -> None:
+    """Both or neither: `transact` runs in the transaction that the caller opened."""
+    words = statements('"idemp_default"')
+    mine = claim(store, "key")
+    with psycopg.connect(url) as connection:
+        connection.execute(b"CREATE TABLE effect (id text)")
+        connection.commit()
+        for end in (connection.rollback, connection.commit):
+            connection.execute(b"INSERT INTO effect VALUES ('key')")
+            replies = transact(connection, words, store._session._id, [Complete("key", mine.token, b"1")])
+            assert replies == [Applied()]
+            end()
+            expected = Done if end == connection.commit else Busy
+            assert isinstance(one(store, Get("key")), expected)
+    assert sql(url, "SELECT * FROM effect") == [("key",)]
+
+
+def test_the_folder_of_a_server_goes_with_it(tmp_path: Path) -> None:
+    """And none of its processes stays."""
+    need("postgresql")
+    with PostgreSQL() as server:
+        folder = server.folder
+        assert sql(server.url, "SELECT 1") == [(1,)]
+    assert not folder.exists()

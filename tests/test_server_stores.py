@@ -1,0 +1,362 @@
+"""What the stores on a server have in common: lost replies, restarts, a server that hangs, bad input."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from idemp.errors import BadMessage, ConfigError, StoreUnavailable
+from idemp.ports import (
+    Abandon,
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Complete,
+    Done,
+    Doubt,
+    Forget,
+    Free,
+    Get,
+    Lost,
+    Op,
+    Park,
+    Parked,
+    Release,
+    Reply,
+    Store,
+    Takeover,
+)
+from idemp.stores import open_store
+from tests.proxy import Proxy
+from tests.servers import free_port
+
+
+@dataclass
+class Far:
+    """A server behind a proxy.  ``url``: through it.  ``straight``: past it."""
+
+    kind: str
+    server: Any
+    proxy: Proxy
+    url: str
+    straight: str
+
+    def open(self, query: str = "", url: str = "") -> Any:
+        return open_store((url or self.url) + query)
+
+
+@pytest.fixture(params=["postgresql", "redis"])
+def far(request: pytest.FixtureRequest) -> Iterator[Far]:
+    """A fresh database of the shared server."""
+    server = request.getfixturevalue(request.param)
+    url = server.database()
+    with Proxy(server.port) as proxy:
+        yield Far(request.param, server, proxy, url.replace(f":{server.port}", f":{proxy.port}"), url)
+
+
+@pytest.fixture(params=["postgresql", "redis"])
+def own(request: pytest.FixtureRequest) -> Any:
+    """A server to stop and kill."""
+    return request.getfixturevalue(f"own_{request.param}")
+
+
+@pytest.fixture
+def store(far: Far) -> Iterator[Any]:
+    """Through the proxy, used once."""
+    with closing(far.open()) as opened:
+        opened.apply([])
+        yield opened
+
+
+def one(store: Store, op: Op) -> Reply:
+    return store.apply([op])[0]
+
+
+def claim(store: Store, key: str) -> Claimed:
+    reply = one(store, Claim(key))
+    assert isinstance(reply, Claimed), reply
+    return reply
+
+
+def lose_the_last_reply(far: Far, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next change takes effect, and its reply is lost: for PostgreSQL, that of the COMMIT."""
+    session = store._session
+    name = "_write" if far.kind == "postgresql" else "_call"
+    real = getattr(session, name)
+
+    def struck(*args: Any) -> Any:
+        monkeypatch.setattr(session, name, real)
+        far.proxy.lose()
+        return real(*args)
+
+    monkeypatch.setattr(session, name, struck)
+
+
+# ------------------------------------------------------------------ a reply is lost
+
+
+@pytest.mark.parametrize("when", ["request", "commit"])
+def test_a_lost_reply_is_resolved(far: Far, store: Any, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Law 10: every kind of operation, struck where nothing was done yet, and where all was."""
+    tokens = {key: claim(store, key).token for key in ("done", "free", "parked", "left", "taken", "gone")}
+    store.apply([Abandon("taken", tokens["taken"]), Complete("gone", tokens["gone"], b"1")])
+    ops: list[Op] = [
+        Claim("new"),
+        Complete("done", tokens["done"], b"result", b"print"),
+        Release("free", tokens["free"], 2),
+        Park("parked", tokens["parked"], "because\0 \udc80"),
+        Abandon("left", tokens["left"]),
+        Takeover("taken", tokens["taken"]),
+        Forget("gone", tokens["gone"]),
+        Claim("new"),
+        Complete("done", tokens["done"] + 1),
+    ]
+    if when == "request":
+        far.proxy.lose()
+    else:
+        lose_the_last_reply(far, store, monkeypatch)
+
+    replies = store.apply(ops)
+
+    assert far.proxy.counts.lost == 1
+    kinds = [Claimed, Applied, Applied, Applied, Applied, Claimed, Applied, Busy, Lost]
+    assert [type(reply) for reply in replies] == kinds
+    assert replies[5].attempt == 2
+    keys = ("new", "done", "free", "parked", "left", "taken", "gone")
+    states = store.apply([Get(key) for key in keys])
+    assert [type(state) for state in states] == [Busy, Done, Free, Parked, Doubt, Busy, Free]
+    assert (states[1].result, states[1].fingerprint, states[2]) == (b"result", b"print", Free(2))
+    assert states[0].token == replies[0].token
+    assert one(store, Complete("new", replies[0].token)) == Applied()
+    with closing(far.open(url=far.straight)) as other:
+        assert isinstance(one(other, Claim("new")), Done)
+
+
+def test_a_claim_that_nobody_heard_of_is_given_back(
+    far: Far, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller was told `StoreUnavailable`: its claim is free again, its takeover in doubt."""
+    old = claim(store, "doubt").token
+    store.apply([Abandon("doubt", old)])
+    module = f"idemp.stores.{far.kind}"
+    with monkeypatch.context() as short:
+        short.setattr(f"{module}.PATIENCE", 0.0)
+        lose_the_last_reply(far, store, monkeypatch)
+        with pytest.raises(StoreUnavailable):
+            store.apply([Claim("key"), Takeover("doubt", old)])
+    with closing(far.open(url=far.straight)) as other:
+        assert isinstance(one(other, Get("key")), Busy)
+
+    claim(store, "another")
+
+    assert one(store, Get("key")) == Free(0)
+    state = one(store, Get("doubt"))
+    assert isinstance(state, Doubt)
+    assert (state.attempt, state.token > old) == (1, True)
+
+
+def test_a_completion_that_was_not_heard_of_stands(
+    far: Far, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repeated by the caller it is applied, which it was."""
+    mine = claim(store, "key").token
+    with monkeypatch.context() as short:
+        short.setattr(f"idemp.stores.{far.kind}.PATIENCE", 0.0)
+        lose_the_last_reply(far, store, monkeypatch)
+        with pytest.raises(StoreUnavailable):
+            store.apply([Complete("key", mine, b"1")])
+
+    assert one(store, Complete("key", mine, b"2")) == Applied()
+    state = one(store, Get("key"))
+    assert isinstance(state, Done)
+    assert state.result == b"1"
+
+
+# ------------------------------------------------------------------ it is gone, or stands still
+
+
+def test_it_restarts_under_load(own: Any) -> None:
+    """Killed once and stopped once, with eight threads at work: every key is won once and ends done."""
+    with closing(open_store(own.url)) as store, ThreadPoolExecutor(8) as pool:
+        stop = threading.Event()
+
+        def work(number: int) -> list[str]:
+            mine: list[str] = []
+            n = 0
+            while not stop.is_set():
+                key, n = f"{number}/{n}", n + 1
+                try:
+                    won = claim(store, key)
+                    assert one(store, Complete(key, won.token, key.encode())) == Applied()
+                except StoreUnavailable:
+                    continue
+                mine.append(key)
+            return mine
+
+        works = [pool.submit(work, number) for number in range(8)]
+        try:
+            for end in (own.kill, own.stop):
+                wait_for_more(store)
+                end()
+                own.start()
+            wait_for_more(store)
+        finally:
+            stop.set()
+        done = [key for each in works for key in each.result(60)]
+        states = store.apply([Get(key) for key in done])
+
+    assert len(done) > 60
+    assert all(isinstance(state, Done) for state in states)
+    assert [state.result.decode() for state in states] == done  # type: ignore[union-attr]
+
+
+def wait_for_more(store: Store) -> None:
+    before = len(store.scan(limit=100_000))
+    wait_for(lambda: len(store.scan(limit=100_000)) > before + 20)
+
+
+def wait_for(what: Any, seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_server_that_stands_still_is_unavailable(
+    far: Far, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither answers nor hangs up: the caller is told in time, and later all goes on."""
+    mine = claim(store, "key").token
+    monkeypatch.setattr(f"idemp.stores.{far.kind}.PATIENCE", 1.0)
+    if far.kind == "redis":
+        monkeypatch.setattr("idemp.stores.redis.TIMEOUT", 1.0)
+    far.proxy.hold(questions=True, answers=True)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        one(store, Claim("other"))
+    assert time.monotonic() - began < 20
+    far.proxy.release()
+    monkeypatch.setattr(f"idemp.stores.{far.kind}.PATIENCE", 10.0)
+
+    assert one(store, Complete("key", mine)) == Applied()
+    assert isinstance(one(store, Get("other")), Free | Busy)
+
+
+def test_a_session_that_was_cut_off_is_not_fresh(far: Far) -> None:
+    """What it had claimed is in doubt to the others, not started by it in the next session, but completed."""
+    with closing(far.open("?session=1s")) as store, closing(far.open(url=far.straight)) as other:
+        first = claim(store, "first")
+        assert store.fresh(first.token)
+        far.proxy.hold(questions=True, answers=True)
+        wait_for(lambda: isinstance(one(other, Get("first")), Doubt))
+        assert not store.fresh(first.token)
+        far.proxy.cut()
+        far.proxy.release()
+        second = claim(store, "second")
+
+        assert store.fresh(second.token)
+        assert not store.fresh(first.token)
+        assert one(store, Complete("first", first.token)) == Applied()
+
+
+# ------------------------------------------------------------------ waiting
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_waiter_in_another_process_is_woken(
+    far: Far, store: Any, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """At once by a notification; and by a look now and then where none comes."""
+    if told:
+        monkeypatch.setattr(f"idemp.stores.{far.kind}._POLL", (60.0, 60.0, 60.0))
+    else:
+        monkeypatch.setattr(store._session, "_listen", lambda: None)
+    with closing(far.open(url=far.straight)) as other:
+        mine = claim(other, "key").token
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(store.wait, "key", mine, 50.0)
+            if told:
+                wait_for(lambda: store._session._listens)
+            time.sleep(0.3)  # until it sleeps; too soon would be seen at once, which is fine as well
+            began = time.monotonic()
+            assert one(other, Complete("key", mine)) == Applied()
+            waiting.result(20)
+            assert time.monotonic() - began < 5
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("key", "says"), [("lone \ud800 surrogate", "is not valid Unicode"), ("x" * 8192, "8192 bytes")]
+)
+def test_a_key_that_breaks_an_index(far: Far, store: Any, key: str, says: str) -> None:
+    """One sentence to its own caller, and nothing half done.  Redis takes a long one."""
+    if far.kind == "redis" and len(key) > 100:
+        claim(store, key)
+        return
+    with pytest.raises(BadMessage, match=says):
+        store.apply([Claim("before"), Claim(key), Claim("after")])
+    assert store.scan() == []
+    claim(store, "before")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://postgres:wrong-word@127.0.0.1:{postgresql}/idemp", "check the user, the password"),
+        ("postgresql://nobody:wrong-word@127.0.0.1:{postgresql}/idemp", "check the user, the password"),
+        ("postgresql://postgres:secret%20word@127.0.0.1:{postgresql}/nowhere", "nowhere"),
+        ("redis://user:wrong-word@127.0.0.1:{redis}/0", "check the user, the password"),
+        ("redis://127.0.0.1:{redis}/123456", "name a database that the server has"),
+    ],
+)
+def test_a_url_that_the_server_refuses(request: pytest.FixtureRequest, url: str, says: str) -> None:
+    """One sentence, at the first use, without the password."""
+    kind = "redis" if url.startswith("redis") else "postgresql"
+    port = request.getfixturevalue(kind).port
+    with closing(open_store(url.format(**{kind: port}))) as store:
+        with pytest.raises(ConfigError, match=says) as told:
+            store.apply([])
+        assert "wrong-word" not in str(told.value)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://localhost/x?namespace=a/b", "namespace='a/b'"),
+        ("postgresql://localhost/x?appendfsync=no", "has no option 'appendfsync'"),
+        ("redis://localhost/orders", "database's number"),
+        ("redis://localhost/0?namespace=", "namespace=''"),
+    ],
+)
+def test_wrong_urls(url: str, says: str) -> None:
+    """Told before anything connects."""
+    with pytest.raises(ConfigError, match=says):
+        open_store(url)
+
+
+def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unavailable, in time."""
+    for kind in ("postgresql", "redis"):
+        monkeypatch.setattr(f"idemp.stores.{kind}.PATIENCE", 0.3)
+        url = f"{kind}://127.0.0.1:{free_port()}/0"
+        with closing(open_store(url)) as store, pytest.raises(StoreUnavailable, match=url):
+            claim(store, "key")
+
+
+def test_namespaces_keep_apart(far: Far) -> None:
+    """The same key in two."""
+    with closing(far.open("?namespace=a")) as a, closing(far.open("?namespace=B.c-d")) as b:
+        claim(a, "key")
+        claim(b, "key")
+        assert len(a.scan()) == len(b.scan()) == 1
