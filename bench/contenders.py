@@ -165,7 +165,7 @@ def idemp(job: Job) -> Span:
     store.apply([])
     transport = Watched(open_transport(job.url), span)
     consumer = Consumer(
-        transport,  # type: ignore[arg-type]
+        transport,
         service=job.queue.removesuffix("-queue"),
         prefetch=setting.window(),
         workers=setting.workers,

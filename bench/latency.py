@@ -132,7 +132,7 @@ def idemp(broker: str, queue: str, url: str) -> None:
     began: list[float] = []
     store = open_store(url)
     transport = _Watched(open_transport(broker), began)
-    consumer = Consumer(transport, service=queue.removesuffix("-queue"))  # type: ignore[arg-type]
+    consumer = Consumer(transport, service=queue.removesuffix("-queue"))
 
     @consumer.on("new_order")
     @idempotent(store, name="bench.new_order")

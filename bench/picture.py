@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     return _svg(title, 52 + len(rows) * _ROW, parts)
 
 
-def lines(title: str, names: Sequence[str], curves: dict[str, Sequence[float]]) -> str:
+def lines(title: str, names: Sequence[str], curves: Mapping[str, Sequence[float]]) -> str:
     """A curve each over the same places, each in its own panel from zero."""
     parts = []
     for panel, (name, values) in enumerate(curves.items()):

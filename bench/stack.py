@@ -23,7 +23,7 @@ from bench.cells import IDEMP, Setting
 from bench.contenders import Job
 from idemp import Message, open_store, open_transport, publish
 from idemp.ports import Done, Publication
-from tests.servers import Etcd, RabbitMQ
+from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis
 
 PATIENCE = 300
 """Seconds that a contender may take."""
@@ -32,6 +32,8 @@ DURABILITY = {
     "seed": "etcd, one put a message, fsync",
     "sqlite": "WAL, synchronous=FULL",
     "etcd": "one member, fsync",
+    "redis": "appendonly, appendfsync always",
+    "postgresql": "synchronous_commit on, fsync",
 }
 
 
@@ -59,6 +61,10 @@ def stack(names: Sequence[str] = ("etcd",)) -> Iterator[Stack]:
         urls = {}
         if "etcd" in names:
             urls["etcd"] = opened.enter_context(Etcd()).url + "{}"
+        if "redis" in names:
+            urls["redis"] = opened.enter_context(Redis()).url + "?namespace=b{}"
+        if "postgresql" in names:
+            urls["postgresql"] = opened.enter_context(PostgreSQL()).url + "?namespace=b{}"
         yield Stack(broker.url, urls, folder)
 
 

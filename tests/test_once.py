@@ -45,7 +45,7 @@ from idemp import (
 )
 from idemp.errors import StoreUnavailable
 from idemp.policy import MAX_RESULT
-from idemp.ports import Abandon, Claim, Claimed, Complete, Done, Doubt, Free, Get, Parked, Store, Takeover
+from idemp.ports import Abandon, Claim, Claimed, Complete, Doubt, Free, Get, Parked, Store, Takeover
 
 
 @pytest.fixture(params=["memory://", "sqlite:///{}/seen.db"])

@@ -325,6 +325,26 @@ def test_what_amqp_cannot_carry_is_an_error(transport: Transport, unique: str, o
     assert transport.depth(unique) == 2
 
 
+def test_a_quorum_queue_that_somebody_made_is_consumed(
+    transport: Transport, amqp_url: str, unique: str
+) -> None:
+    """Its owner chose it for safety; a stream, which forgets no message, is refused."""
+    quorum, stream = f"{unique}-quorum", f"{unique}-stream"
+    with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
+        for queue, kind in ((quorum, "quorum"), (stream, "stream")):
+            connection.channel().queue_declare(queue, durable=True, arguments={"x-queue-type": kind})
+    transport.declare(quorum, "events", "orders.#")
+    transport.consume(quorum, 10)
+    transport.send([Publication(b"1", Properties(), "events", "orders.new")])
+    came: list[Delivery] = []
+    while not came:
+        came = [event for event in transport.poll(5.0) if isinstance(event, Delivery)]
+    transport.ack([came[0].tag])
+    assert came[0].body == b"1"
+    with pytest.raises(ConfigError, match=r"refuses to declare .*x-queue-type"):
+        transport.declare(stream)
+
+
 # ------------------------------------------------------------------ acknowledgements
 
 

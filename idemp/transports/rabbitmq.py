@@ -150,6 +150,9 @@ class RabbitMQTransport:
         self._end()
 
 
+_QUORUM = {"x-queue-type": "quorum"}
+
+
 class _Connection(pika.SelectConnection):  # type: ignore[misc]
     """pika's, but for deliveries, which are the most of what comes: they are read here.
 
@@ -330,19 +333,31 @@ class _Link:
         return answers[0].method if answers else None
 
     def declare(self, queue: str, exchange: str, binding: str) -> None:
-        """On a channel of its own, which a refusal may close."""
+        """Without arguments; a quorum queue that somebody made is as good."""
+        refusal = self._declare(queue, exchange, binding, {})
+        if "x-queue-type" in refusal and not self._declare(queue, exchange, binding, _QUORUM):
+            return
+        if refusal:
+            raise ConfigError(f"{self._where} refuses to declare queue {queue!r}: {refusal}")
+
+    def _declare(self, queue: str, exchange: str, binding: str, arguments: dict[str, str]) -> str:
+        """The broker's refusal, or "".  On a channel of its own, which a refusal closes."""
         channel = self._channel()
         refusals: list[str] = []
         channel.add_on_close_callback(lambda _, reason: refusals.append(_text(reason)))
-        done = self._ask(channel, lambda then: channel.queue_declare(queue, durable=True, callback=then))
+        done = self._ask(
+            channel,
+            lambda then: channel.queue_declare(queue, durable=True, arguments=arguments, callback=then),
+        )
         if exchange and done:
             channel.exchange_declare(exchange, "topic", durable=True)
             done = self._ask(
                 channel, lambda then: channel.queue_bind(queue, exchange, binding, callback=then)
             )
         if not done:
-            raise ConfigError(f"{self._where} refuses to declare queue {queue!r}: {refusals[0]}")
+            return refusals[0]
         channel.close()
+        return ""
 
     def depth(self, queue: str) -> int | None:
         """By a passive declaration; None if there is no such queue, which closes the channel."""
