@@ -362,7 +362,9 @@ class Pipeline:
         policy = flight.route.policy
         if policy is None:
             return unguarded(_attempts(flight.delivery) + 1)
-        return protocol(policy, flight.key, flight.fingerprint, partial(self._too_old, flight))
+        sent_back = "idemp-retry" in flight.delivery.properties.headers
+        too_old = partial(self._too_old, flight)
+        return protocol(policy, flight.key, flight.fingerprint, too_old, sent_back=sent_back)
 
     # ---------------------------------------------------------------- along its protocol
 

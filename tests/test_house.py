@@ -21,6 +21,8 @@ FLOORS = {
         "idemp.pipeline",
         "idemp.consumer",
         "idemp.resolve",
+        "idemp.deeds",
+        "idemp.dead",
     ],
     "adapters": ["idemp.stores", "idemp.transports", "idemp.metrics"],
     "faces": ["idemp.cli", "idemp.__main__", "svc", "example1"],

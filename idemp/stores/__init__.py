@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
+from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, unquote
 
 from idemp.errors import ConfigError
@@ -48,8 +51,38 @@ def open_store(url: str) -> Store:
     return SqliteStore(sqlite_path(parts), retention=retention or RETENTION, session_ttl=session)
 
 
+def check_exists(url: str) -> None:
+    """Raise `ConfigError` if there is no store at ``url`` yet: to look at one must not make it."""
+    parts = split(url)
+    if parts.scheme == "sqlite" and not Path(path := sqlite_path(parts)).exists():
+        raise ConfigError(f"there is no file {path}; name the store that the service uses")
+    if parts.scheme == "etcd":
+        from idemp.stores.etcd_replica import Layout
+
+        client, namespace = etcd_at(url)
+        with closing(client):
+            if not client.range(Layout(namespace).bucket).pairs:
+                raise ConfigError(
+                    f"{hidden(url)} has no namespace {namespace!r}; name the store that the service uses"
+                )
+
+
+def etcd_at(url: str) -> tuple[Any, str]:
+    """A client of the cluster that ``url`` names, and the namespace."""
+    parts = split(url)
+    connect, namespace = _etcd_parts(parts, options(parts, {**_OPTIONS, **_ETCD}))
+    return connect(), namespace
+
+
 def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, session: float) -> Store:
     from idemp.stores.etcd import EtcdStore
+
+    connect, namespace = _etcd_parts(parts, found)
+    seed_layout = switch(found.get("seed_layout", ""))
+    return EtcdStore(connect, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)
+
+
+def _etcd_parts(parts: SplitResult, found: Mapping[str, str]) -> tuple[Any, str]:
     from idemp.stores.etcd_client import Client
 
     login, _, hosts = parts.netloc.rpartition("@")
@@ -70,5 +103,4 @@ def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, sessio
         found.get("key"),
         tls=switch(found.get("tls", "")),
     )
-    seed_layout = switch(found.get("seed_layout", ""))
-    return EtcdStore(connect, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)
+    return connect, namespace
