@@ -26,6 +26,7 @@ from idemp.ports import (
     Forget,
     Free,
     Get,
+    Lost,
     Parked,
     Publication,
     Release,
@@ -72,6 +73,9 @@ def set_free(store: Store, key: str, *, book: Book | None = None) -> Doubt | Par
 
     Returns the state before.  Raises `NothingToResolve`, or `KeyBusy` if somebody else has it.
     """
+    before = store.apply([Get(key)])[0]
+    if isinstance(before, Parked):
+        return _applied(store, Forget(key, before.token), before, book, "retry")
     before, token = _take(store, key)
     return _applied(store, Release(key, token, 0), before, book, "retry")
 
@@ -88,28 +92,38 @@ def _take(store: Store, key: str) -> tuple[Doubt | Parked, int]:
 
 
 def _applied(
-    store: Store, op: Complete | Release, before: Doubt | Parked, book: Book | None, verb: str
+    store: Store, op: Complete | Release | Forget, before: Doubt | Parked, book: Book | None, verb: str
 ) -> Doubt | Parked:
     reply = store.apply([op])[0] if book is None else book.change(verb, [Change(op, before)])[0]
+    if isinstance(reply, Lost) and not isinstance(reply.now, Busy):
+        raise NothingToResolve(op.key, reply.now)
     if not isinstance(reply, Applied):
-        raise KeyBusy(op.key)  # this process was away for so long that somebody took it over
+        raise KeyBusy(op.key)
     return before
 
 
 def set_all_free(store: Store, keys: Iterable[str], book: Book) -> int:
-    """Let those of ``keys`` run again that are in doubt or parked, and that nobody else takes; how many."""
+    """Let those of ``keys`` run again that are in doubt or parked, and that nobody else takes; how many.
+
+    What is parked goes free in one step.  What is in doubt is taken over first: who is killed in between
+    leaves it in doubt.
+    """
     asked, freed = list(dict.fromkeys(keys)), 0
     for start in range(0, len(asked), TOGETHER):
         some = asked[start : start + TOGETHER]
         states = zip(some, store.apply([Get(key) for key in some]), strict=True)
-        held = [(key, state) for key, state in states if isinstance(state, Doubt | Parked)]
-        taken = store.apply([Takeover(key, state.token) for key, state in held]) if held else []
-        mine = [
+        known = [(key, state) for key, state in states if isinstance(state, Doubt | Parked)]
+        doubts = [(key, state) for key, state in known if isinstance(state, Doubt)]
+        taken = store.apply([Takeover(key, state.token) for key, state in doubts]) if doubts else []
+        changes = [
+            Change(Forget(key, state.token), state) for key, state in known if isinstance(state, Parked)
+        ]
+        changes += [
             Change(Release(key, claim.token, 0), before)
-            for (key, before), claim in zip(held, taken, strict=True)
+            for (key, before), claim in zip(doubts, taken, strict=True)
             if isinstance(claim, Claimed)
         ]
-        freed += sum(isinstance(reply, Applied) for reply in book.change("retry", mine))
+        freed += sum(isinstance(reply, Applied) for reply in book.change("retry", changes))
     return freed
 
 
