@@ -43,6 +43,7 @@ from idemp.pipeline import (
     Work,
     Worked,
 )
+from idemp.policy import Policy
 from idemp.ports import (
     OUTCOMES,
     Claim,
@@ -124,6 +125,10 @@ class Consumer:
             return function
 
         return register
+
+    def policies(self) -> dict[str, Policy | None]:
+        """The policy of each type's handler; None where it runs at least once."""
+        return {kind: route.policy for kind, route in self._routes.items()}
 
     def stop(self) -> None:
         """From any thread: take no more, finish what runs, return from `run`."""

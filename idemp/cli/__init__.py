@@ -17,10 +17,13 @@ from idemp.cli.consume import consume
 from idemp.cli.dead import dead
 from idemp.cli.deeds import deeds
 from idemp.cli.demo import demo
+from idemp.cli.doctor import doctor
+from idemp.cli.explain import explain
 from idemp.cli.forget import forget
 from idemp.cli.keys import doubt, get, ls, stats
 from idemp.cli.publish import publish
 from idemp.cli.resolve import resolve
+from idemp.cli.top import top
 from idemp.errors import IdempError
 
 
@@ -41,7 +44,22 @@ def cli(verbose: bool) -> None:
         logging.getLogger("idemp.stores").setLevel(logging.ERROR)
 
 
-for command in (publish, consume, ls, get, doubt, resolve, forget, dead, deeds, stats, demo):
+for command in (
+    publish,
+    consume,
+    ls,
+    get,
+    doubt,
+    resolve,
+    forget,
+    dead,
+    deeds,
+    stats,
+    doctor,
+    explain,
+    top,
+    demo,
+):
     cli.add_command(command)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -59,30 +59,32 @@ def check_exists(url: str) -> None:
     if parts.scheme == "etcd":
         from idemp.stores.etcd_replica import Layout
 
-        client, namespace = etcd_at(url)
-        with closing(client):
+        endpoints, connect, namespace = etcd_of(url)
+        with closing(connect(endpoints)) as client:
             if not client.range(Layout(namespace).bucket).pairs:
                 raise ConfigError(
                     f"{hidden(url)} has no namespace {namespace!r}; name the store that the service uses"
                 )
 
 
-def etcd_at(url: str) -> tuple[Any, str]:
-    """A client of the cluster that ``url`` names, and the namespace."""
+def etcd_of(url: str) -> tuple[list[str], Callable[[list[str]], Any], str]:
+    """The members that ``url`` names, what makes a client of some of them, and the namespace."""
     parts = split(url)
-    connect, namespace = _etcd_parts(parts, options(parts, {**_OPTIONS, **_ETCD}))
-    return connect(), namespace
+    return _etcd_parts(parts, options(parts, {**_OPTIONS, **_ETCD}))
 
 
 def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, session: float) -> Store:
     from idemp.stores.etcd import EtcdStore
 
-    connect, namespace = _etcd_parts(parts, found)
+    endpoints, connect, namespace = _etcd_parts(parts, found)
     seed_layout = switch(found.get("seed_layout", ""))
-    return EtcdStore(connect, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)
+    client = partial(connect, endpoints)
+    return EtcdStore(client, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)
 
 
-def _etcd_parts(parts: SplitResult, found: Mapping[str, str]) -> tuple[Any, str]:
+def _etcd_parts(
+    parts: SplitResult, found: Mapping[str, str]
+) -> tuple[list[str], Callable[[list[str]], Any], str]:
     from idemp.stores.etcd_client import Client
 
     login, _, hosts = parts.netloc.rpartition("@")
@@ -93,14 +95,10 @@ def _etcd_parts(parts: SplitResult, found: Mapping[str, str]) -> tuple[Any, str]
             f"etcd namespace {namespace!r}: up to 100 letters, digits, dots, dashes, underscores"
         )
     endpoints = [host if ":" in host else f"{host}:2379" for host in hosts.split(",") if host]
-    connect = partial(
-        Client,
-        endpoints or ["localhost:2379"],
-        unquote(user) or None,
-        unquote(password) if user else None,
-        found.get("ca"),
-        found.get("cert"),
-        found.get("key"),
-        tls=switch(found.get("tls", "")),
-    )
-    return connect, namespace
+    login_and_files: dict[str, Any] = {
+        "user": unquote(user) or None,
+        "password": unquote(password) if user else None,
+        **{name: found.get(name) for name in ("ca", "cert", "key")},
+    }
+    connect = partial(Client, **login_and_files, tls=switch(found.get("tls", "")))
+    return endpoints or ["localhost:2379"], connect, namespace
