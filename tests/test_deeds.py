@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from idemp import ConfigError, KeyBusy, idempotent, open_store
+from idemp import ConfigError, Consumer, KeyBusy, Message, idempotent, open_store, open_transport, publish
 from idemp.cli import main
 from idemp.deeds import DEEDS, UNFINISHED, Book, Change, drop_unfinished, read
 from idemp.ports import (
@@ -36,6 +37,7 @@ from idemp.ports import (
     Op,
     Park,
     Parked,
+    Publication,
     Reply,
     State,
     Store,
@@ -43,7 +45,7 @@ from idemp.ports import (
 )
 from idemp.resolve import NothingToResolve, forget, mark_done, set_all_free
 from tests.contract.backends import BACKENDS, SHARED, Backend
-from tests.service import environment, finished
+from tests.service import PATIENCE, environment, finished, until
 
 
 class Ran(NamedTuple):
@@ -440,6 +442,90 @@ def test_all_are_set_free(backend: Backend) -> None:
         abouts = [deed.about for deed in read(store) if deed.about]
         assert sorted(each["key"] for about in abouts for each in about["keys"]) == keys
         assert {each["state"] for about in abouts for each in about["keys"]} == {"parked"}
+
+
+N = 40
+
+
+@pytest.fixture
+def live(backend: Backend, unique: str) -> Iterator[tuple[Store, Store, Callable[[], None], Counter[str]]]:
+    """A consumer that runs, an operator's store, what publishes all messages, and the effects by id."""
+    consumers, operators = backend.open(), backend.open()
+    broker = f"memory://{unique}"
+    effects: Counter[str] = Counter()
+    consumer = Consumer(open_transport(broker), service=unique, workers=4)
+
+    @consumer.on("new_order")
+    @idempotent(consumers, name="k")
+    def new_order(message: Message) -> None:
+        effects[message.id] += 1
+
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: consumer.run(ready=ready.set))
+    thread.start()
+    assert ready.wait(PATIENCE)
+
+    def publish_all() -> None:
+        messages = [Message(str(number), "new_order") for number in range(N)]
+        copies = [Publication(each.encode(), each.properties(), "", f"{unique}-queue") for each in messages]
+        with closing(open_transport(broker)) as transport:
+            publish(transport, copies)
+
+    yield consumers, operators, publish_all, effects
+    with closing(open_transport(broker)) as transport:
+        until(lambda: transport.depth(f"{unique}-queue") == 0, lambda: transport.depth(f"{unique}-queue"))
+    consumer.stop()
+    thread.join(PATIENCE)
+    consumers.close()
+    operators.close()
+
+
+Live = tuple[Store, Store, Callable[[], None], "Counter[str]"]
+
+
+def test_a_person_resolves_what_a_live_consumer_retries(live: Live) -> None:
+    """Each key in doubt is either run by the consumer or marked done by the person, never both."""
+    consumers, operators, publish_all, effects = live
+    keys = [f"k/{number}" for number in range(N)]
+    for key in keys:
+        leave(consumers, key, lambda token, key=key: Abandon(key, token))  # type: ignore[misc]
+    book, decided = Book(operators, "ada"), set[str]()
+    publisher = threading.Thread(target=publish_all)
+    publisher.start()
+    for key in reversed(keys):
+        try:
+            mark_done(operators, key, b"1", book=book)
+            decided.add(key)
+        except (KeyBusy, NothingToResolve):
+            pass
+    publisher.join()
+    until(
+        lambda: all(isinstance(each, Done) for each in operators.apply([Get(key) for key in keys])),
+        lambda: operators.scan("k/"),
+    )
+    assert {f"k/{id}" for id in effects} == set(keys) - decided
+    assert set(effects.values()) <= {1}
+    assert {each["key"] for deed in read(operators) if deed.about for each in deed.about["keys"]} == decided
+
+
+def test_a_person_forgets_what_a_live_consumer_skips(live: Live) -> None:
+    """A duplicate that comes while its key is forgotten is skipped, or runs once: before or after."""
+    consumers, operators, publish_all, effects = live
+    keys = [f"k/{number}" for number in range(N)]
+    for key in keys:
+        leave(consumers, key, lambda token, key=key: Complete(key, token, b"1"))  # type: ignore[misc]
+    until(lambda: len(operators.scan("k/")) == N, lambda: operators.scan("k/"))
+    publisher = threading.Thread(target=publish_all)
+    publisher.start()
+    gone = forget(
+        [(key, state) for key, state in operators.scan("k/") if isinstance(state, Done)],
+        Book(operators, "ada"),
+    )
+    publisher.join()
+    assert gone == N
+    assert set(effects.values()) <= {1}
+    recorded = [each["key"] for deed in read(operators) if deed.about for each in deed.about["keys"]]
+    assert sorted(recorded) == sorted(keys)
 
 
 # ------------------------------------------------------------------ killed in between
