@@ -22,9 +22,11 @@ import pytest
 from idemp import ConfigError, Consumer, KeyBusy, Message, idempotent, open_store, open_transport, publish
 from idemp.cli import main
 from idemp.deeds import DEEDS, UNFINISHED, Book, Change, drop_unfinished, read
+from idemp.errors import StoreUnavailable
 from idemp.ports import (
     Abandon,
     Applied,
+    Busy,
     Claim,
     Claimed,
     Clock,
@@ -43,7 +45,7 @@ from idemp.ports import (
     Store,
     Takeover,
 )
-from idemp.resolve import NothingToResolve, forget, mark_done, set_all_free
+from idemp.resolve import NothingToResolve, forget, mark_done, set_all_free, set_free
 from tests.contract.backends import BACKENDS, SHARED, Backend
 from tests.service import PATIENCE, environment, finished, until
 
@@ -593,6 +595,61 @@ def test_no_change_without_its_deed(
                 seen.append((changed, done.returncode == -signal.SIGKILL))
     # Killed before the change, killed after it, and not killed at all.
     assert {(False, True), (True, True), (True, False)} <= set(seen)
+
+
+class Deaf:
+    """A store whose reply to the exchange number ``at`` is lost: it was applied, or it was not."""
+
+    def __init__(self, store: Store, at: int, *, applied: bool) -> None:
+        self._store, self._left, self._applied = store, at, applied
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """As the store, but for the one."""
+        self._left -= 1
+        if self._left == 0:
+            if self._applied:
+                self._store.apply(ops)
+            raise StoreUnavailable("the reply was lost")
+        return self._store.apply(ops)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_lost_reply_leaves_both_or_neither(backend: Backend, at: int, applied: bool) -> None:
+    """Whatever became of an exchange whose reply nobody heard: what changed is recorded, no more."""
+    with closing(backend.open()) as store:
+        leave(store, "k/1", lambda token: Park("k/1", token, "why"))
+        deaf = Deaf(store, at, applied=applied)
+        lost = False
+        try:
+            set_free(deaf, "k/1", book=Book(deaf, "ada"))
+        except StoreUnavailable:
+            lost = True
+        assert lost == (at < 4)
+        changed = store.apply([Get("k/1")]) == [Free()]
+        assert changed == (at == 4 or (at == 3 and applied))
+        assert len([deed for deed in read(store) if deed.about]) == changed
+
+
+def test_a_deed_that_was_taken_away_is_written_again(backend: Backend) -> None:
+    """Its key was given up for dead between its claim and the change: another tells of the change."""
+    with closing(backend.open()) as store:
+        leave(store, "k/1", lambda token: Complete("k/1", token, b"1"))
+        [done] = store.apply([Get("k/1")])
+        assert isinstance(done, Done)
+
+        def take() -> list[Op]:
+            [(key, state)] = store.scan(DEEDS)
+            assert isinstance(state, Busy)
+            return [Abandon(key, state.token)]
+
+        rival = Rival(store, Forget, take)
+        assert forget([("k/1", done)], Book(rival, "ada")) == 1
+        told = [deed.about for deed in read(store)]
+        assert [about["keys"][0]["key"] for about in told if about] == ["k/1"]
 
 
 def _settled(store: Store, key: str) -> None:

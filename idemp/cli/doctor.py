@@ -105,8 +105,6 @@ def _store(url: str) -> Looked:
 def _broker(
     url: str, management: str | None, services: tuple[str, ...], retention: float | None
 ) -> list[Finding]:
-    if not services:
-        raise ConfigError("say whose queues to look at: --service orders (SERVICE_NAME)")
     parts = split(url)
     if parts.scheme == "sqlite":
         from idemp.stores.sqlite_doctor import examine as of_sqlite
@@ -115,6 +113,8 @@ def _broker(
         return of_sqlite(sqlite_path(parts)).findings
     if parts.scheme not in ("amqp", "amqps"):
         raise ConfigError(f"nothing is known here of how a {hidden(url)} should be")
+    if not services:
+        raise ConfigError("say whose queues to look at: --service orders (SERVICE_NAME)")
     from idemp.transports.rabbitmq import RabbitMQTransport
     from idemp.transports.rabbitmq_doctor import examine as of_rabbitmq
 
