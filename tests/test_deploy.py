@@ -187,7 +187,7 @@ def test_the_service_understands_its_settings(name: str) -> None:
             case {"name": variable, "valueFrom": {"fieldRef": _}}:
                 settings[variable] = name
     understood = read(settings)
-    assert (understood.service, understood.store) == (name, f"etcd://etcd:2379/{name}")
+    assert (understood.service, understood.store) == (name, f"etcd://etcd:2379/{name}?retention=24h")
     assert understood.transport == "amqp://guest:guest@rabbitmq:5672/"
     ports = {each["name"]: each["containerPort"] for each in container(name)["ports"]}
     assert ports == {"health": understood.health_port, "metrics": understood.metrics_port}
