@@ -163,20 +163,34 @@ def _seconds(text: str) -> float:
 
 
 def examine_statsd(address: str) -> list[Finding]:
-    """Whether anybody hears at ``address``: a machine says so of its own closed ports only."""
-    host, _, port = address.rpartition(":")
+    """Whether anybody hears at ``address``: not every machine says that a port is closed.
+
+    Raises `ConfigError` if it is no address.
+    """
+    host, port = _address(address)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.settimeout(0.3)
-            probe.connect((host, int(port)))
+            probe.connect((host, port))
             for _ in range(2):  # the second send, or the wait, hears of the first
                 probe.send(b"idemp.doctor:0|c")
                 time.sleep(0.05)
             probe.recv(1)
     except TimeoutError:
         return []
-    except (OSError, ValueError) as error:
+    except OSError as error:
         what = "statsd does not hear: every counter is lost, and nothing else happens"
         evidence = f"{address}: {getattr(error, 'strerror', None) or error}"
         return [Finding("statsd", what, evidence, "start it, or name another: IDEMP_STATSD=host:8125")]
     return []
+
+
+def _address(address: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{address}")
+    try:
+        port = parts.port or 8125
+    except ValueError:
+        port = 0
+    if not parts.hostname or not port:
+        raise ConfigError(f"statsd address {address!r}: write it like 127.0.0.1:8125")
+    return parts.hostname, port

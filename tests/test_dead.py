@@ -22,6 +22,7 @@ from idemp.ports import Claim, Claimed, Done, Get, Park, Publication
 from idemp.resolve import forget, send_all_back
 from idemp.transports import publish
 from tests.service import PATIENCE, Stand, environment, finished, stand, until
+from tests.test_deeds import typed
 
 HANDLER = """
 import pathlib, sys
@@ -290,3 +291,18 @@ def test_letters_are_read_in_their_order(desk: Stand, unique: str) -> None:
     for most, keys in ((3, ["k/0", "k/1", "k/2"]), (99, [f"k/{number}" for number in range(10)])):
         with closing(open_transport(desk.url)) as transport:
             assert [letter.key for letter in letters(transport, queue, most)] == keys
+
+
+def test_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path: Path, unique: str) -> None:
+    """For as many as take a while."""
+    url, queue = f"sqlite:///{tmp_path}/queues.db", f"{unique}-queue"
+    arguments = ["dead", "send", queue, "--all", "--yes", "--no-first", "--transport", url]
+    with closing(open_transport(url)) as transport:
+        transport.declare(queue)
+        transport.declare(f"{queue}.dead")
+        for terminal in (True, False):
+            letters_ = [_dead_letter(queue, f"delivery {number}") for number in range(600)]
+            publish(transport, letters_)
+            shown = typed("", *arguments) if terminal else finished("-m", "idemp", *arguments).stderr
+            assert ("100%" in shown) == terminal, shown
+            assert transport.depth(f"{queue}.dead") == 0

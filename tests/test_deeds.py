@@ -711,13 +711,13 @@ def test_a_person_is_asked(tmp_path: Path) -> None:
         for number in range(1000):
             leave(store, f"k/{number}", lambda token, n=number: Complete(f"k/{n}", token, b"1"))  # type: ignore[misc]
         for answer, left in (("n", 1000), ("y", 0)):
-            shown = _typed(answer, "forget", "--prefix", "k/", "--store", url)
+            shown = typed(answer, "forget", "--prefix", "k/", "--store", url)
             assert "Forget 1000 keys (1000 done)? [y/N]" in shown
             assert ("100%" in shown) == (answer == "y")
             assert len(store.scan("k/", limit=2000)) == left
 
 
-def _typed(answer: str, *arguments: str) -> str:
+def typed(answer: str, *arguments: str) -> str:
     """What a terminal shows of ``idemp`` when a person types ``answer``."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "idemp", *arguments]

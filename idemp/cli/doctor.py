@@ -72,7 +72,9 @@ def doctor(
             found += _broker(transport, management, services, retention)
     if retention is not None:
         found += horizon(retention, amqp=transport is not None and transport.startswith("amqp"))
-    found += examine_statsd(statsd) if statsd else []
+    if statsd is not None:
+        with about("--statsd (IDEMP_STATSD)"):
+            found += examine_statsd(statsd)
     if graphite is not None:
         with about("--graphite (IDEMP_GRAPHITE)"):
             found += look_at_graphite(graphite, list(services))
