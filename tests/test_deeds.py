@@ -644,7 +644,7 @@ def test_a_deed_that_was_taken_away_is_written_again(backend: Backend) -> None:
         def take() -> list[Op]:
             [(key, state)] = store.scan(DEEDS)
             assert isinstance(state, Busy)
-            return [Abandon(key, state.token)]
+            return [Abandon(key, state.token), Takeover(key, state.token)]
 
         rival = Rival(store, Forget, take)
         assert forget([("k/1", done)], Book(rival, "ada")) == 1
