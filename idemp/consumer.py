@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
-from idemp.errors import ConfigError, StoreUnavailable, TransportUnavailable, Unavailable
+from idemp.errors import ConfigError, IdempError, StoreUnavailable, TransportUnavailable, Unavailable
 from idemp.once import Context, ask, is_async, policy_of, run, running
 from idemp.pipeline import (
     Acknowledge,
@@ -43,6 +43,7 @@ from idemp.pipeline import (
     Work,
     Worked,
 )
+from idemp.policy import Policy
 from idemp.ports import (
     OUTCOMES,
     Claim,
@@ -114,6 +115,8 @@ class Consumer:
         self._routes: dict[str, Route] = {}
         self._stopping = threading.Event()
         self._given_up = threading.Event()
+        self._delivering = False
+        self._turned: float | None = None  # None while the broker is waited for
 
     def on(self, type: str) -> Callable[[Handler], Handler]:
         """Handle messages of ``type`` with the decorated function; without `idempotent`, at least once."""
@@ -127,10 +130,31 @@ class Consumer:
 
         return register
 
+    def policies(self) -> dict[str, Policy | None]:
+        """The policy of each type's handler; None where it runs at least once."""
+        return {kind: route.policy for kind, route in self._routes.items()}
+
     def stop(self) -> None:
         """From any thread: take no more, finish what runs, return from `run`."""
         self._stopping.set()
         self._transport.wake()
+
+    def trouble(self) -> str:
+        """From any thread: why no message is taken just now; "" while all is well."""
+        if self._stopping.is_set():
+            return "it is stopping"
+        if not self._delivering:
+            return "the broker does not deliver"
+        try:
+            fresh = all(store.fresh() for store in self._stores())
+        except IdempError as error:
+            return str(error)
+        return "" if fresh else "the store does not answer"
+
+    def silent(self) -> float:
+        """From any thread: seconds since the loop last turned; 0 while it waits for the broker."""
+        turned = self._turned
+        return 0.0 if turned is None else float(self._clock.steady() - turned)
 
     def run(self, *, ready: Callable[[], None] | None = None) -> None:
         """Consume until `stop`, SIGTERM or SIGINT.
@@ -167,7 +191,7 @@ class Consumer:
         stop_at: float | None = None
         connected = True
         while True:
-            now = self._clock.steady()
+            now = self._turned = self._clock.steady()
             if self._stopping.is_set() and stop_at is None:
                 stop_at = now + self._grace
                 shell.inbox.append(Stop())
@@ -179,6 +203,7 @@ class Consumer:
                 self._turn(pipeline, shell, report, now, connected)
             except TransportUnavailable as error:
                 log.warning("%s: %s; connecting again", self.service, error)
+                self._delivering, self._turned = False, None
                 self._perform(pipeline.step(Disconnected(), self._clock.steady()), shell, report)
                 shell.numbers.clear()
                 connected = self._connect_again()
@@ -240,6 +265,7 @@ class Consumer:
     def _start_consuming(self) -> None:
         self._declare()
         self._transport.consume(self.queue, self._prefetch)
+        self._delivering = True
 
     def _connect_again(self) -> bool:
         """Until the broker is back (true), or the service is told to stop (false)."""

@@ -364,7 +364,8 @@ class Pipeline:
         policy = flight.route.policy
         if policy is None:
             return unguarded(_attempts(flight.delivery) + 1)
-        return protocol(policy, flight.key, flight.fingerprint, partial(self._too_old, flight))
+        too_old, sent_back = partial(self._too_old, flight), _sent_back(flight.delivery)
+        return protocol(policy, flight.key, flight.fingerprint, too_old, sent_back=sent_back)
 
     # ---------------------------------------------------------------- along its protocol
 
@@ -486,7 +487,7 @@ class Pipeline:
         for place, duplicate in enumerate(waiting):
             if self._stopping:
                 continue
-            if done and duplicate.fingerprint is None:
+            if done and duplicate.fingerprint is None and not _sent_back(duplicate.delivery):
                 self._acknowledge(duplicate, "skipped")
             elif delay is not None:
                 attempts = _attempts(duplicate.delivery)
@@ -630,6 +631,11 @@ def _plain(copy: Publication) -> Publication:
         timestamp=copy.properties.timestamp, content_type="application/octet-stream", headers=ours
     )
     return copy._replace(properties=kept)
+
+
+def _sent_back(delivery: Delivery) -> bool:
+    """Whether a person sent it back: then its key may have been forgotten since it was called done."""
+    return "idemp-retry" in delivery.properties.headers
 
 
 def _attempts(delivery: Delivery) -> int:

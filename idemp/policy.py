@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 MAX_RESULT = 64 * 1024
 """Bytes of a result that are kept; a larger one is done without its result."""
+RESERVED = "idemp.deeds"
+"""The name under which a store keeps what people changed in it: see deeds.py."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
@@ -160,6 +162,8 @@ def make_policy(
         raise ConfigError(
             f"name={name!r}: letters, digits, dots, dashes and underscores, like 'billing.charge'"
         )
+    if name == RESERVED:
+        raise ConfigError(f"name={name!r} is where idemp keeps what people changed; choose another")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError(f"{name} is a generator; only a function that returns its answer can be recorded")
     if on_busy not in ("wait", "defer", "raise"):

@@ -132,7 +132,10 @@ class Forget(Value, frozen=True, gc=False):
 
 
 class Get(Value, frozen=True, gc=False):
-    """Look only.  Reply: its state, `Busy` also for my own claims."""
+    """Look only, at what holds now and not at what was heard before.
+
+    Reply: its state, `Busy` also for my own claims.
+    """
 
     key: str
 

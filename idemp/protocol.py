@@ -30,6 +30,7 @@ from idemp.ports import (
     Done,
     Doubt,
     Free,
+    Get,
     Op,
     Park,
     Parked,
@@ -141,13 +142,22 @@ def _of_any_age() -> str:
 
 
 def protocol(
-    policy: Policy, key: str, fingerprint: bytes | None, too_old: Callable[[], str] = _of_any_age
+    policy: Policy,
+    key: str,
+    fingerprint: bytes | None,
+    too_old: Callable[[], str] = _of_any_age,
+    *,
+    sent_back: bool = False,
 ) -> Protocol:
     """Take one call of ``key`` to its verdict.
 
     too_old: why this message must not be run if it is not done already ("" if it may).  It is asked once
     the key is mine: what was done before may have been remembered until then.
+    sent_back: a person sent this message back, perhaps after its key was forgotten.  A replica that has
+    not heard of that would call it done; `Get` is answered from what the store knows now.
     """
+    if sent_back:
+        yield Get(key)
     state: State = yield Claim(key)
     while True:
         match state:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
 from idemp import ConfigError, Consumer, idempotent, open_store, open_transport
 from idemp.errors import IdempError
@@ -14,6 +14,7 @@ from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
 from idemp.ports import Meter, Store, Transport
 from idemp.settings import hidden
 from svc.handlers import HANDLERS, Handler
+from svc.health import Health
 from svc.settings import Settings, read
 
 log = logging.getLogger("svc")
@@ -38,6 +39,7 @@ def serve(settings: Settings, handlers: Mapping[str, Handler]) -> None:
     """Open what the settings name and consume until stopped."""
     name = settings.service
     with ExitStack() as stack:
+        health = stack.enter_context(_health(settings.health_port))
         meter = stack.enter_context(closing(_meter(settings)))
         store = None if settings.store is None else stack.enter_context(closing(_store(settings.store)))
         transport = stack.enter_context(closing(_transport(settings.transport)))
@@ -46,6 +48,8 @@ def serve(settings: Settings, handlers: Mapping[str, Handler]) -> None:
         for kind, handler in handlers.items():
             once = idempotent(store, name=f"{name}.{kind}") if store is not None else _every_time
             consumer.on(kind)(once(handler))
+        if health is not None:
+            health.consumer = consumer
         consumer.run(ready=lambda: log.info("%s: ready", name))
     log.info("%s: stopped", name)
 
@@ -66,6 +70,14 @@ def _say_start(settings: Settings) -> None:
         "with IDEMP_STORE=sqlite:///seen.db each event takes effect once",
         name,
     )
+
+
+def _health(port: int | None) -> AbstractContextManager[Health | None]:
+    """First of all, so that it can be asked while the store is imported."""
+    if port is None:
+        return nullcontext()
+    with _about("IDEMP_HEALTH_PORT"):
+        return closing(Health(port))
 
 
 def _meter(settings: Settings) -> Meter:

@@ -20,7 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class Settings:
     """What one service was told.
 
-    ``store`` is None when every delivery is to be processed, ``metrics_port`` when Prometheus gets nothing.
+    ``store`` is None when every delivery is to be processed, ``metrics_port`` when Prometheus gets nothing,
+    ``health_port`` when nobody asks for its health.
     """
 
     service: str
@@ -28,6 +29,7 @@ class Settings:
     store: str | None
     statsd: str
     metrics_port: int | None
+    health_port: int | None
 
 
 def read(environment: Mapping[str, str]) -> Settings:
@@ -37,7 +39,8 @@ def read(environment: Mapping[str, str]) -> Settings:
         transport=environment.get("IDEMP_TRANSPORT") or TRANSPORT,
         store=_store(environment),
         statsd=environment.get("IDEMP_STATSD") or STATSD,
-        metrics_port=_port(environment.get("IDEMP_METRICS_PORT", "")),
+        metrics_port=_port("IDEMP_METRICS_PORT", environment.get("IDEMP_METRICS_PORT", "")),
+        health_port=_port("IDEMP_HEALTH_PORT", environment.get("IDEMP_HEALTH_PORT", "")),
     )
 
 
@@ -52,11 +55,11 @@ def _service(name: str) -> str:
     return name
 
 
-def _port(text: str) -> int | None:
+def _port(variable: str, text: str) -> int | None:
     if not text:
         return None
     if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise ConfigError(f"IDEMP_METRICS_PORT={text!r}: a port is a number from 1 to 65535, like 9100")
+        raise ConfigError(f"{variable}={text!r}: a port is a number from 1 to 65535, like 9100")
     return int(text)
 
 

@@ -283,7 +283,7 @@ def test_ls_narrows_and_pages(kept: tuple[str, Store]) -> None:
     ]
     assert [each["key"] for each in printed(idemp("ls", "--state", "doubt", "--json", *store))] == ["b/doubt"]
     first = idemp("ls", "--limit", "6", *store)
-    assert first.stderr == "showing 6 of more; continue with --after b/parked\n"
+    assert first.stderr == "showing 6 of 7; continue with --after b/parked\n"
     rest = idemp("ls", "--limit", "6", "--after", "b/parked", *store)
     assert (rest.stdout.count("\n"), rest.stderr) == (1, "")
     assert idemp("ls", "--limit", "7", *store).stderr == ""
@@ -304,7 +304,7 @@ def test_ls_finds_few_among_many(tmp_path: Path) -> None:
     assert [each["key"] for each in found] == ["k/00000", "k/01250"]
     more = idemp("ls", "--limit", "2000", "--store", url)
     assert more.stdout.count("\n") == 2000
-    assert more.stderr == "showing 2000 of more; continue with --after k/01999\n"
+    assert more.stderr == "showing 2000 of 2500; continue with --after k/01999\n"
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:

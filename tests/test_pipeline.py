@@ -38,6 +38,7 @@ from idemp.ports import (
     Done,
     Doubt,
     Free,
+    Get,
     Lost,
     Park,
     Release,
@@ -116,6 +117,26 @@ def test_a_duplicate_in_flight_waits_for_its_first() -> None:
     [work] = step(line, Replied(STORE, [Claimed(1, 1)]))
     [_] = step(line, Worked([(work.items[0][0], Returned(None, None))]))
     assert step(line, Replied(STORE, [Applied()])) == [Acknowledge([1, 2])]
+
+
+def test_a_message_that_was_sent_back_is_looked_up_anew() -> None:
+    """Its key may have been forgotten: memory may not call it done, neither for it nor for its first."""
+    line = pipeline()
+    sent_back = delivery(2, headers={"idemp-retry": "x"})
+    assert asked(deliver(line, sent_back)) == [Get]
+    assert asked(step(line, Replied(STORE, [Free()]))) == [Claim]
+
+    line = pipeline()
+    assert asked(deliver(line, delivery(1), sent_back)) == [Claim]
+    commands = step(line, Replied(STORE, [Done(9, None, None, 0.0)]))
+    assert Acknowledge([1]) in commands
+    assert asked(commands) == [Get]
+    assert asked(step(line, Replied(STORE, [Free()]))) == [Claim]
+
+
+def asked(commands: list[Any]) -> list[type]:
+    """Kinds of operations: two of one key are equal as tuples."""
+    return [type(op) for command in commands if isinstance(command, Apply) for op in command.ops]
 
 
 def test_a_duplicate_goes_later_when_its_first_fails() -> None:

@@ -14,11 +14,17 @@ import click
 
 from idemp import __version__
 from idemp.cli.consume import consume
+from idemp.cli.dead import dead
+from idemp.cli.deeds import deeds
 from idemp.cli.demo import demo
+from idemp.cli.doctor import doctor
+from idemp.cli.explain import explain
+from idemp.cli.forget import forget
 from idemp.cli.init import init
-from idemp.cli.keys import doubt, get, ls
+from idemp.cli.keys import doubt, get, ls, stats
 from idemp.cli.publish import publish
 from idemp.cli.resolve import resolve
+from idemp.cli.top import top
 from idemp.errors import IdempError
 
 
@@ -35,9 +41,27 @@ def cli(verbose: bool) -> None:
     if not verbose:
         # What the driver logs of a lost connection, idemp says in one sentence.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
+        # That it remembers for longer than a look wishes, is what a look wants.
+        logging.getLogger("idemp.stores").setLevel(logging.ERROR)
 
 
-for command in (publish, consume, ls, get, doubt, resolve, demo, init):
+for command in (
+    publish,
+    consume,
+    ls,
+    get,
+    doubt,
+    resolve,
+    forget,
+    dead,
+    deeds,
+    stats,
+    doctor,
+    explain,
+    top,
+    demo,
+    init,
+):
     cli.add_command(command)
 
 

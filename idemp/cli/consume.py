@@ -30,7 +30,7 @@ def consume(target: str, transport: str, as_json: bool, **given: Any) -> None:
     MODULE:NAME is where Python finds it.  A handler takes effect once if it is decorated with
     @idempotent, else it runs at least once.
     """
-    found = _load(target)
+    found = load(target)
     options = {name: value for name, value in given.items() if value is not None}
     if isinstance(found, Consumer):
         if options:
@@ -48,7 +48,8 @@ def consume(target: str, transport: str, as_json: bool, **given: Any) -> None:
         _run(consumer, as_json)
 
 
-def _load(target: str) -> Any:
+def load(target: str) -> Any:
+    """What ``module:name`` names.  Raises `ConfigError`."""
     module, colon, name = target.partition(":")
     if not (module and colon and name):
         raise ConfigError(f"{target!r}: write it like orders.handlers:new_order")

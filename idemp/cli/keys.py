@@ -1,30 +1,58 @@
-"""``ls``, ``get``, ``doubt``: look at what a store knows of keys."""
+"""``ls``, ``get``, ``doubt``, ``stats``: look at what a store knows of keys."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
+from idemp import deeds
 from idemp.cli import options
-from idemp.cli.options import escaped, json_option, store_at, store_option
-from idemp.ports import Busy, Done, Doubt, Free, Get, Parked, State, Store
+from idemp.cli.options import Duration, escaped, json_option, store_at, store_option
+from idemp.deeds import DEEDS, WORDS, described
+from idemp.ports import Doubt, Free, Get, Parked, State, Store
 
-PAGE = 1000
-_WORDS: dict[type, str] = {Done: "done", Busy: "busy", Doubt: "doubt", Parked: "parked", Free: "free"}
+PAGE = 20_000
+"""Keys that are asked for at a time, where all are wanted."""
+COUNTED = 1_000_000
+"""Keys that are counted for the last line; beyond it stands "more than"."""
 
 
 def _paged(command: Callable[..., Any]) -> Callable[..., Any]:
     after = click.option("--after", type=options.key, default="", help="Continue behind this key.")
     least = click.IntRange(min=1)
     limit = click.option("--limit", type=least, default=50, show_default=True, help="Show so many.")
-    return limit(after(command))
+    older = click.option(
+        "--older-than", type=Duration(), help="Only what has not changed for so long, like 90s, 30m or 7d."
+    )
+    return limit(after(older(command)))
+
+
+class Filter(NamedTuple):
+    """Which keys are meant.  older_than: seconds since their last change."""
+
+    prefix: str
+    states: frozenset[type]
+    older_than: float | None = None
+
+    def takes(self, key: str, state: State, now: float) -> bool:
+        """Whether this one is; deeds only where the prefix asks for them."""
+        if type(state) not in self.states or (key.startswith(DEEDS) and not self.prefix.startswith(DEEDS)):
+            return False
+        at = getattr(state, "at", None)
+        return self.older_than is None or (at is not None and now - at > self.older_than)
+
+    def found(self, store: Store, after: str = "", page: int = PAGE) -> Iterator[tuple[str, State]]:
+        """Those of ``store``, in order."""
+        now = time.time()
+        for key, state in deeds.keys(store, self.prefix, after, page):
+            if self.takes(key, state, now):
+                yield key, state
 
 
 # ------------------------------------------------------------------ commands
@@ -32,15 +60,26 @@ def _paged(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @click.argument("prefix", type=options.key, default="")
-@click.option("--state", type=click.Choice(sorted(_WORDS.values())), help="Only keys in this state.")
+@click.option("--state", type=click.Choice(sorted(WORDS.values())), help="Only keys in this state.")
 @_paged
 @store_option
 @json_option
-def ls(prefix: str, state: str | None, after: str, limit: int, store: str, as_json: bool) -> None:
-    """List keys, those that start with PREFIX."""
-    wanted = {kind for kind, word in _WORDS.items() if state in (None, word)}
+def ls(
+    prefix: str,
+    state: str | None,
+    older_than: float | None,
+    after: str,
+    limit: int,
+    store: str,
+    as_json: bool,
+) -> None:
+    """List keys, those that start with PREFIX: state, age, key, and why.
+
+    A key is its handler's name, a slash, and the id.
+    """
+    wanted = frozenset(kind for kind, word in WORDS.items() if state in (None, word))
     with store_at(store) as opened:
-        _list(opened, prefix, after, limit, wanted, as_json)
+        _list(opened, Filter(prefix, wanted, older_than), after, limit, as_json)
 
 
 @click.command()
@@ -48,13 +87,13 @@ def ls(prefix: str, state: str | None, after: str, limit: int, store: str, as_js
 @_paged
 @store_option
 @json_option
-def doubt(prefix: str, after: str, limit: int, store: str, as_json: bool) -> None:
+def doubt(prefix: str, older_than: float | None, after: str, limit: int, store: str, as_json: bool) -> None:
     """List the keys that wait for a person.
 
     In doubt: a claim whose session died.  Parked: set aside, with the reason.
     """
     with store_at(store) as opened:
-        _list(opened, prefix, after, limit, {Doubt, Parked}, as_json)
+        _list(opened, Filter(prefix, frozenset({Doubt, Parked}), older_than), after, limit, as_json)
 
 
 @click.command()
@@ -65,7 +104,7 @@ def get(key: str, store: str, as_json: bool) -> int:
     """Show a key; exit code 1 if it is unknown."""
     with store_at(store) as opened:
         state = opened.apply([Get(key)])[0]
-    known = record(key, state)
+    known = described(key, state)
     if as_json:
         click.echo(json.dumps(known))
     elif state == Free():
@@ -77,29 +116,73 @@ def get(key: str, store: str, as_json: bool) -> int:
     return 1 if state == Free() else 0
 
 
+@click.command()
+@store_option
+@json_option
+def stats(store: str, as_json: bool) -> None:
+    """Count what a store knows: keys by handler and state, the oldest that wait for a person, deeds."""
+    everything = Filter("", frozenset(WORDS))
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    waiting: list[float] = []
+    with store_at(store) as opened:
+        for key, state in everything.found(opened):
+            counts[key.rpartition("/")[0] if "/" in key else key][WORDS[type(state)]] += 1
+            if isinstance(state, Doubt | Parked):
+                waiting.append(state.at)
+        recorded = sum(1 for _ in deeds.read(opened))
+        kept = opened.retention
+    now = time.time()
+    oldest = round(now - min(waiting)) if waiting else None
+    total = sum(counts.values(), Counter[str]())
+    if as_json:
+        handlers = {name: dict(found) for name, found in sorted(counts.items())}
+        whole = {"keys": total.total(), "states": dict(total), "handlers": handlers}
+        whole |= {"oldest_waiting": oldest, "retention": kept, "deeds": recorded}
+        click.echo(json.dumps(whole))
+        return
+    shown = [word for word in WORDS.values() if total[word]]
+    for name, found in [*sorted(counts.items()), ("all", total)]:
+        cells = "".join(f"{found[word]:>9} {word}" for word in shown)
+        click.echo(f"{escaped(name):<32}{cells or '        no keys'}")
+    if oldest is not None:
+        click.echo(f"{len(waiting)} wait for a person, the oldest for {age(oldest)}: see idemp doubt")
+    click.echo(f"done is remembered for {age(kept)}; {recorded} deeds are recorded")
+
+
 # ------------------------------------------------------------------ a list
 
 
-def _list(store: Store, prefix: str, after: str, limit: int, wanted: set[type], as_json: bool) -> None:
-    found = (item for item in _scan(store, prefix, after) if type(item[1]) in wanted)
+def _list(store: Store, wanted: Filter, after: str, limit: int, as_json: bool) -> None:
+    """A page, and behind it how much there is."""
     now = time.time()
-    last = ""
-    for last, state in islice(found, limit):
-        click.echo(json.dumps(record(last, state)) if as_json else _line(last, state, now))
-    if last and next(found, None) is not None:
-        more = f"showing {limit} of more; continue with --after {shlex.quote(escaped(last))}"
+    last, shown, all_of_them = "", 0, 0
+    # The page first, so that it stands there while the rest is counted.
+    for key, state in wanted.found(store, after, max(limit + 1, 1000)):
+        all_of_them += 1
+        if shown < limit:
+            click.echo(json.dumps(described(key, state)) if as_json else _line(key, state, now))
+            last, shown = key, shown + 1
+        else:
+            break
+    if all_of_them > shown:
+        number = _number(wanted, store, after)
+        more = f"showing {shown} of {number}; continue with --after {shlex.quote(escaped(last))}"
         click.echo(more, err=True)
 
 
-def _scan(store: Store, prefix: str, after: str) -> Iterator[tuple[str, State]]:
-    while page := store.scan(prefix, after=after, limit=PAGE):
-        yield from page
-        after = page[-1][0]
+def _number(wanted: Filter, store: Store, after: str) -> str:
+    """How many there are behind ``after``, in words."""
+    number = 0
+    for _ in wanted.found(store, after):
+        number += 1
+        if number > COUNTED:
+            return f"more than {COUNTED}"
+    return str(number)
 
 
 def _line(key: str, state: State, now: float) -> str:
     at = getattr(state, "at", None)
-    line = f"{_WORDS[type(state)]:<7}{'' if at is None else age(now - at):>7}  {escaped(key)}"
+    line = f"{WORDS[type(state)]:<7}{'' if at is None else age(now - at):>7}  {escaped(key)}"
     return f"{line}  ({escaped(reason)})" if (reason := why(state)) else line
 
 
@@ -116,29 +199,6 @@ def why(state: State) -> str:
         case Free(attempts):
             return f"{attempts} attempts so far"
     return ""
-
-
-def record(key: str, state: Any) -> dict[str, Any]:
-    """What is known of ``key``, for JSON."""
-    found: dict[str, Any] = {"key": key, "state": _WORDS[type(state)]}
-    for name, value in state._asdict().items():
-        if name == "at":
-            found[name] = datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds")
-        elif isinstance(value, bytes):
-            found.update(_readable(name, value))
-        elif value is not None:
-            found[name] = value
-    return found
-
-
-def _readable(name: str, value: bytes) -> dict[str, Any]:
-    """Stored bytes: a JSON result as itself, everything else in hexadecimal digits."""
-    if name == "result":
-        try:
-            return {name: json.loads(value)}
-        except ValueError:
-            pass
-    return {f"{name}_hex": value.hex()}
 
 
 def age(seconds: float) -> str:

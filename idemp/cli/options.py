@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import getpass
 import re
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import click
 
 from idemp.errors import ConfigError, IdempError
 from idemp.ports import Store, Transport
-from idemp.settings import split, sqlite_path
-from idemp.stores import open_store
+from idemp.settings import duration, split
+from idemp.stores import check_exists, open_store
 from idemp.transports import open_transport
 
 TRANSPORT = "amqp://guest:guest@localhost:5672/"
+
+LONG = 500
+"""Steps that are worth a bar."""
 
 Decorator = Callable[[Any], Any]
 
@@ -39,7 +45,56 @@ store_option: Decorator = click.option(
     show_envvar=True,
     help="The store, like sqlite:///seen.db.",
 )
+who_option: Decorator = click.option(
+    "--who",
+    envvar="IDEMP_WHO",
+    show_envvar=True,
+    default=lambda: _who(),
+    help="Who does it, for `idemp deeds`; by default this user at this machine.",
+)
+reason_option: Decorator = click.option("--reason", default="", help="Why, for `idemp deeds`.")
+yes_option: Decorator = click.option("--yes", is_flag=True, help="Do not ask.")
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout.")
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's number has no name
+        user = "somebody"
+    return f"{user}@{socket.gethostname()}"
+
+
+class Duration(click.ParamType[float]):
+    """``90s``, ``30m``, ``24h``, ``7d``: seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds in ``value``."""
+        try:
+            return duration(str(value), param.opts[0] if param else "duration")
+        except ConfigError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
+def agree(question: str, yes: bool, as_json: bool) -> None:
+    """Go on only if the person says so; `click.Abort` if not."""
+    if yes:
+        return
+    if as_json or not sys.stdin.isatty():
+        raise click.UsageError(f"{question} Say --yes, for nobody can be asked here.")
+    click.confirm(question, abort=True, err=True)
+
+
+@contextmanager
+def bar(length: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Called with each step: a bar on a terminal, where it is long; nothing in a pipe."""
+    if length < LONG or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=length, label=what, file=sys.stderr) as shown:
+        yield shown.update
 
 
 def key(text: str) -> str:
@@ -81,16 +136,24 @@ def about(setting: str) -> Iterator[None]:
 
 @contextmanager
 def store_at(url: str) -> Iterator[Store]:
-    """The store that a service uses: it answers, and looking at it does not make a new file."""
+    """The store that a service uses: it answers, and looking at it neither makes nor changes it."""
     with about("--store (IDEMP_STORE)"):
-        parts = split(url)
-        if parts.scheme == "sqlite" and not Path(path := sqlite_path(parts)).exists():
-            raise ConfigError(f"there is no file {path}; name the store that the service uses")
-        store = open_store(url)
+        open_store(url)  # which says what is wrong with it, and connects to nothing
+        check_exists(url)
+        store = open_store(_without_wishes(url))
     with closing(store):
         with about("--store (IDEMP_STORE)"):
             store.apply([])
         yield store
+
+
+def _without_wishes(url: str) -> str:
+    """``url`` with the least retention: in force is the longest that anybody named, the service's."""
+    parts = split(url)
+    if parts.scheme == "memory":
+        return url
+    options = {**dict(parse_qsl(parts.query, keep_blank_values=True)), "retention": "1s"}
+    return url.partition("?")[0] + "?" + urlencode(options)
 
 
 @contextmanager

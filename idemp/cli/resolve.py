@@ -12,11 +12,14 @@ from idemp.cli.keys import why
 from idemp.cli.options import (
     escaped,
     json_option,
+    reason_option,
     store_at,
     store_option,
     transport_at,
     transport_option,
+    who_option,
 )
+from idemp.deeds import Book
 from idemp.ports import Doubt, Free, Get, Parked, Store, Transport
 from idemp.resolve import NothingToResolve, mark_done, send_back, set_free
 
@@ -31,6 +34,8 @@ from idemp.resolve import NothingToResolve, mark_done, send_back, set_free
     metavar="QUEUE",
     help="With --retry: send the message back from QUEUE.dead; QUEUE is like orders-queue.",
 )
+@reason_option
+@who_option
 @transport_option
 @store_option
 @json_option
@@ -39,24 +44,28 @@ def resolve(
     deed: str | None,
     result: str | None,
     queue: str | None,
+    reason: str,
+    who: str,
     transport: str,
     store: str,
     as_json: bool,
 ) -> None:
     """Decide about KEY, which is in doubt or parked.
 
-    Without --queue, --retry lets KEY run when its message comes again, and sends none.
+    Without --queue, --retry lets KEY run when its message comes again, and sends none.  Of a person and
+    a consumer who come at the same time one wins.  What was done is recorded: idemp deeds.
     """
     _check(deed, result, queue)
     with store_at(store) as opened:
+        book = Book(opened, who, reason)
         if deed == "done":
-            before = mark_done(opened, key, None if result is None else result.encode())
+            before = mark_done(opened, key, None if result is None else result.encode(), book=book)
             _say(key, before, {"now": "done"}, as_json)
         elif queue is None:
-            _say(key, set_free(opened, key), {"now": "free"}, as_json)
+            _say(key, set_free(opened, key, book=book), {"now": "free"}, as_json)
         else:
             with transport_at(transport) as broker:
-                _retry(key, opened, broker, queue, as_json)
+                _retry(key, opened, broker, queue, book, as_json)
 
 
 def _check(deed: str | None, result: str | None, queue: str | None) -> None:
@@ -73,10 +82,10 @@ def _check(deed: str | None, result: str | None, queue: str | None) -> None:
             raise click.UsageError(f"--result is not JSON: {error}.") from None
 
 
-def _retry(key: str, store: Store, broker: Transport, queue: str, as_json: bool) -> None:
+def _retry(key: str, store: Store, broker: Transport, queue: str, book: Book, as_json: bool) -> None:
     # Free already: a crash came between the two deeds, and the second is left.
     already = isinstance(store.apply([Get(key)])[0], Free)
-    before = None if already else set_free(store, key)
+    before = None if already else set_free(store, key, book=book)
     sent = send_back(broker, queue, key)
     if already and not sent:
         raise NothingToResolve(key, Free())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
+from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, unquote
 
 from idemp.errors import ConfigError
@@ -106,8 +108,40 @@ def _namespace(found: Mapping[str, str]) -> str:
     return name
 
 
+def check_exists(url: str) -> None:
+    """Raise `ConfigError` if there is no store at ``url`` yet: to look at one must not make it."""
+    parts = split(url)
+    if parts.scheme == "sqlite" and not Path(path := sqlite_path(parts)).exists():
+        raise ConfigError(f"there is no file {path}; name the store that the service uses")
+    if parts.scheme == "etcd":
+        from idemp.stores.etcd_replica import Layout
+
+        endpoints, connect, namespace = etcd_of(url)
+        with closing(connect(endpoints)) as client:
+            if not client.range(Layout(namespace).bucket).pairs:
+                raise ConfigError(
+                    f"{hidden(url)} has no namespace {namespace!r}; name the store that the service uses"
+                )
+
+
+def etcd_of(url: str) -> tuple[list[str], Callable[[list[str]], Any], str]:
+    """The members that ``url`` names, what makes a client of some of them, and the namespace."""
+    parts = split(url)
+    return _etcd_parts(parts, options(parts, {**_OPTIONS, **_ETCD}))
+
+
 def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, session: float) -> Store:
     from idemp.stores.etcd import EtcdStore
+
+    endpoints, connect, namespace = _etcd_parts(parts, found)
+    seed_layout = switch(found.get("seed_layout", ""))
+    client = partial(connect, endpoints)
+    return EtcdStore(client, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)
+
+
+def _etcd_parts(
+    parts: SplitResult, found: Mapping[str, str]
+) -> tuple[list[str], Callable[[list[str]], Any], str]:
     from idemp.stores.etcd_client import Client
 
     login, _, hosts = parts.netloc.rpartition("@")
@@ -118,15 +152,10 @@ def _etcd(parts: SplitResult, found: Mapping[str, str], retention: float, sessio
             f"etcd namespace {namespace!r}: up to 100 letters, digits, dots, dashes, underscores"
         )
     endpoints = [host if ":" in host else f"{host}:2379" for host in hosts.split(",") if host]
-    connect = partial(
-        Client,
-        endpoints or ["localhost:2379"],
-        unquote(user) or None,
-        unquote(password) if user else None,
-        found.get("ca"),
-        found.get("cert"),
-        found.get("key"),
-        tls=switch(found.get("tls", "")),
-    )
-    seed_layout = switch(found.get("seed_layout", ""))
-    return EtcdStore(connect, namespace, retention=retention, session_ttl=session, seed_layout=seed_layout)
+    login_and_files: dict[str, Any] = {
+        "user": unquote(user) or None,
+        "password": unquote(password) if user else None,
+        **{name: found.get(name) for name in ("ca", "cert", "key")},
+    }
+    connect = partial(Client, **login_and_files, tls=switch(found.get("tls", "")))
+    return endpoints or ["localhost:2379"], connect, namespace

@@ -30,6 +30,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
@@ -455,18 +456,29 @@ class Client:
 
         Only its metrics know, which it has at the same port, for HTTP.
         """
-        endpoint = self._endpoints[self._here().current]
         try:
-            handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-            if self._files is not None:
-                handlers.append(urllib.request.HTTPSHandler(context=_tls_context(*self._files)))
-            url = f"{'http' if self._files is None else 'https'}://{endpoint}/metrics"
-            with urllib.request.build_opener(*handlers).open(url, timeout=timeout or self._timeout) as answer:
-                text = answer.read(_METRICS_MOST).decode(errors="replace")
+            text, _ = self._get("/metrics", timeout)
             found = re.search(r"^etcd_server_quota_backend_bytes (\S+)$", text, re.MULTILINE)
             return int(float(found[1])) if found else 0
         except (OSError, ValueError, http.client.HTTPException):
             return 0
+
+    def wall(self, timeout: float | None = None) -> float | None:
+        """The clock of that member, in whole seconds since 1970; None if it does not tell."""
+        try:
+            return parsedate_to_datetime(self._get("/version", timeout)[1]).timestamp()
+        except (OSError, ValueError, TypeError, http.client.HTTPException):
+            return None
+
+    def _get(self, path: str, timeout: float | None) -> tuple[str, str]:
+        """What the member answers to HTTP, and when it says that it is."""
+        endpoint = self._endpoints[self._here().current]
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        if self._files is not None:
+            handlers.append(urllib.request.HTTPSHandler(context=_tls_context(*self._files)))
+        url = f"{'http' if self._files is None else 'https'}://{endpoint}{path}"
+        with urllib.request.build_opener(*handlers).open(url, timeout=timeout or self._timeout) as answer:
+            return answer.read(_METRICS_MOST).decode(errors="replace"), answer.headers.get("Date", "")
 
     def watch(
         self,

@@ -136,6 +136,13 @@ class RabbitMQTransport:
             found = link.depth(queue)
         return found or 0
 
+    def consumers(self, queue: str) -> int | None:
+        """How many consume ``queue``; None if there is no such queue."""
+        found: tuple[int, int] | None = None
+        with self._connected() as link:
+            found = link.look(queue)
+        return None if found is None else found[1]
+
     def wake(self) -> None:
         """From any thread; free until the next `poll` has returned."""
         if not self._woken:
@@ -360,13 +367,18 @@ class _Link:
         return ""
 
     def depth(self, queue: str) -> int | None:
-        """By a passive declaration; None if there is no such queue, which closes the channel."""
+        """How many messages are ready; None if there is no such queue."""
+        found = self.look(queue)
+        return None if found is None else found[0]
+
+    def look(self, queue: str) -> tuple[int, int] | None:
+        """Messages and consumers, by a passive declaration; None, if no such queue, closes the channel."""
         channel = self._channel()
         found = self._ask(channel, lambda then: channel.queue_declare(queue, passive=True, callback=then))
         if found is None:
             return None
         channel.close()
-        return int(found.message_count)
+        return int(found.message_count), int(found.consumer_count)
 
     # ---------------------------------------------------------------- consuming
 

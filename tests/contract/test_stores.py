@@ -679,3 +679,24 @@ def check(
         case _, (Free() | Lost(Free())):
             assert key not in current
             assert key not in done
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_look_sees_what_another_session_forgot(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """`Get` is answered from what holds now: the claim behind it is not called done any more."""
+    backend = BACKENDS[kind](request, tmp_path)
+    mine, theirs = backend.open(), backend.open()
+    for number in range(30):
+        key = f"k/{number}"
+        [claim] = mine.apply([Claim(key)])
+        assert isinstance(claim, Claimed)
+        mine.apply([Complete(key, claim.token, b"1")])
+        [done] = theirs.apply([Get(key)])
+        assert isinstance(done, Done)
+        assert mine.apply([Forget(key, claim.token)]) == [Applied()]
+        assert theirs.apply([Get(key)]) == [Free()]
+        assert isinstance(theirs.apply([Claim(key)])[0], Claimed)
+    mine.close()
+    theirs.close()

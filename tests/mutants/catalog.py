@@ -264,4 +264,48 @@ MUTANTS = (
         "",
         unit("test_once.py::test_cancelled_while_claiming_gives_the_claim_back"),
     ),
+    # ---------------------------------------------------------------- deeds.py, resolve.py
+    Mutant(
+        "what was sent back is not called done from memory",
+        "pipeline.py",
+        "too_old, sent_back=sent_back)",
+        "too_old, sent_back=False)",
+        unit("test_pipeline.py::test_a_message_that_was_sent_back_is_looked_up_anew"),
+    ),
+    Mutant(
+        "nor because another one was",
+        "pipeline.py",
+        "if done and duplicate.fingerprint is None and not _sent_back(duplicate.delivery):",
+        "if done and duplicate.fingerprint is None:",
+        unit("test_pipeline.py::test_a_message_that_was_sent_back_is_looked_up_anew"),
+    ),
+    Mutant(
+        "a change is durable together with its deed",
+        "deeds.py",
+        "written, *replies = self._store.apply([deed, *(change.op for change in changes)])",
+        "replies = self._store.apply([change.op for change in changes])\n"
+        "        [written] = self._store.apply([deed])",
+        unit("test_deeds.py::test_a_lost_reply_leaves_both_or_neither"),
+    ),
+    Mutant(
+        "a deed names only what changed",
+        "deeds.py",
+        "if isinstance(written, Lost) or len(made) < len(changes):",
+        "if isinstance(written, Lost):",
+        unit("test_deeds.py::test_forget_comes_second"),
+    ),
+    Mutant(
+        "a deed that was taken away is written again",
+        "deeds.py",
+        "if isinstance(written, Lost) or len(made) < len(changes):",
+        "if len(made) < len(changes):",
+        unit("test_deeds.py::test_a_deed_that_was_taken_away_is_written_again"),
+    ),
+    Mutant(
+        "a dead letter is taken out when its copy is safe",
+        "resolve.py",
+        "            prepare(chosen)\n",
+        "            prepare(chosen)\n            transport.ack([letter.tag for letter in chosen])\n",
+        unit("test_resolve.py::test_a_crash_before_the_acknowledgement_leaves_a_duplicate"),
+    ),
 )

@@ -1,0 +1,208 @@
+"""Deeds: what a person changed, recorded with the change: who, when, why, and what was there before.
+
+A deed is a done key of the store itself, named `DEEDS` and the time, whose result is its JSON.  It is
+completed in the batch that makes the change, before it, and a batch is durable as one: whatever is
+killed where, no change is without its deed.  A change that came second is told by its reply; its deed is
+then written anew without it.  Who is killed right there leaves a deed of a key that somebody else had
+changed at that moment: the token in both deeds, or the key itself, tells.
+
+Who is killed before the change leaves a key that is claimed and soon in doubt: something was begun here,
+and changed nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from idemp.errors import StoreUnavailable
+from idemp.policy import RESERVED
+from idemp.ports import (
+    Busy,
+    Claim,
+    Claimed,
+    Clock,
+    Complete,
+    Done,
+    Doubt,
+    Forget,
+    Free,
+    Lost,
+    Op,
+    Parked,
+    Release,
+    Reply,
+    State,
+    Store,
+    Takeover,
+)
+
+DEEDS = f"{RESERVED}/"
+"""What the keys of deeds begin with."""
+PAGE = 1000
+TOGETHER = 90
+"""Changes in one deed: less than any store splits into two."""
+MOST_BYTES = 128 * 1024
+"""Bytes of one deed; an etcd takes no more than 1.5 MiB at a time, and a byte may become three there."""
+UNFINISHED = 3600.0
+"""Seconds after which nobody comes back to a deed that was begun: far more than a session lives."""
+_KEPT = 4096
+"""Bytes of a result that a deed repeats."""
+
+WORDS: dict[type, str] = {Done: "done", Busy: "busy", Doubt: "doubt", Parked: "parked", Free: "free"}
+
+
+class Deed(NamedTuple):
+    """One deed as it was recorded.  ``about`` is None where something was begun and changed nothing."""
+
+    id: str
+    about: Mapping[str, Any] | None
+
+
+class Change(NamedTuple):
+    """``op`` on a key that is in the state ``before``."""
+
+    op: Complete | Release | Forget
+    before: State
+
+
+class Book:
+    """Where the deeds of ``who`` go: into ``store``, with the reason ``why``."""
+
+    def __init__(self, store: Store, who: str, why: str = "", *, clock: Clock | None = None) -> None:
+        self._store, self._who, self._why, self._clock = store, who, why, clock or Clock()
+
+    def change(self, verb: str, changes: Sequence[Change], **more: Any) -> list[Reply]:
+        """Make all ``changes``, recorded; one reply each: `Applied`, or `Lost` to who came first.
+
+        Raises `StoreUnavailable`: then each is made and recorded, or neither.
+        """
+        replies: list[Reply] = []
+        for part in _parts(changes):
+            replies += self._change(verb, part, more)
+        return replies
+
+    def note(self, verb: str, **about: Any) -> None:
+        """Record what is about to be done where the store has no part in it."""
+        key, token = self._begin()
+        self._store.apply([Complete(key, token, self._text(verb, [], about))])
+
+    def _change(self, verb: str, changes: Sequence[Change], more: Mapping[str, Any]) -> list[Reply]:
+        key, token = self._begin()
+        deed = Complete(key, token, self._text(verb, changes, more))
+        written, *replies = self._store.apply([deed, *(change.op for change in changes)])
+        made = [change for change, reply in zip(changes, replies, strict=True) if not isinstance(reply, Lost)]
+        if isinstance(written, Lost) or len(made) < len(changes):
+            self._correct(Forget(key, token), verb, made, more)
+        return replies
+
+    def _correct(self, wrong: Forget, verb: str, made: Sequence[Change], more: Mapping[str, Any]) -> None:
+        """Somebody was first with some of it: the deed is only what was ``made``."""
+        ops: list[Op] = [wrong]
+        if made:
+            key, token = self._begin()
+            ops.append(Complete(key, token, self._text(verb, made, more)))
+        self._store.apply(ops)
+
+    def _begin(self) -> tuple[str, int]:
+        """A key of this moment, mine.  It says nothing yet."""
+        at = datetime.fromtimestamp(self._clock.wall(), UTC).isoformat(timespec="microseconds")
+        key = f"{DEEDS}{at.replace('+00:00', 'Z')}-{uuid.uuid4().hex[:8]}"
+        claim = self._store.apply([Claim(key)])[0]
+        if not isinstance(claim, Claimed):
+            raise StoreUnavailable(f"the store does not take a deed: {claim!r}")
+        return key, claim.token
+
+    def _text(self, verb: str, changes: Sequence[Change], more: Mapping[str, Any]) -> bytes:
+        at = datetime.fromtimestamp(self._clock.wall(), UTC).isoformat(timespec="milliseconds")
+        about: dict[str, Any] = {"at": at, "who": self._who, "why": self._why, "verb": verb, **more}
+        if changes:
+            about["keys"] = [_was(change) for change in changes]
+        return json.dumps(about, separators=(",", ":")).encode()
+
+
+def _parts(changes: Sequence[Change]) -> Iterator[Sequence[Change]]:
+    """As many at a time as one deed holds."""
+    part: list[Change] = []
+    size = 0
+    for change in changes:
+        weight = len(json.dumps(_was(change)))
+        if part and (len(part) == TOGETHER or size + weight > MOST_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(change)
+        size += weight
+    if part:
+        yield part
+
+
+def _was(change: Change) -> dict[str, Any]:
+    known = described(change.op.key, change.before)
+    result = change.before.result if isinstance(change.before, Done) else None
+    if result is not None and len(result) > _KEPT:
+        known.pop("result", None)
+        known.pop("result_hex", None)
+        known["result_bytes"] = len(result)
+    return known
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read(store: Store) -> Iterator[Deed]:
+    """All deeds that are remembered, in the order of time."""
+    for key, state in keys(store, DEEDS):
+        match state:
+            case Done(_, result) if result is not None:
+                yield Deed(key[len(DEEDS) :], json.loads(result))
+            case Doubt():
+                yield Deed(key[len(DEEDS) :], None)
+
+
+def drop_unfinished(store: Store, *, clock: Clock | None = None) -> int:
+    """Drop what was begun and changed nothing, once it is so old that nobody comes back to it; how many."""
+    over = (clock or Clock()).wall() - UNFINISHED
+    dropped = 0
+    for key, state in list(keys(store, DEEDS)):
+        if isinstance(state, Doubt) and state.at < over:
+            taken = store.apply([Takeover(key, state.token)])[0]
+            if isinstance(taken, Claimed):
+                store.apply([Release(key, taken.token, 0)])
+                dropped += 1
+    return dropped
+
+
+def keys(store: Store, prefix: str = "", after: str = "", page: int = PAGE) -> Iterator[tuple[str, State]]:
+    """All keys that start with ``prefix``, behind ``after``, page by page."""
+    while found := store.scan(prefix, after=after, limit=page):
+        yield from found
+        after = found[-1][0]
+
+
+# ------------------------------------------------------------------ a key in words
+
+
+def described(key: str, state: Any) -> dict[str, Any]:
+    """What is known of ``key``, for JSON."""
+    found: dict[str, Any] = {"key": key, "state": WORDS[type(state)]}
+    for name, value in state._asdict().items():
+        if name == "at":
+            found[name] = datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds")
+        elif isinstance(value, bytes):
+            found.update(_readable(name, value))
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def _readable(name: str, value: bytes) -> dict[str, Any]:
+    """Stored bytes: a JSON result as itself, everything else in hexadecimal digits."""
+    if name == "result":
+        try:
+            return {name: json.loads(value)}
+        except ValueError:
+            pass
+    return {f"{name}_hex": value.hex()}
