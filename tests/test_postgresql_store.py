@@ -15,12 +15,24 @@ from typing import Any
 import psycopg
 import pytest
 
-from idemp.errors import ConfigError, StoreUnavailable
-from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Op, Reply, Takeover
+from idemp.errors import ConfigError, SessionLost, StoreUnavailable
+from idemp.ports import (
+    Applied,
+    Busy,
+    Claim,
+    Claimed,
+    Complete,
+    Done,
+    Doubt,
+    Free,
+    Get,
+    Op,
+    Release,
+    Reply,
+    Takeover,
+)
 from idemp.stores import open_store
-from idemp.stores.postgresql import transact
 from idemp.stores.postgresql_line import explain
-from idemp.stores.postgresql_sql import statements
 from tests.servers import PostgreSQL, need
 from tests.servers.pgbouncer import PgBouncer
 
@@ -391,20 +403,30 @@ def test_what_is_claimed_anew_is_not_done_again_by_a_longer_retention(url: str, 
 
 
 def test_a_batch_commits_with_the_callers_own_statements(url: str, store: Any) -> None:
-    """Both or neither: `transact` runs in the transaction that the caller opened."""
-    words = statements('"idemp_default"')
+    """Both or neither; until then a claim waits; and who waits for the key is told."""
     mine = claim(store, "key")
     with psycopg.connect(url) as connection:
         connection.execute(b"CREATE TABLE effect (id text)")
         connection.commit()
         for end in (connection.rollback, connection.commit):
             connection.execute(b"INSERT INTO effect VALUES ('key')")
-            replies = transact(connection, words, store._session._id, [Complete("key", mine.token, b"1")])
-            assert replies == [Applied()]
-            end()
+            replies = store.transact(connection, [Complete("key", mine.token, b"1"), Claim("new")])
+            assert [type(reply) for reply in replies] == [Applied, Claimed]
+            claim(store, f"beside/{end.__name__}")  # the session is not held by the caller
+            with ThreadPoolExecutor(1) as pool:
+                claiming = pool.submit(one, store, Claim("new"))
+                until(lambda: sql(url, "SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+                end()
+                state = claiming.result(20)
+            assert isinstance(state, Busy if end == connection.commit else Claimed)
+            if isinstance(state, Claimed):
+                assert one(store, Release("new", state.token, 0)) == Applied()
             expected = Done if end == connection.commit else Busy
             assert isinstance(one(store, Get("key")), expected)
-    assert sql(url, "SELECT * FROM effect") == [("key",)]
+        assert sql(url, "SELECT * FROM effect") == [("key",)]
+        sql(url, "UPDATE idemp_default.session SET expires = now()")
+        with pytest.raises(SessionLost):
+            store.transact(connection, [Claim("other")])
 
 
 def test_the_folder_of_a_server_goes_with_it(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The PostgreSQL store: many hosts on one database.
 
 A batch is one short transaction of two round trips: take the rows of its keys in a fixed order and load
-them; let `idemp.laws` decide; write what changed and commit.  `transact` does that in any transaction,
-so that a caller's own statements can commit with it.
+them; let `idemp.laws` decide; write what changed and commit.  `PostgresqlStore.transact` does that in a
+caller's transaction, so that the caller's own statements commit with it.
 
 Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to ``done_2``: a
 new slice begins when the last is half a retention old, in the place of the oldest, which is over by then
@@ -24,16 +24,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, StoreUnavailable
+from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
 from idemp.laws import DONE, Entry, Ledger, undoing, view
 from idemp.ports import Busy, Clock, Forget, Get, Op, Reply, State, Takeover
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
-from idemp.stores.postgresql_sql import CHANNEL, Statements, settings, statements
+from idemp.stores.postgresql_sql import Statements, settings, statements
 
 try:
     import psycopg
-    from psycopg import errors, sql
+    from psycopg import errors
 
     from idemp.stores.postgresql_line import (
         Connection,
@@ -51,7 +51,7 @@ except ImportError:
 
 T = TypeVar("T")
 
-__all__ = ["PostgresqlStore", "init", "place", "transact"]
+__all__ = ["PostgresqlStore", "init", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,18 @@ class PostgresqlStore(SessionStore):
         for op in ops:
             _check_key(op.key)
         return super().apply(ops)
+
+    def transact(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
+        """Apply ``ops`` in the transaction that is open on ``connection``: they commit with it or not at all.
+
+        connection: to the store's own database, READ COMMITTED.  Until it commits, whoever claims one of
+        these keys waits.  Raises `BadMessage`, `SessionLost`, and psycopg's errors; then roll back.
+        """
+        for op in ops:
+            _check_key(op.key)
+        session = self._mine()
+        assert isinstance(session, _Session)
+        return session.transact(connection, ops)
 
 
 def init(place: Place, grant: str = "") -> list[int]:
@@ -152,29 +164,19 @@ class Asked(NamedTuple):
         return loaded
 
 
-def transact(connection: Connection, words: Statements, session: str, ops: Sequence[Op]) -> list[Reply]:
-    """Apply ``ops`` in the transaction that is open on ``connection``, which the caller commits.
+def ask(
+    connection: Connection, words: Statements, session: str, ops: Sequence[Op], *, held_too: bool = True
+) -> Asked:
+    """In a pipeline: hold the keys of ``ops`` and load them.
 
-    session: its claims are this live session's.  Raises psycopg's errors; then nothing was done.
+    held_too: the session's own row, which its heartbeat and its other batches then wait for.
     """
-    with connection.pipeline():
-        asked = ask(connection, words, session, ops)
-    loaded = asked.loaded()
-    ledger = decide(loaded, session)
-    replies = [ledger.apply(op) for op in ops]
-    with connection.pipeline():
-        save(connection, words, loaded, ledger)
-    return replies
-
-
-def ask(connection: Connection, words: Statements, session: str, ops: Sequence[Op]) -> Asked:
-    """In a pipeline: hold the keys of ``ops`` and load them."""
     keys = sorted({op.key.encode() for op in ops})
     held = sorted({op.key.encode() for op in ops if not isinstance(op, Get)})
     firm = {op.key.encode() for op in ops if isinstance(op, Forget)}
     taken = [op.key.encode() for op in ops if isinstance(op, Takeover)]
     seen = _run(connection, words.lock, {"keys": held, "firm": [key in firm for key in held]})
-    _run(connection, words.holders, {"me": session, "taken": taken})
+    _run(connection, words.holders, {"me": session if held_too else "", "taken": taken})
     head = _run(connection, words.head, {"me": session})
     return Asked(seen, head, _run(connection, words.load, {"keys": keys}))
 
@@ -208,6 +210,9 @@ def save(connection: Connection, words: Statements, loaded: Loaded, ledger: Ledg
     forgotten = [key.encode() for key in ledger.changed if key not in ledger.entries]
     for statement in words.drop_done if forgotten else ():
         _run(connection, statement, [forgotten])
+    if loaded.awaited & ledger.changed:
+        # Only then: notifications make all commits of a server wait for each other.
+        _run(connection, words.tell)
 
 
 def _run(connection: Connection, text: str, values: Any = None) -> Rows:
@@ -274,7 +279,6 @@ class _Session:
         self._place, self._ttl, self._clock = place, ttl, clock
         self._words = statements(place.schema)
         self._settings = settings(_HOLD).encode()
-        self._channel = CHANNEL.format(namespace=place.namespace)
         self._id = ""
         self._batch = 0
         self._last = 0  # the batch that the session's row names, if the server forgot nothing
@@ -372,10 +376,23 @@ class _Session:
         with connection.pipeline():
             save(connection, self._words, loaded, ledger)
             _run(connection, self._words.confirm, [self._ttl, self._batch, self._id])
-            if loaded.awaited & ledger.changed:
-                # Only then: notifications make all commits of a server wait for each other.
-                _run(connection, "SELECT pg_notify(%s, '')", [self._channel])
             connection.execute("COMMIT")
+
+    def transact(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
+        """See `PostgresqlStore.transact`."""
+        if not self._id:
+            self.group.apply([])
+        mine = self._id
+        with connection.pipeline():
+            asked = ask(connection, self._words, mine, ops, held_too=False)
+        loaded = asked.loaded()
+        if not loaded.head.alive:
+            raise SessionLost
+        ledger = decide(loaded, mine)
+        replies = [ledger.apply(op) for op in ops]
+        with connection.pipeline():
+            save(connection, self._words, loaded, ledger)
+        return replies
 
     def _settle(self, batch: int, confirmed: float) -> None:
         """This commit took effect."""
@@ -580,7 +597,7 @@ class _Session:
                 with self._listener.use(math.inf) as connection:
                     if self._listener.pooled:
                         break  # who listens and who is told would be different connections
-                    connection.execute(f"LISTEN {sql.Identifier(self._channel).as_string(None)}".encode())
+                    _run(connection, self._words.listen)
                     self._listens = True
                     self._hear_on(connection)
             except (psycopg.Error, StoreUnavailable, ConfigError) as error:

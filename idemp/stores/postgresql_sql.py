@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 SLICES = range(3)
 """Of the done keys, by time: see `idemp.stores.postgresql`."""
-CHANNEL = "idemp_{namespace}"
 
 MIGRATIONS = (
     (
@@ -95,6 +94,8 @@ class Statements(NamedTuple):
     turn: str
     turned: str
     clear: tuple[str, ...]
+    listen: str
+    tell: str
 
 
 _TEMPLATE = Statements(
@@ -161,6 +162,8 @@ _TEMPLATE = Statements(
     " FOR UPDATE OF meta SKIP LOCKED",
     turned="UPDATE {s}.meta SET slice = %s, ended = began, began = %s",
     clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
+    listen="LISTEN {s}",
+    tell="NOTIFY {s}",
 )
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 from tests.servers import container
@@ -11,15 +12,13 @@ NPM = Path(__file__).with_name("npm")
 """What comes from npm, with its pins."""
 FROM_NPM = Path(__file__).parents[2] / ".venv" / "npm"
 
-_POSTGRESQL = list(Path("/usr/lib/postgresql").glob("*/bin"))
-
 
 @dataclass(frozen=True)
 class Server:
     program: str
     package: str  # of Debian and Ubuntu
     image: str = ""  # for a machine with a Docker engine and without the program
-    places: tuple[str, ...] = ()  # where the program is when PATH does not say, or says it wrong
+    places: tuple[str, ...] = ()  # patterns: where the program is when PATH does not say, or says it wrong
     service: str = ""  # what the package starts, if that has another name
     npm: bool = False  # comes from npm, which is what ``package`` brings
 
@@ -27,7 +26,8 @@ class Server:
         """The program itself, if it is installed."""
         if self.npm and not _pinned():
             return None
-        return shutil.which(self.program, path=os.pathsep.join([*self.places, os.environ.get("PATH", "")]))
+        places = [found for place in self.places for found in sorted(glob(place), reverse=True)]
+        return shutil.which(self.program, path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
 
     def here(self) -> bool:
         """Can a test start one now?"""
@@ -56,9 +56,7 @@ SERVERS = {
         places=("/usr/local/bin", "/opt/homebrew/bin"),
     ),
     # Debian keeps PostgreSQL's programs out of PATH, a folder for each version.
-    "postgresql": Server(
-        program="postgres", package="postgresql", places=tuple(map(str, sorted(_POSTGRESQL, reverse=True)))
-    ),
+    "postgresql": Server(program="postgres", package="postgresql", places=("/usr/lib/postgresql/*/bin",)),
     "redis": Server(program="redis-server", package="redis-server"),
     "pgbouncer": Server(program="pgbouncer", package="pgbouncer"),
     "carbon": Server(program="carbon-cache", package="graphite-carbon", service="carbon-cache"),
