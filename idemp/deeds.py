@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from msgspec.structs import asdict
+
 from idemp.errors import StoreUnavailable
 from idemp.policy import RESERVED
 from idemp.ports import (
@@ -188,7 +190,7 @@ def keys(store: Store, prefix: str = "", after: str = "", page: int = PAGE) -> I
 def described(key: str, state: Any) -> dict[str, Any]:
     """What is known of ``key``, for JSON."""
     found: dict[str, Any] = {"key": key, "state": WORDS[type(state)]}
-    for name, value in state._asdict().items():
+    for name, value in asdict(state).items():
         if name == "at":
             found[name] = datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds")
         elif isinstance(value, bytes):
