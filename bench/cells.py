@@ -2,7 +2,7 @@
 
 The base point: fresh ids, 200 bytes, a classic queue, a handler that does nothing, one replica.  Each
 contender has its strongest honest setting: plain and the seed's way a prefetch of 256 with an
-acknowledgement each, as people write it; those that acknowledge many at once 1024.
+acknowledgement each, as people write it; those that acknowledge many at once 2048.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 PREFETCH = 256
 """Of those that acknowledge message by message."""
-FAR = 1024
+FAR = 2048
 """Of those that acknowledge many at once: a batch that is under way must not use it up."""
 STORES = ("sqlite", "etcd", "redis", "postgresql")
 IDEMP = frozenset(STORES)
