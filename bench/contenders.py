@@ -82,7 +82,7 @@ def plain(job: Job, every: int = 1, handle: Callable[[bytes], object] = json.loa
     def settle(tag: int) -> None:
         if every == 1 or tag % every == 0 or tag == job.warm + job.count:
             channel.basic_ack(tag, multiple=every > 1)
-            if span.settle(every) or tag == job.warm + job.count:
+            if span.settle(1 if every == 1 else tag - span.settled):
                 channel.stop_consuming()
 
     def work(tag: int, body: bytes) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -17,7 +18,7 @@ from tests.servers.catalog import SERVERS
 from tests.servers.container import Container
 from tests.servers.lent import Lent
 from tests.servers.ports import free_port
-from tests.servers.processes import Processes
+from tests.servers.processes import KEEPER, Processes
 
 DEADLINE = 60.0  # seconds; a start takes about 1
 STALL = 600_000_000  # microseconds: longer than any test
@@ -217,7 +218,9 @@ class _Processes(Processes):
         """With strace between it and the kernel, which meets every such ``call`` with ``fault``."""
         command = ["strace", "-f", "-p", self._pid.read_text().strip(), "-o", "/dev/null"]
         command += ["-e", f"trace={call}", "-e", f"inject={call}:{fault}"]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as strace:
+        # Under a keeper, for when this process is killed: what strace holds back cannot be killed either.
+        kept = [sys.executable, "-I", "-S", str(KEEPER), str(os.getpid()), "", json.dumps([command])]
+        with subprocess.Popen(kept, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as strace:
             assert strace.stderr is not None
             if "attached" not in (said := strace.stderr.readline()):
                 raise RuntimeError(f"strace cannot hold etcd: {said}")

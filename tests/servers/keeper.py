@@ -4,7 +4,7 @@
 
 COMMANDS is a JSON list of argument lists; the last is the server, the others its helpers.
 SIGTERM stops the server in its own good order, SIGINT kills it; the helpers go with it.
-When PARENT is gone, however it ended, the keeper kills them all and removes FOLDER.
+When PARENT is gone, however it ended, the keeper kills them all and removes FOLDER, if one is named.
 
 It asks for its parent again and again because nothing else is sure: a pipe to the parent stays open in
 whatever the parent forked, and Linux's PR_SET_PDEATHSIG already fires when the starting thread ends.
@@ -37,7 +37,7 @@ def keep(parent: int, folder: str, commands: list[list[str]]) -> None:
         for child in reversed(children):
             child.kill()
             child.wait()
-    if os.getppid() != parent:
+    if os.getppid() != parent and folder:
         shutil.rmtree(folder, ignore_errors=True)
 
 
