@@ -19,8 +19,8 @@ from idemp.stores.records import Opened, decode_open, names
 
 log = logging.getLogger(__name__)
 
-PAGE = 500
-"""Keys in one page of an import."""
+PAGE = 100
+"""Keys in one page of an import: each may have a megabyte."""
 
 Tails = Mapping[str, tuple[int, int]]
 """session -> (seq, bucket) of its last append."""
