@@ -98,7 +98,7 @@ def test_a_handler_on_etcd_without_an_etcd(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("new_order", 60, 400), ("small", 200, 2000), ("big", 90, 200)]
+    ("name", "least", "most"), [("new_order", 60, 400), ("small", 200, 2000), ("big", 30, 100)]
 )
 def test_what_it_costs(folder: Path, name: str, least: int, most: int) -> None:
     """By a measurement on a store of the kind; the sum is that of rate and retention."""

@@ -109,7 +109,7 @@ def test_the_switch_without_a_store_means_etcd(switch: str) -> None:
         ("IDEMP_TRANSPORT", "nonsense", "svc: IDEMP_TRANSPORT: 'nonsense' is no URL"),
         ("IDEMP_TRANSPORT", "kafka://me:secret@h/", "svc: IDEMP_TRANSPORT: there is no transport for"),
         ("IDEMP_TRANSPORT", "amqp://me:secret@127.0.0.1:9/", "svc: IDEMP_TRANSPORT: "),
-        ("IDEMP_STORE", "redis://me:secret@h/", "svc: IDEMP_STORE: there is no store for"),
+        ("IDEMP_STORE", "mongodb://me:secret@h/", "svc: IDEMP_STORE: there is no store for"),
         ("IDEMP_STORE", "sqlite:///seen.db?ttl=3", "svc: IDEMP_STORE: sqlite:// has no option 'ttl'"),
         ("IDEMP_STORE", "sqlite:////no/such/folder/seen.db", "svc: IDEMP_STORE: the folder of"),
         ("IDEMP_STATSD", "localhost:x", "svc: IDEMP_STATSD: statsd address 'localhost:x'"),
