@@ -46,9 +46,9 @@ def lines(title: str, names: Sequence[str], curves: Mapping[str, Sequence[float]
     for panel, (name, values) in enumerate(curves.items()):
         top, height = 44 + panel * 110, 80
         most = max(values) * 1.1
-        step = (_WIDTH - _LEFT - 60) / max(1, len(names) - 1)
+        step = (_WIDTH - _LEFT - 110) / max(1, len(names) - 1)
         points = [
-            (_LEFT + 20 + at * step, top + height * (1 - value / most)) for at, value in enumerate(values)
+            (_LEFT + 50 + at * step, top + height * (1 - value / most)) for at, value in enumerate(values)
         ]
         parts.append(f'<text x="{_LEFT - 8}" y="{top + height / 2}" text-anchor="end">{escape(name)}</text>')
         parts.append(f'<path class="axis" d="M{_LEFT} {top + height}H{_WIDTH - 20}"/>')

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import picture
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -54,3 +56,30 @@ def test_the_figures_are_those_on_record() -> None:
     for row in json.loads((ROOT / "tests/power/record.json").read_text())["rows"]:
         line = " | ".join((row["setting"], *(spaced(row[n]) for n in ("images", "acknowledged", "lost"))))
         assert f"| {line} |" in text, line
+
+
+def test_the_speeds_are_those_on_record() -> None:
+    """Each cell's median and ratios; the pictures are drawn from the same record."""
+    text = (ROOT / "docs/performance.md").read_text()
+    record = ROOT / "bench/record"
+    cells = json.loads((record / "factors.json").read_text())["cells"]
+    for name, each in cells.items():
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        assert spaced(round(each["median"])) in line
+        for base, ratio in each["ratios"].items():
+            assert f"{ratio:.2f} x {base.split(': ')[1]}" in line
+    for name, each in json.loads((record / "latency.json").read_text())["latencies"].items():
+        assert f"| {name} | {each['settled']['p50']:.2f} | {each['settled']['p99']:.2f} |" in text
+    for name, each in json.loads((record / "decorator.json").read_text())["calls"].items():
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        assert spaced(round(each["median"])) in line
+    for store, sizes in json.loads((record / "growth.json").read_text())["growth"].items():
+        for size, each in sizes.items():
+            assert f"| {store} | {spaced(int(size))} | {spaced(round(each['rate']))} |" in text
+
+
+def test_the_pictures_are_of_the_record(tmp_path: Path) -> None:
+    """Drawn anew they are the same."""
+    picture.draw_all(ROOT / "bench/record", tmp_path)
+    for name in ("speed.svg", "growth.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), f"{name}: bench pictures"
