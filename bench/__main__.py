@@ -99,10 +99,11 @@ def latencies(messages: int = 400, file: Path = RECORD / "latency.json") -> None
 
 @main.command()
 @click.option("--ids", default=10_000_000, show_default=True, help="The most.")
+@click.option("--store", "stores", multiple=True, default=growth.STORES, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "growth.json")
-def growths(ids: int, file: Path) -> None:
+def growths(ids: int, stores: Sequence[str], file: Path) -> None:
     """The same with ever more remembered ids: throughput, memory, import, bytes in the store."""
-    _keep(file, growth.measure(ids))
+    _keep(file, growth.measure(stores, ids))
 
 
 @main.command()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from idemp.ports import Claim, Claimed, Complete
 from idemp.stores.etcd_client import Client
 from tests.servers import Etcd
 
+STORES = ("etcd", "sqlite")
 SIZES = (10_000, 1_000_000, 10_000_000)
 BATCH = 2000
 ROUNDS = 3
@@ -32,9 +34,9 @@ MESSAGES = 20_000
 HOURS = 24
 
 
-def measure(most: int) -> dict[str, Any]:
+def measure(stores: Sequence[str], most: int) -> dict[str, Any]:
     """Each store at each size up to ``most``."""
-    found: dict[str, Any] = {"etcd": {}, "sqlite": {}}
+    found: dict[str, Any] = {store: {} for store in stores}
     with stack(()) as servers:
         for store in found:
             for size in (size for size in SIZES if size <= most):
