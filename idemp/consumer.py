@@ -205,6 +205,7 @@ class Consumer:
                 log.warning("%s: %s; connecting again", self.service, error)
                 self._delivering, self._turned = False, None
                 self._perform(pipeline.step(Disconnected(), self._clock.steady()), shell, report)
+                shell.ask_now()  # what has ended is recorded while the broker is away
                 shell.numbers.clear()
                 connected = self._connect_again()
 
@@ -340,6 +341,7 @@ class _Shell:
 
     def end(self) -> None:
         """Let the threads go when they are done."""
+        self.ask_now()
         for lane in self._lanes.values():
             lane.put(None)
         for _ in range(self._workers):

@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from idemp import (
     InDoubt,
     Message,
     RetryLater,
+    TransportUnavailable,
     context,
     idempotent,
     open_store,
     open_transport,
     publish,
 )
+from idemp.consumer import _Shell
 from idemp.message import Properties
-from idemp.ports import Claim, Claimed, Delivery, Done, Get, Parked, Publication, Store
+from idemp.ports import Claim, Claimed, Complete, Delivery, Done, Get, Op, Parked, Publication, Store
 
 
 class Bench:
@@ -268,6 +270,48 @@ def test_the_store_goes_away_and_comes_back(
             other.execute("ROLLBACK")
         until(lambda: len(runs) == 19)
     assert sorted(runs, key=int) == [str(n) for n in range(1, 20)]
+
+
+def test_what_ended_is_recorded_while_the_broker_is_away(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A completion that was to go out with the next batch does not wait until the broker is back."""
+    bench = make()
+    back, asked = threading.Event(), threading.Event()
+    poll, connect, ask = bench.transport.poll, bench.transport.connect, _Shell.ask
+
+    def ask_and_cut(shell: _Shell, store: Store, ops: Sequence[Op]) -> None:
+        ask(shell, store, ops)
+        if any(isinstance(op, Complete) for op in ops):
+            asked.set()
+
+    def cut(timeout: float) -> Any:
+        if asked.is_set() and not back.is_set():
+            raise TransportUnavailable("cut")
+        return poll(timeout)
+
+    def refuse() -> None:
+        if not back.is_set():
+            raise TransportUnavailable("still away")
+        connect()
+
+    monkeypatch.setattr(_Shell, "ask", ask_and_cut)
+    monkeypatch.setattr(bench.transport, "poll", cut)
+    monkeypatch.setattr(bench.transport, "connect", refuse)
+
+    @bench.consumer.on("foo")
+    @idempotent(bench.store, name="s.foo")
+    def handle(message: Message) -> None:
+        pass
+
+    bench.publish(Message("1", "foo"))
+    try:
+        with bench.running():
+            until(lambda: isinstance(bench.state("s.foo/1"), Done))
+            assert not back.is_set()
+            back.set()
+    finally:
+        back.set()
 
 
 def test_a_session_that_was_lost_starts_nothing(make: Callable[..., Bench]) -> None:
