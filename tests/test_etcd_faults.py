@@ -42,8 +42,10 @@ def opens() -> Iterator[Opens]:
     """Opens stores, which are closed at the end."""
     with ExitStack() as stack:
 
-        def open_one(client: Client, namespace: str, retention: float = 3600.0) -> Store:
-            store = EtcdStore(lambda: client, namespace, retention=retention, session_ttl=TTL)
+        def open_one(
+            client: Client, namespace: str, retention: float = 3600.0, session_ttl: float = TTL
+        ) -> Store:
+            store = EtcdStore(lambda: client, namespace, retention=retention, session_ttl=session_ttl)
             store.apply([])
             stack.callback(store.close)
             return store
@@ -424,7 +426,9 @@ def test_it_is_compacted_past_a_stalled_watch(
     """What the watch never brought is read anew, and what it brings late does no harm."""
     store = opens(Client(own_etcd.endpoints), unique)
     with Proxy(own_etcd.members[0].port) as proxy, closing(Client(own_etcd.endpoints)) as admin:
-        behind = opens(WatchElsewhere(own_etcd.endpoints, Client([f"127.0.0.1:{proxy.port}"])), unique)
+        wire = WatchElsewhere(own_etcd.endpoints, Client([f"127.0.0.1:{proxy.port}"]))
+        # Thrice in its time to live it looks for what the watch did not bring: not before the compaction.
+        behind = opens(wire, unique, session_ttl=120.0)
         proxy.hold(answers=True)
         settle(store, 300, 60_000)  # more than etcd and the kernel keep for one that does not read
         compact(admin)
