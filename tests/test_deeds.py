@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,6 +110,18 @@ class Lent:
         """It is the test's."""
 
 
+@contextmanager
+def as_loud_as_before() -> Iterator[None]:
+    """What the command makes its process silent about is not silent in the tests that follow."""
+    loggers = [logging.getLogger(name) for name in ("pika", "idemp.stores")]
+    levels = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 @pytest.fixture(params=list(BACKENDS))
 def desk(
     request: pytest.FixtureRequest,
@@ -126,7 +139,7 @@ def desk(
     def here(arguments: Sequence[str]) -> Ran:
         monkeypatch.setattr(sys, "argv", ["idemp", *arguments])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ended, as_loud_as_before():
             main()
         out, err = capsys.readouterr()
         return Ran(int(ended.value.code or 0), out, err)

@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "duplicates that waited are skipped only if their first is done",
         "pipeline.py",
-        "if done and duplicate.fingerprint is None:",
-        "if duplicate.fingerprint is None:",
+        "if done and duplicate.fingerprint is None and not",
+        "if duplicate.fingerprint is None and not",
     ),
     Mutant(
         "a lost claim is looked up again, not acknowledged",
@@ -175,7 +175,7 @@ MUTANTS = (
     Mutant(
         "a dead session's claims are in doubt",
         "stores/journal.py",
-        'self._keys.open[key] = entry._replace(session="")',
+        'self._keys.open[key] = replace(entry, session="")',
         "pass",
         unit("test_journal.py::test_a_declared_sessions_claims_are_in_doubt"),
     ),
