@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from idemp.errors import Closed
-from idemp.ports import Op, Reply, State
+from idemp.ports import Clock, Op, Reply, State
 from idemp.stores.group import GroupCommit
 
 _pid = os.getpid()  # asking the system each time would be a call for every message
@@ -42,6 +42,25 @@ class Session(Protocol):
 
     def close(self) -> None:
         """End it."""
+
+
+class Confirmed:
+    """A session that its store confirms, now and then, by its own clock.
+
+    _confirmed: when the last confirmation was asked for.  _born: the last token before the session.
+    """
+
+    _clock: Clock
+    _ttl: float
+    _confirmed: float
+    _born: int
+
+    def fresh(self, token: int = 0) -> bool:
+        """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
+        if self._clock.steady() - self._confirmed >= self._ttl * 2 / 3:
+            return False
+        # In this order: a session that begins in between is confirmed after its birth is known.
+        return not token or token > self._born
 
 
 class SessionStore:

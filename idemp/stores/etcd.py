@@ -731,8 +731,6 @@ class _Session:
                 key, place = listing.names[place], place + 1
                 if (entry := journal.entry(key)) is not None:
                     found.append((key, view(entry, bool)))
-        if place == len(listing.names):
-            self._listing = None
         return found
 
     # ---------------------------------------------------------------- end

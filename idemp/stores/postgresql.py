@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
 from idemp.laws import DONE, Entry, Ledger, undoing, view
 from idemp.ports import Busy, Clock, Forget, Get, Op, Reply, State, Takeover
-from idemp.stores.door import SessionStore
+from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.postgresql_sql import Statements, settings, statements
 
@@ -268,7 +268,7 @@ class _Unsure(NamedTuple):
     replies: list[Reply]
 
 
-class _Session:
+class _Session(Confirmed):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, place: Place, retention: float, ttl: float, clock: Clock) -> None:
@@ -453,13 +453,6 @@ class _Session:
         if mine == self._id:
             self._confirmed = max(self._confirmed, sent)
         return True
-
-    def fresh(self, token: int = 0) -> bool:
-        """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
-        if self._clock.steady() - self._confirmed >= self._ttl * 2 / 3:
-            return False
-        # In this order: a session that begins in between is confirmed after its birth is known.
-        return not token or token > self._born
 
     def _beat(self) -> None:
         """Confirm the session thrice in its time to live, beside the batches, and clear what is over."""

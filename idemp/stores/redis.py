@@ -43,7 +43,7 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.settings import switch
-from idemp.stores.door import SessionStore
+from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 
 try:
@@ -214,7 +214,7 @@ class _Unsure(NamedTuple):
     tail: int  # how many of them, at the end, the caller asked for
 
 
-class _Session:
+class _Session(Confirmed):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, at: Server, retention: float, ttl: float, clock: Clock) -> None:
@@ -387,13 +387,6 @@ class _Session:
         if mine == self._id:
             self._confirmed = max(self._confirmed, sent)
         return None
-
-    def fresh(self, token: int = 0) -> bool:
-        """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
-        if self._clock.steady() - self._confirmed >= self._ttl * 2 / 3:
-            return False
-        # In this order: a session that begins in between is confirmed after its birth is known.
-        return not token or token > self._born
 
     def _beat(self) -> None:
         """Confirm the session thrice in its time to live, beside the batches."""

@@ -29,7 +29,7 @@ from idemp.embedded import check_durable, check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
 from idemp.ports import Busy, Clock, Op, Reply, State
-from idemp.stores.door import SessionStore
+from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class _Unsure(NamedTuple):
     replies: list[Reply]
 
 
-class _Session:
+class _Session(Confirmed):
     """One process's presence in the file: connections, heartbeat, group commit."""
 
     def __init__(self, path: str, retention: float, ttl: float, clock: Clock, connect: Connect) -> None:
@@ -357,13 +357,6 @@ class _Session:
             self._writer.execute("DELETE FROM session WHERE boot <> ? OR expires <= ?", (self._boot, now))
 
     # ---------------------------------------------------------------- the session
-
-    def fresh(self, token: int = 0) -> bool:
-        """Whether the session was confirmed less than 2/3 of its time to live ago, and made the claim."""
-        if self._clock.steady() - self._confirmed >= self._ttl * 2 / 3:
-            return False
-        # In this order: a session that begins in between is confirmed after its birth is known.
-        return not token or token > self._born
 
     def _beat(self) -> None:
         """Confirm the session thrice in its time to live, and sweep."""

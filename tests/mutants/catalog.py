@@ -230,7 +230,7 @@ MUTANTS = (
     ),
     Mutant(
         "a claim of an earlier session starts no handler",
-        "stores/sqlite.py",
+        "stores/door.py",
         "return not token or token > self._born",
         "return True",
         unit("test_sqlite_store.py::test_what_a_lost_session_had_claimed_is_not_started"),
