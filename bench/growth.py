@@ -1,4 +1,4 @@
-"""Flat as it grows: the same measurements with ever more remembered ids.
+"""What growing costs: the same measurements with ever more remembered ids.
 
 For each store: fresh messages a second beside an empty one in alternating rounds, bytes an id in the
 store, and, where a process carries them, its memory for an id and how long it takes until it is ready.
