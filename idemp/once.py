@@ -48,6 +48,7 @@ from idemp.protocol import (
     Skipped,
     Verdict,
     protocol,
+    repeated,
 )
 
 log = logging.getLogger(__name__)
@@ -210,8 +211,10 @@ class _Patience:
 
 
 def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
-    key = policy.key(args, kwargs)
-    steps = protocol(policy, key, policy.fingerprint(args, kwargs))
+    key, fingerprint = policy.key(args, kwargs), policy.fingerprint(args, kwargs)
+    if (done := policy.store.recall(key)) is not None:
+        return _answer(policy, key, repeated(done, fingerprint))
+    steps = protocol(policy, key, fingerprint)
     patience = _Patience(policy, key, Clock())
     verdict = drive(steps, lambda step: _perform(step, function, policy, key, args, kwargs, patience))
     return _answer(policy, key, verdict)
@@ -297,8 +300,10 @@ def _answer(policy: Policy, key: str, verdict: Verdict) -> Any:
 
 
 async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
-    key = policy.key(args, kwargs)
-    steps = protocol(policy, key, policy.fingerprint(args, kwargs))
+    key, fingerprint = policy.key(args, kwargs), policy.fingerprint(args, kwargs)
+    if (done := policy.store.recall(key)) is not None:
+        return _answer(policy, key, repeated(done, fingerprint))
+    steps = protocol(policy, key, fingerprint)
     patience = _Patience(policy, key, Clock())
     event: Any = None
     while True:

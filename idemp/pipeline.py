@@ -39,7 +39,7 @@ from msgspec.structs import replace
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
 from idemp.message import Message, Properties, decode
 from idemp.policy import Policy
-from idemp.ports import Claim, Claimed, Delivery, Doubt, Op, Publication, Reply, Store, Takeover
+from idemp.ports import Claim, Claimed, Delivery, Done, Doubt, Op, Publication, Reply, Store, Takeover
 from idemp.protocol import (
     Ask,
     Await,
@@ -59,12 +59,14 @@ from idemp.protocol import (
     Verdict,
     describe,
     protocol,
+    repeated,
 )
 
 MAX_DELAY = 300.0
 """Seconds: the longest backoff."""
 ATTEMPTS = 5
 """Of a handler without a policy."""
+CONFLICT = "done already, with another payload"
 LOOK_AGAIN = (0.02, 1.0)
 """Seconds between looks at a busy key: the first, and the longest."""
 SEND_AGAIN = 1.0
@@ -340,13 +342,25 @@ class Pipeline:
         except BadMessage as error:
             self._dead(flight, "rejected", str(error))
             return
-        flight.steps = self._protocol(flight)
         first = self._window.get(flight.key)
+        if first is None and route.policy is not None and not _sent_back(delivery):
+            done = route.policy.store.recall(flight.key)
+            if done is not None:
+                self._repeated(flight, done)
+                return
+        flight.steps = self._protocol(flight)
         if first is not None:
             first.append(flight)
             return
         self._window[flight.key] = [flight]
         self._advance(flight, None)
+
+    def _repeated(self, flight: Flight, done: Done) -> None:
+        """The short way for most duplicates: nothing is asked of the store, and nobody waits for it."""
+        if isinstance(repeated(done, flight.fingerprint), Conflict):
+            self._dead(flight, "conflict", CONFLICT)
+        else:
+            self._acknowledge(flight, "skipped")
 
     def _identify(self, flight: Flight, policy: Policy | None, message: Message) -> None:
         """Find the key and the fingerprint; what the handler's own functions raise rejects the message."""
@@ -467,7 +481,7 @@ class Pipeline:
                 self._dead(flight, "parked", reason, attempt)
                 self._leave_window(flight)
             case Conflict():
-                self._dead(flight, "conflict", "done already, with another payload")
+                self._dead(flight, "conflict", CONFLICT)
                 self._leave_window(flight)
             case Overtaken():
                 self._tell(flight, "lost", "the claim was taken over")

@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from idemp.errors import BadMessage, ConfigError
 from idemp.message import MAX_ID, Message
 from idemp.ports import Store
@@ -81,7 +83,14 @@ def _dump(value: Any) -> bytes:
     return b"null" if value is None else json.dumps(value, default=_plain, separators=(",", ":")).encode()
 
 
-JSON = Codec(_dump, json.loads)
+def _load(result: bytes) -> Any:
+    try:
+        return msgspec.json.decode(result)
+    except msgspec.DecodeError:  # what Python writes and JSON has no word for, like NaN
+        return json.loads(result)
+
+
+JSON = Codec(_dump, _load)
 
 
 def fingerprint(value: Any) -> bytes:

@@ -191,6 +191,13 @@ class Store(Protocol):
         """
         ...
 
+    def recall(self, key: str) -> Done | None:
+        """The answer that a `Claim` would get, if this process's memory is sure that ``key`` is done.
+
+        Asks nobody and does not wait.  None: ask with `apply`.
+        """
+        ...
+
     def wait(self, key: str, token: int, timeout: float) -> None:
         """Return when ``key`` is no longer busy with ``token``, after ``timeout`` seconds at the latest."""
         ...

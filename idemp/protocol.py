@@ -166,8 +166,7 @@ def protocol(
                     return (yield from _park(key, state, reason))
                 return (yield from _run(policy, key, state, fingerprint))
             case Done():
-                conflict = fingerprint and state.fingerprint and fingerprint != state.fingerprint
-                return Conflict() if conflict else Skipped(state)
+                return repeated(state, fingerprint)
             case Busy():
                 if policy.on_busy != "wait" or not (yield Await(state)):
                     return Deferred()
@@ -180,6 +179,12 @@ def protocol(
                 return Refused(reason, attempt)
             case Free():
                 state = yield Claim(key)
+
+
+def repeated(done: Done, fingerprint: bytes | None) -> Skipped | Conflict:
+    """The verdict of a call whose key is done."""
+    conflict = fingerprint and done.fingerprint and fingerprint != done.fingerprint
+    return Conflict() if conflict else Skipped(done)
 
 
 def _after_doubt(

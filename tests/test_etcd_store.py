@@ -114,6 +114,27 @@ def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+def test_what_any_replica_did_is_recalled_without_asking_etcd(make: Make) -> None:
+    """A duplicate costs etcd nothing; a memory that is not trusted recalls nothing."""
+    here, _ = make()
+    there, wire = make()
+    claim = one(here, Claim("a"))
+    here.apply([Complete("a", claim.token, b"7", b"print")])
+    until(lambda: there.recall("a"))
+
+    before = wire.requests
+    known = there.recall("a")
+    assert isinstance(known, Done)
+    assert (known.token, known.result, known.fingerprint) == (claim.token, b"7", b"print")
+    assert known == one(there, Claim("a"))
+    assert there.recall("b") is None
+    assert wire.requests == before
+    there._session._replica.distrust("for a test")  # type: ignore[attr-defined]
+    assert there.recall("a") is None
+    assert one(there, Claim("a")) == known
+    assert there.recall("a") == known
+
+
 def times(n: int) -> Callable[[], bool]:
     """True ``n`` times, then false."""
     left = [n]

@@ -26,7 +26,7 @@ from idemp.pipeline import (
     Work,
     Worked,
 )
-from idemp.policy import make_policy
+from idemp.policy import fingerprint, make_policy
 from idemp.ports import (
     Abandon,
     Applied,
@@ -51,8 +51,14 @@ from tests.simulator import World
 class Store:
     retention = 3600.0
 
+    def __init__(self) -> None:
+        self.known: dict[str, Done] = {}
+
     def apply(self, ops: Any) -> Any:
         raise AssertionError("the pipeline is pure")
+
+    def recall(self, key: str) -> Done | None:
+        return self.known.get(key)
 
 
 STORE: Any = Store()
@@ -95,6 +101,30 @@ def test_a_message_goes_claim_run_complete_ack() -> None:
     assert not line.idle()
     assert step(line, Replied(STORE, [Applied()])) == [Acknowledge([7])]
     assert line.idle()
+
+
+def test_what_memory_knows_to_be_done_is_acknowledged_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another payload it is a dead letter; one that a person sent back is looked up."""
+    monkeypatch.setattr(STORE, "known", {"h/1": Done(9, b"null", fingerprint({}), 0.0)})
+    line = pipeline()
+    assert deliver(line, delivery(7)) == [Acknowledge([7])]
+    assert line.idle()
+    assert not line.names()
+    assert deliver(line, delivery(8, headers={"idemp-retry": "r"})) == [Apply(STORE, [Get("h/1")])]
+
+    line = pipeline(fingerprint=lambda message: {"other": True})
+    [send] = deliver(line, delivery(9))
+    [(_, copy)] = send.items
+    assert copy.properties.headers["idemp-reason"] == "done already, with another payload"
+
+
+def test_what_waits_for_its_twin_waits_though_memory_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its twin's handler may be under way here: both end together."""
+    line = pipeline()
+    deliver(line, delivery(1))
+    monkeypatch.setattr(STORE, "known", {"h/1": Done(9, None, None, 0.0)})
+    assert deliver(line, delivery(2)) == []
+    assert step(line, Replied(STORE, [Done(9, None, None, 0.0)])) == [Acknowledge([1, 2])]
 
 
 def test_what_is_asked_goes_out_at_once_and_is_answered_in_order() -> None:

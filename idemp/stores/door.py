@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from idemp.errors import Closed
-from idemp.ports import Clock, Op, Reply, State
+from idemp.ports import Clock, Done, Op, Reply, State
 from idemp.stores.group import GroupCommit
 
 _pid = os.getpid()  # asking the system each time would be a call for every message
@@ -82,6 +82,12 @@ class SessionStore:
     def apply(self, ops: Sequence[Op]) -> list[Reply]:
         """See `idemp.ports.Store`."""
         return self._mine().group.apply(ops)
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  Nothing: most sessions remember nothing themselves."""
+        if self._closed:
+            raise Closed("this store was closed")
+        return None
 
     def wait(self, key: str, token: int, timeout: float) -> None:
         """See `idemp.ports.Store`."""

@@ -106,6 +106,12 @@ class EtcdStore(SessionStore):
         make = partial(_Session, connect, namespace, retention, session_ttl, seed_layout, clock)
         super().__init__(make, retention)
 
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  Whatever is done anywhere is in this process's memory."""
+        session = self._mine()
+        assert isinstance(session, _Session)
+        return session.recall(key)
+
 
 class _Sent(NamedTuple):
     """An append as it goes over the wire, to be sent again as it is when its fate is unknown."""
@@ -251,6 +257,14 @@ class _Session:
             self._client.put(layout.seeded, b"true")
 
     # ---------------------------------------------------------------- a batch
+
+    def recall(self, key: str) -> Done | None:
+        """What memory knows to be done; a done is true by itself."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        replica = self._replica
+        with replica.lock:
+            return replica.journal.done(key) if replica.trusted else None
 
     def _commit(self, ops: Sequence[Op]) -> list[Reply]:
         """Answer from memory what is certain there; append the rest, and act on its outcomes."""

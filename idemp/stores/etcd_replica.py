@@ -101,11 +101,12 @@ class Layout:
 
 
 class Replica:
-    """The memory.  ``changed`` guards everything here and tells of every change."""
+    """The memory.  ``lock`` guards everything here; ``changed``, which is on it, tells of every change."""
 
     def __init__(self, client: Client, layout: Layout, clock: Clock) -> None:
         self.layout = layout
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.journal = Journal()
         self.trusted = False
         self._client, self._clock = client, clock

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
-from idemp.ports import Abandon, Applied, Claim, Complete, Forget, Park, Release, Reply, State, Takeover
+from idemp.ports import Abandon, Applied, Claim, Complete, Done, Forget, Park, Release, Reply, State, Takeover
 from idemp.stores.records import (
     LINES,
     NULL,
@@ -71,8 +71,11 @@ class _Keys:
         if found is None:
             return None
         token, place, result, fingerprint, attempt = found
-        at = self.seconds[bisect_right(self.since, place) - 1]
-        return Entry(DONE, token, attempt, "", at, "", result, fingerprint)
+        return Entry(DONE, token, attempt, "", self.at(place), "", result, fingerprint)
+
+    def at(self, place: int) -> int:
+        """Seconds since 1970, by the clock of the writer of the append at ``place``."""
+        return self.seconds[bisect_right(self.since, place) - 1]
 
     def put(self, key: str, entry: Entry) -> None:
         """An open one."""
@@ -157,6 +160,14 @@ class Journal:
     def entry(self, key: str) -> Entry | None:
         """What is stored of a key."""
         return self._keys.get(key)
+
+    def done(self, key: str) -> Done | None:
+        """Its state, if it is done: what most duplicates ask."""
+        found = self._keys.done.find(key)
+        if found is None:
+            return None
+        token, place, result, fingerprint, attempt = found
+        return Done(token, result, fingerprint, self._keys.at(place), attempt)
 
     def has(self, session: str, seq: int) -> bool:
         """Whether that append is applied.  Who declared its session dead had all of them."""

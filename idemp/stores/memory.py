@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from idemp.errors import Closed
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
-from idemp.ports import Clock, Op, Reply, State
+from idemp.ports import Clock, Done, Op, Reply, State
 
 
 def _session() -> str:
@@ -49,6 +49,14 @@ class MemoryStore:
             if ledger.changed:
                 self._changed.notify_all()
             return replies
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`."""
+        with self._changed:
+            self._check_open()
+            entry = self._live(key, self._clock.wall())
+            state = view(entry, self._alive)
+            return state if type(state) is Done else None
 
     def wait(self, key: str, token: int, timeout: float) -> None:
         """See `idemp.ports.Store`."""

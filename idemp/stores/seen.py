@@ -21,7 +21,7 @@ PLACES = 1 << 32
 """How many places there are."""
 _HASH = struct.Struct("<q").pack
 _RECORD = struct.Struct("<qIQI").pack
-_REST = struct.Struct("<IQI")
+_REST = struct.Struct("<IQI").unpack_from
 _HASHES = struct.Struct("<q16x")
 _SIZE = 24
 _MEAN = 12
@@ -111,7 +111,7 @@ class Seen:
         at = _where(cell, first, key)
         if at < 0:
             return None
-        _, token, place = _REST.unpack_from(cell, at + 8)
+        _, token, place = _REST(cell, at + 8)
         if place < self._starts[0]:
             return None
         for kept in self._kept:
@@ -129,7 +129,7 @@ class Seen:
         at = _where(cell, first, key)
         if at < 0:
             return
-        _, token, place = _REST.unpack_from(cell, at + 8)
+        _, token, place = _REST(cell, at + 8)
         self._cells[number] = cell[:at] + cell[at + _SIZE :]
         if place >= self._starts[0]:
             bucket = bisect_right(self._starts, place) - 1
@@ -163,7 +163,7 @@ def _where(cell: bytes, first: int, key: str) -> int:
     wanted = _HASH(first)
     at = cell.find(wanted)
     while at >= 0:
-        if not at % _SIZE and _REST.unpack_from(cell, at + 8)[0] == _second(key):
+        if not at % _SIZE and _REST(cell, at + 8)[0] == _second(key):
             return at
         at = cell.find(wanted, at + 1)
     return -1
@@ -172,6 +172,6 @@ def _where(cell: bytes, first: int, key: str) -> int:
 def _cut(cell: bytes, floor: int) -> bytes:
     """Without the records of places below ``floor``, which stand first."""
     at = 0
-    while at < len(cell) and _REST.unpack_from(cell, at + 8)[2] < floor:
+    while at < len(cell) and _REST(cell, at + 8)[2] < floor:
         at += _SIZE
     return cell[at:] if at else cell

@@ -135,6 +135,22 @@ def test_the_same_key_twice_in_a_batch_is_claimed_once(store: Store) -> None:
 # ------------------------------------------------------------------ 2, 3, 4: done, free, tokens
 
 
+def test_what_is_recalled_is_what_a_claim_would_hear(store: Store) -> None:
+    """Of done keys, and perhaps nothing; never of one that is free, mine, parked or forgotten."""
+    assert store.recall("done") is None
+    done, parked = claim(store, "done"), claim(store, "parked")
+    assert store.recall("done") is None
+    store.apply([Complete("done", done.token, b"7", b"print"), Park("parked", parked.token, "bad")])
+
+    assert store.recall("done") in (None, one(store, Claim("done")))
+    assert store.recall("parked") is None
+    store.apply([Forget("done", done.token)])
+    assert store.recall("done") is None
+    store.close()
+    with pytest.raises(Closed):
+        store.recall("done")
+
+
 @pytest.mark.parametrize("result", [None, b"", b"0", b"null", b"[]", b"\x00\xff" * 40_000])
 def test_done_answers_with_the_same_bytes(backend: Backend, result: bytes | None) -> None:
     """Law 2: falsy results, none, and any bytes; to everybody, and after a restart."""

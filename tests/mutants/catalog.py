@@ -217,7 +217,7 @@ MUTANTS = (
     Mutant(
         "a key is known by all of its hash",
         "stores/seen.py",
-        " and _REST.unpack_from(cell, at + 8)[0] == _second(key):",
+        " and _REST(cell, at + 8)[0] == _second(key):",
         ":",
         unit("test_seen.py::TestTables"),
     ),
@@ -271,6 +271,20 @@ MUTANTS = (
         "too_old, sent_back=sent_back)",
         "too_old, sent_back=False)",
         unit("test_pipeline.py::test_a_message_that_was_sent_back_is_looked_up_anew"),
+    ),
+    Mutant(
+        "nor from what this process remembers",
+        "pipeline.py",
+        "if first is None and route.policy is not None and not _sent_back(delivery):",
+        "if first is None and route.policy is not None:",
+        unit("test_pipeline.py::test_what_memory_knows_to_be_done_is_acknowledged_without_asking"),
+    ),
+    Mutant(
+        "a memory that is not trusted recalls nothing",
+        "stores/etcd.py",
+        "return replica.journal.done(key) if replica.trusted else None",
+        "return replica.journal.done(key)",
+        unit("test_etcd_store.py::test_what_any_replica_did_is_recalled_without_asking_etcd"),
     ),
     Mutant(
         "nor because another one was",

@@ -98,6 +98,14 @@ class WitnessedStore:
         self._strike(ops, "after")
         return replies
 
+    def recall(self, key: str) -> Done | None:
+        """See `Store`.  What it knows is the answer of a claim."""
+        done = self._inner.recall(key)
+        if done is not None:
+            asked = {"f": NAMES[Claim], "op": self._history.number(), "k": id_of(key)}
+            self._history.note_all([{**asked, "type": "invoke"}, {**asked, "type": "ok", **_told(done)}])
+        return done
+
     def _strike(self, ops: Sequence[Op], moment: str) -> None:
         for kind, step in STEPS.items():
             ids = [id_of(op.key) for op in ops if type(op) is kind]

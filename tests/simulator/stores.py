@@ -58,6 +58,7 @@ class Session(Protocol):
     id: str
 
     def apply(self, ops: Sequence[Op], lost: str = "") -> list[Reply]: ...
+    def recall(self, key: str) -> Done | None: ...
     def fresh(self, token: int) -> bool: ...
     def beat(self) -> None: ...
     def learn(self) -> None: ...
@@ -159,6 +160,10 @@ class LedgerSession:
 
     def learn(self) -> None:
         """There is nothing to learn."""
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  Nothing is kept in the process."""
+        return None
 
     def fresh(self, token: int) -> bool:
         """See `idemp.ports.Store`."""
@@ -293,6 +298,10 @@ class JournalSession:
         store.tails[self.id] = 0
         store.leases[self.id] = store.place.now() + TTL
         self.alive_at = store.place.now()
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`: what this replica has heard."""
+        return self.replica.done(key)
 
     def fresh(self, token: int) -> bool:
         """See `idemp.ports.Store`."""
