@@ -271,8 +271,12 @@ class Transport(Protocol):
         """Connect anew, ending what was there."""
         ...
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
-        """Make ``queue`` (durable) and, if named, the topic ``exchange``, and bind them."""
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
+        """Make ``queue`` (durable) and, if named, ``exchange``, and bind them.
+
+        kind: ``topic``, or ``direct``; an embedded broker has topics only, which do the same for a
+        binding without wildcards.
+        """
         ...
 
     def consume(self, queue: str, prefetch: int) -> None:
