@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from idemp.audit.auditor import Auditor, described, judge_of
 from idemp.audit.config import Config, configured
@@ -162,30 +159,26 @@ def _in(seconds: float) -> str:
 
 
 COLOURS = {State.OK: "green", State.SETTLING: "yellow", State.STALE: "bright_black", State.BROKEN: "red"}
+COLUMNS = ("state", "for", "field", "owner", "replica", "expected", "actual", "difference", "reason")
 
 
 def _show(found: list[tuple[str, str, str, Verdict]], now: float) -> None:
-    table = Table(box=box.SIMPLE)
-    for heading in (
-        "field",
-        "owner",
-        "replica",
-        "state",
-        "expected",
-        "actual",
-        "difference",
-        "for",
-        "reason",
-    ):
-        table.add_column(heading, overflow="fold")
-    for name, owner, replica, verdict in found:
-        values = (shown(value) for value in (verdict.expected, verdict.actual, verdict.difference))
-        state = f"[{COLOURS[verdict.state]}]{verdict.state}[/]"
-        since = age(now - verdict.since) if verdict.since else "-"
-        cells = [*(_plain(cell) for cell in (name, owner, replica)), state, *map(_plain, values), since]
-        table.add_row(*cells, _plain(verdict.reason))
-    Console(soft_wrap=not os.isatty(1)).print(table)
+    """As wide as what is in it: the reason, which is the longest, comes last."""
+    lines = [COLUMNS, *(_cells(*each, now) for each in found)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(COLUMNS))]
+    colours = ["", *(COLOURS[verdict.state] for *_, verdict in found)]
+    for line, colour in zip(lines, colours, strict=True):
+        first, *rest = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join([click.style(first, fg=colour or None), *rest]).rstrip())
 
 
-def _plain(text: str) -> str:
-    return escaped(text).replace("[", r"\[")
+def _cells(name: str, owner: str, replica: str, verdict: Verdict, now: float) -> tuple[str, ...]:
+    values = (shown(value) for value in (verdict.expected, verdict.actual, verdict.difference))
+    since = age(now - verdict.since) if verdict.since else "-"
+    return (
+        str(verdict.state),
+        since,
+        *(escaped(cell) for cell in (name, owner, replica)),
+        *values,
+        escaped(verdict.reason),
+    )
