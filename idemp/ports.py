@@ -279,8 +279,11 @@ class Transport(Protocol):
         """
         ...
 
-    def consume(self, queue: str, prefetch: int) -> None:
-        """Start deliveries from ``queue``, at most ``prefetch`` unacknowledged at a time."""
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
+        """Start deliveries from ``queue``, at most ``prefetch`` unacknowledged at a time.
+
+        name: of the consumer, where a broker shows one.
+        """
         ...
 
     def cancel(self) -> None:

@@ -446,3 +446,14 @@ def test_a_file_that_is_no_state(tmp_path: Path) -> None:
     file.write_text("this is no database, and it is long enough to be seen as none" * 20)
     with pytest.raises(ConfigError, match="no SQLite file"):
         AuditState(str(file))
+
+
+def test_one_auditor_of_a_state(tmp_path: Path) -> None:
+    """A second is refused while the first lives; who only looks is not."""
+    path = str(tmp_path / "audit.db")
+    with closing(AuditState(path)):
+        with pytest.raises(ConfigError, match="another auditor is using"):
+            AuditState(path)
+        with closing(AuditState(path, reading=True)) as looking:
+            assert looking.looked() is None
+    AuditState(path).close()

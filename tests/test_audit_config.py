@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idemp.audit.config import Config, configured
+from idemp.audit.config import FIELD_KEYS, KEYS, Config, configured
 from idemp.audit.document import read
 from idemp.audit.judge import Field, Tolerance
 from idemp.errors import ConfigError
@@ -74,6 +76,15 @@ def test_a1_of_a_replica_named_twice_the_last_counts() -> None:
         ' "replicas": [{"B": {"offset": 1}}, {"B": {"offset": 2}}]}}}'
     )
     assert found.fields[0].replicas == {"B": Decimal(2)}
+
+
+def test_the_page_shows_settings_that_work() -> None:
+    """And each one is in its table."""
+    page = (Path(__file__).resolve().parent.parent / "docs/audit.md").read_text()
+    [block] = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    assert config(block).services() == {"sales-service", "billing-service", "stock-service"}
+    named = set(re.findall(r"^\| `([\w.<>]+)` ", page, re.M))
+    assert named == {*KEYS[:-1], *(f"data.<field>.{key}" for key in FIELD_KEYS)}
 
 
 def test_what_was_added() -> None:

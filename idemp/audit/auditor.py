@@ -168,7 +168,7 @@ class Auditor:
 
     def _start(self) -> None:
         self._declare()
-        self._transport.consume(self._config.consumer_queue, PREFETCH)
+        self._transport.consume(self._config.consumer_queue, PREFETCH, name=self._config.consumer_name)
         self._judge.listening(self._clock.steady())
 
     def _connect_again(self) -> bool:

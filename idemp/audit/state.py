@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,12 +36,17 @@ class AuditState:
         if reading and not Path(path).exists():
             raise ConfigError(f"there is no file {path}: has `idemp audit run` been started here?")
         check_place(path)
+        self._lock = None if reading else _locked(path)
         with self._explained():
             self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
-            if reading:
-                self._db.execute("PRAGMA query_only=ON")
-            else:
-                self._make()
+            try:
+                if reading:
+                    self._db.execute("PRAGMA query_only=ON")
+                else:
+                    self._make()
+            except BaseException:
+                self.close()
+                raise
 
     def _make(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -142,3 +149,22 @@ class AuditState:
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(path: str) -> int:
+    """Mine until it is closed, or this process is gone.  Raises `ConfigError` if it is another's."""
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{path}.lock cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ConfigError(
+            f"another auditor is using {path}; stop it, or name another file as state"
+        ) from None
+    return lock

@@ -99,10 +99,10 @@ class RabbitMQTransport:
         with self._connected() as link:
             link.declare(queue, exchange, binding, kind)
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """Start deliveries from ``queue``; they end from the one before."""
         with self._connected() as link:
-            link.consume(queue, prefetch)
+            link.consume(queue, prefetch, name)
 
     def cancel(self) -> None:
         """Stop new deliveries; those that `poll` has not handed out go back."""
@@ -382,7 +382,7 @@ class _Link:
 
     # ---------------------------------------------------------------- consuming
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, name: str) -> None:
         """Start deliveries.  If the broker ends them, the connection counts as lost."""
         if self._consuming is None:
             self._consuming = self._channel()
@@ -393,7 +393,7 @@ class _Link:
         self.cancel()
         channel = self._consuming
         channel.basic_qos(prefetch_count=min(prefetch, _MOST), callback=_nothing)
-        tag = f"idemp-{next(self._numbers)}"
+        tag = name or f"idemp-{next(self._numbers)}"
         self._ask(
             channel,
             lambda then: channel.basic_consume(queue, self._deliver, False, False, tag, callback=then),

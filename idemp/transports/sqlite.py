@@ -161,7 +161,7 @@ class SqliteTransport:
         """Make ``queue`` and bind it."""
         self._connected().declare(queue, exchange, binding)
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """Start deliveries from ``queue``; they end from the one before."""
         self._connected().consume(queue, prefetch)
 

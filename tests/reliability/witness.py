@@ -171,9 +171,9 @@ class WitnessedTransport:
         """See `Transport`."""
         self._inner.declare(queue, exchange, binding, kind=kind)
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """See `Transport`."""
-        self._inner.consume(queue, prefetch)
+        self._inner.consume(queue, prefetch, name=name)
 
     def cancel(self) -> None:
         """See `Transport`."""
