@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import signal
 import threading
 import time
@@ -16,18 +17,18 @@ import pika
 import pytest
 
 from idemp import open_transport
-from idemp.audit import Report, Status
+from idemp.audit import Report, Reporter, Status
 from idemp.audit.auditor import Auditor
 from idemp.audit.config import Config, configured
 from idemp.audit.document import read
 from idemp.audit.state import AuditState
-from idemp.errors import ConfigError, TransportUnavailable
+from idemp.errors import ConfigError, TransportUnavailable, Unroutable
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
 from idemp.transports import publish
 from idemp.transports.memory import MemoryTransport
 from tests.servers import RabbitMQ
-from tests.service import Program, finished, until
+from tests.service import ROOT, Program, finished, until
 
 PATIENCE = 30.0
 SYNCHRONOUS = "S100 B90 S100 B90"
@@ -217,6 +218,50 @@ def test_what_is_good_in_a_report_counts(room: Room) -> None:
     ] * 4
 
 
+def test_a_service_reports_in_a_line(room: Room) -> None:
+    """It is safe in the queue when the call returns; before any auditor, the call says so."""
+    with closing(open_transport(room.url)) as transport:
+        sales = Reporter(transport, "S", exchange=room.name)
+        with pytest.raises(Unroutable):
+            sales.report(sales=100)
+        room.run().stop()
+        sales.report(sales=100)
+        assert room.depth("in") == 1
+        billing = Reporter(transport, "B", exchange=room.name)
+        for _ in range(2):
+            billing.report(sales=90)
+            sales.report(sales=100)
+        room.run()
+        assert room.told(3) == OK
+
+
+def test_the_page_reports(room: Room) -> None:
+    """The block of docs/audit.md, as it stands but for where and what."""
+    page = (ROOT / "docs/audit.md").read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    room.run().stop()
+    block = block.replace("amqp://guest:guest@localhost:5672/", room.url)
+    done = finished("-c", block.replace('"auditmq"', repr(room.name)))
+    assert done.returncode == 0, done.stderr
+    [came] = room.taken(1, "in")
+    assert came.body == b'{"service":"sales-service","data":{"sales_count":10}}'
+
+
+def test_a16_changes_are_lines_of_json(room: Room) -> None:
+    """On stdout, for log collectors."""
+    said = room.folder / "said"
+    program = Program(said, ["-m", "idemp", "audit", "run", str(room.file), "--json"], {})
+    room.programs.append(program)
+    program.wait_for('"event": "ready"')
+    room.say(SYNCHRONOUS)
+    program.wait_for('"service": "all"')
+    lines = [json.loads(line) for line in program.said().splitlines() if line.startswith("{")]
+    statuses = [Status(line["service"], line["status"]) for line in lines if line["event"] == "status"]
+    assert statuses == OK
+    states = [(line["field"], line["state"]) for line in lines if line["event"] == "state"]
+    assert ("sales", "ok") in states
+
+
 # ------------------------------------------------------------------ ends and restarts
 
 
@@ -295,11 +340,14 @@ def test_a15_the_broker_goes_and_comes(own_rabbitmq: RabbitMQ, tmp_path: Path, u
         auditor = room.run()
         room.say("S100 B90 S100")
         room.counted(reports=3)
-        own_rabbitmq.kill()
-        auditor.wait_for("connecting again")
-        own_rabbitmq.start()
-        auditor.wait_for("the broker is back")
-        room.say("B90")
+        with closing(open_transport(own_rabbitmq.url)) as transport:
+            billing = Reporter(transport, "B", exchange=room.name)
+            transport.connect()
+            own_rabbitmq.kill()
+            auditor.wait_for("connecting again")
+            own_rabbitmq.start()
+            auditor.wait_for("the broker is back")
+            billing.report(sales=90)  # over a connection that was lost meanwhile
         assert room.told(3) == OK
         assert auditor.stop() == 0
 
