@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -505,3 +505,91 @@ def test_one_auditor_of_a_state(tmp_path: Path) -> None:
         with closing(AuditState(path, reading=True)) as looking:
             assert looking.looked() is None
     AuditState(path).close()
+
+
+# ------------------------------------------------------------------ a crash at each step, in one process
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+class Steps:
+    """What is around an auditor; at step number ``last``, right before or after a call, it crashes."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.done = last, 0
+        self.crashed = threading.Event()
+
+    def step(self) -> None:
+        self.done += 1
+        if self.done >= self.last:
+            self.crashed.set()
+            raise Crash
+
+    def around(self, inner: Any, *names: str) -> Any:
+        """``inner``, with a step before and after each call of ``names``."""
+        steps = self
+
+        class Around:
+            def __getattr__(self, name: str) -> Any:
+                method = getattr(inner, name)
+                if name not in names:
+                    return method
+
+                def call(*args: Any, **named: Any) -> Any:
+                    steps.step()
+                    answer = method(*args, **named)
+                    steps.step()
+                    return answer
+
+                return call
+
+        return Around()
+
+
+def live(config: Config, path: str, steps: Steps, ready: threading.Event, auditors: list[Auditor]) -> None:
+    """One life of an auditor, to its end or its crash; what it held goes back to the broker."""
+    with closing(open_transport(config.dsn)) as transport, closing(AuditState(path)) as state:
+        broken = steps.around(transport, "ack", "send"), steps.around(state, "save", "told")
+        auditors.append(Auditor(broken[0], config, broken[1]))
+        with suppress(Crash):
+            auditors[-1].run(ready=ready.set)
+
+
+@pytest.mark.parametrize("last", range(1, 31))
+def test_a14_a15_a_crash_at_any_step_loses_nothing(tmp_path: Path, unique: str, last: int) -> None:
+    """Every status is told, in order; one that is told twice has the same id; none is false."""
+    config = settled(unique)
+    path = str(tmp_path / "audit.db")
+    auditors: list[Auditor] = []
+    with closing(open_transport(config.dsn)) as transport:
+        transport.declare(config.consumer_queue, config.exchange, config.consumer_routing_key)
+        told = [("S", 1), ("B", 1), ("S", 2), ("B", 2), ("S", 2), ("B", 2)]
+        bodies = [Report(who, {"sales": n}).encode() for who, n in told]
+        bodies.insert(3, b"no report")
+        publish(transport, [Publication(body, Properties(), config.exchange, "auditmq") for body in bodies])
+        steps = Steps(last)
+        live(config, path, steps, threading.Event(), auditors)
+        assert steps.crashed.is_set()
+
+        ready = threading.Event()
+        thread = threading.Thread(target=live, args=(config, path, Steps(10**9), ready, auditors))
+        thread.start()
+        assert ready.wait(PATIENCE)
+        found: dict[str | None, Status] = {}
+        transport.consume("out", 100)
+        end = time.monotonic() + PATIENCE
+        while len(found) < 3 and time.monotonic() < end:
+            came = [event for event in transport.poll(0.1) if isinstance(event, Delivery)]
+            found |= {event.properties.message_id: Status.decode(event.body) for event in came}
+            transport.ack([event.tag for event in came])
+        auditors[-1].stop()
+        thread.join(PATIENCE)
+        assert list(found.values()) == OK
+        again = [event for event in transport.poll(0.0) if isinstance(event, Delivery)]
+        assert {event.properties.message_id for event in again} <= found.keys()
+        assert transport.depth(config.consumer_queue) == 0
+        assert transport.depth(f"{config.consumer_queue}.dead") >= 1
+    with closing(AuditState(path, reading=True)) as state:
+        assert state.unsent() == 0
