@@ -375,6 +375,23 @@ def test_a3_the_topology_is_auditmqs(amqp_url: str, tmp_path: Path, unique: str)
         connection.close()
 
 
+def test_an_exchange_of_another_kind_is_a_sentence(amqp_url: str, tmp_path: Path, unique: str) -> None:
+    """And so is a broker that refuses the password, which is not told."""
+    with in_room(amqp_url, tmp_path, unique) as room:
+        connection = pika.BlockingConnection(pika.URLParameters(amqp_url))
+        connection.channel().exchange_declare(unique, "topic", durable=True)
+        connection.close()
+        done = finished("-m", "idemp", "audit", "run", str(room.file))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+        assert "inequivalent arg 'type' for exchange" in done.stderr
+        room.url = amqp_url.replace("guest:guest", "guest:tellnobody")
+        room.settings()
+        done = finished("-m", "idemp", "audit", "run", str(room.file))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+        assert done.stderr.startswith("idemp: dsn: ")
+        assert "tellnobody" not in done.stderr
+
+
 # ------------------------------------------------------------------ settings
 
 
