@@ -302,7 +302,8 @@ class Auditor:
         for field, replica, verdict in self._judge.verdicts():
             before = self._seen.get((field.name, replica))
             if before is None or before.state is not verdict.state:
-                log.info("%s of %s is %s %s", field.name, replica, verdict.state, verdict.reason)
+                why = f": {verdict.reason}" if verdict.reason else ""
+                log.info("%s of %s is %s%s", field.name, replica, verdict.state, why)
                 self._say(
                     {
                         "event": "state",
