@@ -278,12 +278,19 @@ class Transport(Protocol):
         """Connect anew, ending what was there."""
         ...
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
-        """Make ``queue`` (durable) and, if named, the topic ``exchange``, and bind them."""
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
+        """Make ``queue`` (durable) and, if named, ``exchange``, and bind them.
+
+        kind: ``topic``, or ``direct``; an embedded broker has topics only, which do the same for a
+        binding without wildcards.
+        """
         ...
 
-    def consume(self, queue: str, prefetch: int) -> None:
-        """Start deliveries from ``queue``, at most ``prefetch`` unacknowledged at a time."""
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
+        """Start deliveries from ``queue``, at most ``prefetch`` unacknowledged at a time.
+
+        name: of the consumer, where a broker shows one.
+        """
         ...
 
     def cancel(self) -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from idemp import __version__
+from idemp.cli.audit import audit
 from idemp.cli.consume import consume
 from idemp.cli.dead import dead
 from idemp.cli.deeds import deeds
@@ -58,6 +59,7 @@ for command in (
     stats,
     doctor,
     explain,
+    audit,
     top,
     demo,
     init,

@@ -108,7 +108,7 @@ class MemoryTransport:
             broker.changed.notify_all()
         self._forget()
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
         """Make ``queue`` and bind it."""
         broker = self._open()
         with broker.changed:
@@ -116,7 +116,7 @@ class MemoryTransport:
             if exchange:
                 broker.bindings.setdefault(exchange, set()).add((binding, queue))
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """Start deliveries from ``queue``; they end from the one before."""
         broker = self._open()
         with broker.changed:

@@ -94,15 +94,15 @@ class RabbitMQTransport:
             link.lose(error)
             link.check()
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
         """Make ``queue`` without arguments, so that one that was made so before is welcome."""
         with self._connected() as link:
-            link.declare(queue, exchange, binding)
+            link.declare(queue, exchange, binding, kind)
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """Start deliveries from ``queue``; they end from the one before."""
         with self._connected() as link:
-            link.consume(queue, prefetch)
+            link.consume(queue, prefetch, name)
 
     def cancel(self) -> None:
         """Stop new deliveries; those that `poll` has not handed out go back."""
@@ -339,15 +339,15 @@ class _Link:
         self.check()  # a lost connection closes its channels too
         return answers[0].method if answers else None
 
-    def declare(self, queue: str, exchange: str, binding: str) -> None:
+    def declare(self, queue: str, exchange: str, binding: str, kind: str) -> None:
         """Without arguments; a quorum queue that somebody made is as good."""
-        refusal = self._declare(queue, exchange, binding, {})
-        if "x-queue-type" in refusal and not self._declare(queue, exchange, binding, _QUORUM):
+        refusal = self._declare(queue, exchange, binding, kind, {})
+        if "x-queue-type" in refusal and not self._declare(queue, exchange, binding, kind, _QUORUM):
             return
         if refusal:
             raise ConfigError(f"{self._where} refuses to declare queue {queue!r}: {refusal}")
 
-    def _declare(self, queue: str, exchange: str, binding: str, arguments: dict[str, str]) -> str:
+    def _declare(self, queue: str, exchange: str, binding: str, kind: str, arguments: dict[str, str]) -> str:
         """The broker's refusal, or "".  On a channel of its own, which a refusal closes."""
         channel = self._channel()
         refusals: list[str] = []
@@ -357,7 +357,7 @@ class _Link:
             lambda then: channel.queue_declare(queue, durable=True, arguments=arguments, callback=then),
         )
         if exchange and done:
-            channel.exchange_declare(exchange, "topic", durable=True)
+            channel.exchange_declare(exchange, kind, durable=True)
             done = self._ask(
                 channel, lambda then: channel.queue_bind(queue, exchange, binding, callback=then)
             )
@@ -382,7 +382,7 @@ class _Link:
 
     # ---------------------------------------------------------------- consuming
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, name: str) -> None:
         """Start deliveries.  If the broker ends them, the connection counts as lost."""
         if self._consuming is None:
             self._consuming = self._channel()
@@ -393,7 +393,7 @@ class _Link:
         self.cancel()
         channel = self._consuming
         channel.basic_qos(prefetch_count=min(prefetch, _MOST), callback=_nothing)
-        tag = f"idemp-{next(self._numbers)}"
+        tag = name or f"idemp-{next(self._numbers)}"
         self._ask(
             channel,
             lambda then: channel.basic_consume(queue, self._deliver, False, False, tag, callback=then),

@@ -157,11 +157,11 @@ class SqliteTransport:
             raise type(self._link.lost)(str(self._link.lost))  # another each time: a traceback grows
         return self._link
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
         """Make ``queue`` and bind it."""
         self._connected().declare(queue, exchange, binding)
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """Start deliveries from ``queue``; they end from the one before."""
         self._connected().consume(queue, prefetch)
 

@@ -241,6 +241,16 @@ def test_what_no_queue_takes_is_an_error(transport: Transport, unique: str, dela
     assert names(take(transport, 2)) == ["a", "c"]
 
 
+def test_a_direct_exchange(transport: Transport, unique: str) -> None:
+    """Takes messages with its binding's key, and no others; declared again it is the same."""
+    for _ in range(2):
+        transport.declare(unique, f"{unique}-direct", "in", kind="direct")
+    with pytest.raises(Unroutable):
+        publish(transport, [on(f"{unique}-direct", "out")])
+    publish(transport, [on(f"{unique}-direct", "in")])
+    assert transport.depth(unique) == 1
+
+
 def test_what_no_binding_matches_is_an_error(transport: Transport, unique: str) -> None:
     """Law 4: the exchange alone keeps nothing."""
     exchange = f"{unique}-x"

@@ -175,13 +175,13 @@ class WitnessedTransport:
             {"f": verb, "type": "info", "op": op, "k": id} for verb, op, id in copies.values()
         )
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
         """See `Transport`."""
-        self._inner.declare(queue, exchange, binding)
+        self._inner.declare(queue, exchange, binding, kind=kind)
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """See `Transport`."""
-        self._inner.consume(queue, prefetch)
+        self._inner.consume(queue, prefetch, name=name)
 
     def cancel(self) -> None:
         """See `Transport`."""

@@ -1,0 +1,6 @@
+"""The audit: are the copies that services keep of one thing still equal?"""
+
+from idemp.audit.messages import Report, Status
+from idemp.audit.reporter import Reporter
+
+__all__ = ["Report", "Reporter", "Status"]

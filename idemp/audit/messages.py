@@ -1,0 +1,107 @@
+"""The messages of the audit: what services report, and what is told of them.
+
+Other programs may import them: ``Report("sales", {"sales_count": 10}).encode()``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from idemp.errors import BadMessage
+from idemp.message import MAX_BODY
+
+SYNCHRONIZED = 2
+DIFFERENT = 0
+UNKNOWN = -1
+EVERYBODY = "all"
+"""The service name of the overall status."""
+
+LARGEST = 400
+"""Digits that a number may have, and the power of ten up to which it may go, in either direction."""
+
+
+class Unfit(NamedTuple):
+    """A number in JSON that nothing can be compared with: NaN, infinite, huge."""
+
+    why: str
+
+
+class Report(NamedTuple):
+    """A service says how its copies stand.  data: field -> number or string.
+
+    Numbers that were decoded are exact: `Decimal`, or `Unfit`.
+    """
+
+    service: str
+    data: Mapping[str, Any]
+
+    def encode(self) -> bytes:
+        """As JSON; a `Decimal` keeps all its digits."""
+        fields = ",".join(f"{json.dumps(name)}:{_written(value)}" for name, value in self.data.items())
+        return f'{{"service":{json.dumps(self.service)},"data":{{{fields}}}}}'.encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Report:
+        """The report in ``body``, its two names in any case of letters.  Raises `BadMessage`."""
+        told = _object(body)
+        service, data = told.get("service"), told.get("data")
+        if not isinstance(service, str):
+            raise BadMessage('the report names no service; write it like {"service": "sales", "data": {...}}')
+        if not isinstance(data, dict):
+            raise BadMessage('the report has no data; write it like {"service": "sales", "data": {...}}')
+        return cls(service, data)
+
+
+class Status(NamedTuple):
+    """What is told of ``service``, or of `EVERYBODY`: `SYNCHRONIZED`, `DIFFERENT` or `UNKNOWN`."""
+
+    service: str
+    status: int
+
+    def encode(self) -> bytes:
+        """Exactly these two, in this order, without spaces."""
+        told = {"service": self.service, "status": self.status}
+        return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Status:
+        """The status in ``body``.  Raises `BadMessage`."""
+        told = _object(body)
+        match told.get("service"), told.get("status"):
+            case str() as service, Decimal() as status if status in (SYNCHRONIZED, DIFFERENT, UNKNOWN):
+                return cls(service, int(status))
+        raise BadMessage('this is no status; one reads {"service":"sales","status":2}')
+
+
+def number(text: str) -> Decimal | Unfit:
+    """Exactly what ``text`` says in decimal; `Unfit` if that is too large, too small or no number."""
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    try:
+        read = Decimal(text)
+    except ArithmeticError:
+        return Unfit(f"{shown} is no number that can be compared")
+    if not read.is_finite():
+        return Unfit(f"{shown} is no number that can be compared")
+    if len(read.as_tuple().digits) > LARGEST or abs(read.adjusted()) > LARGEST:
+        return Unfit(f"{shown} is too long a number: {LARGEST} digits are allowed")
+    return read
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """The JSON object in ``body``, the names in it in small letters."""
+    if len(body) > MAX_BODY:
+        raise BadMessage(f"the body has {len(body)} bytes; {MAX_BODY} are allowed")
+    try:
+        told = json.loads(body, parse_int=number, parse_float=number, parse_constant=number)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"the body is not JSON: {error}") from None
+    if not isinstance(told, dict):
+        raise BadMessage(f"the body is JSON, but not an object: {type(told).__name__}")
+    return {name.lower(): value for name, value in told.items()}
+
+
+def _written(value: Any) -> str:
+    return str(value) if isinstance(value, Decimal) else json.dumps(value, allow_nan=False)
