@@ -297,11 +297,13 @@ def test_a_look_does_not_change_the_retention(
         assert service.retention == 3600.0
 
 
-def test_a_look_does_not_make_a_namespace(etcd: Any, unique: str) -> None:
-    """A name that was mistyped is said, and etcd has nothing of it afterwards."""
+@pytest.mark.parametrize("kind", ["etcd", "postgresql", "redis"])
+def test_a_look_does_not_make_a_namespace(kind: str, request: pytest.FixtureRequest, unique: str) -> None:
+    """A name that was mistyped is said, and the server has nothing of it afterwards."""
     from idemp.stores import check_exists
 
-    url = f"{etcd.url}{unique}"
+    server = request.getfixturevalue(kind)
+    url = f"{server.url}{unique}" if kind == "etcd" else f"{server.database()}?namespace={unique}"
     done = finished("-m", "idemp", "ls", "--store", url)
     assert done.returncode == 2
     assert f"has no namespace '{unique}'; name the store that the service uses" in done.stderr

@@ -8,12 +8,13 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pika
+import psycopg
 import pytest
 
 from idemp import Message, open_store
@@ -21,11 +22,19 @@ from idemp.cli.doctor import horizon
 from idemp.findings import Finding
 from idemp.graphite import Series, examine, examine_files, examine_statsd, regular
 from idemp.ports import Claim, Claimed, Clock, Complete
-from idemp.stores import etcd_doctor, etcd_health, etcd_of
+from idemp.stores import (
+    etcd_doctor,
+    etcd_health,
+    etcd_of,
+    postgresql_doctor,
+    postgresql_of,
+    redis_doctor,
+    redis_of,
+)
 from idemp.stores.etcd_client import Client, NoSpace
 from idemp.stores.sqlite_doctor import examine as examine_sqlite
 from idemp.transports.rabbitmq_doctor import Management
-from tests.servers import Etcd, Graphite, RabbitMQ, Statsd, need
+from tests.servers import Etcd, Graphite, PostgreSQL, RabbitMQ, Redis, Statsd, need
 from tests.servers.ports import free_port
 from tests.service import Stand, finished, stand, until
 
@@ -333,6 +342,119 @@ def test_a_member_that_is_down() -> None:
     assert [each.where for each in faults if "does not answer" in each.what] == [f"etcd {etcd.endpoints[0]}"]
 
 
+# ------------------------------------------------------------------ PostgreSQL and Redis
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "redis"])
+def test_a_good_server(kind: str, request: pytest.FixtureRequest) -> None:
+    """Nothing; a namespace that nobody made is said, and not made."""
+    url = request.getfixturevalue(kind).database()
+    _filled(f"{url}?retention=1h", 3)
+    assert doctor("--store", url) == []
+    for _ in range(2):
+        [fault] = doctor("--store", f"{url}?namespace=nobody", code=1)
+        assert fault["what"] == "there is no namespace 'nobody'"
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "redis"])
+def test_a_retention_that_is_too_short_for_the_broker(kind: str, request: pytest.FixtureRequest) -> None:
+    """It is read from the server, whatever the URL says."""
+    url = request.getfixturevalue(kind).database()
+    _filled(f"{url}?retention=60s", 1)
+    [fault] = doctor("--store", url, code=1)
+    assert fault["evidence"].startswith("ids are kept for 60 s;")
+
+
+def test_a_postgresql_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What undoes what was confirmed, what is not cleaned up, and a clock that is wrong."""
+    need("postgresql")
+    wrong = dict.fromkeys(("synchronous_commit", "fsync", "full_page_writes", "autovacuum"), "off")
+    with PostgreSQL(options={**wrong, "max_connections": "10"}) as server:
+        place = postgresql_of(f"{server.url}?unsafe_durability=true")
+        _filled(f"{server.url}?unsafe_durability=true", 1)
+        server.psql("UPDATE idemp_default.migration SET version = 99")
+        monkeypatch.setattr(postgresql_doctor, "LONG", 0.0)
+        with ExitStack() as open_ones:
+            lines = [open_ones.enter_context(psycopg.connect(server.url)) for _ in range(8)]
+            for line in lines:
+                line.execute("SELECT pg_backend_pid()")
+            hung = lines[0].info.backend_pid
+            found = postgresql_doctor.examine(place, Clock(wall=lambda: time.time() + 100)).findings
+    assert {f"{name} = off" for name in wrong} <= {each.evidence for each in found}
+    told = {each.what: each for each in found}
+    assert (
+        told["its connections are nearly used up; a process of idemp takes up to four"].evidence == "9 of 10"
+    )
+    assert (
+        "ahead of it"
+        in told["its clock and this machine's differ, and the retention goes by clocks"].evidence
+    )
+    assert told["its tables are of another version of idemp"].fix == "upgrade idemp here"
+    open_too_long = [each for each in found if each.what.startswith("a transaction stays open")]
+    assert f"SELECT pg_terminate_backend({hung})" in [each.fix for each in open_too_long]
+
+
+def test_a_postgresql_and_its_replica() -> None:
+    """The replica takes no claim; that its primary does not wait for it is a note."""
+    need("postgresql")
+    with PostgreSQL() as server:
+        _filled(server.url, 1)
+        server.stop()
+        replica = PostgreSQL.copy(server)
+        server.start()
+        with replica:
+            until(
+                lambda: server.psql("SELECT count(*) FROM pg_stat_replication") == "1", lambda: "no replica"
+            )
+            [copied] = postgresql_doctor.examine(postgresql_of(replica.url), Clock()).findings
+            [primary] = postgresql_doctor.examine(postgresql_of(server.url), Clock()).findings
+    assert (copied.what, copied.fault) == ("it is a replica, which takes no claim", True)
+    assert (primary.evidence, primary.fault) == ("1 replicas, none synchronous", False)
+
+
+def test_a_redis_that_forgets() -> None:
+    """Its settings, with what to type; its memory; its clock."""
+    need("redis")
+    wrong = {"appendonly": "no", "maxmemory-policy": "allkeys-lru"}
+    with Redis(options=wrong) as server:
+        url = f"{server.url}?unsafe_durability=true"
+        _filled(url, 3, 900_000)
+        assert server.call("CONFIG", "SET", "maxmemory", str(_used(server) * 11 // 10)) == "OK"
+        found = redis_doctor.examine(redis_of(url), Clock(wall=lambda: time.time() - 100)).findings
+        told = {each.what: each for each in found}
+        assert (
+            told["it may forget what it confirmed"].evidence == "appendonly no, maxmemory-policy allkeys-lru"
+        )
+        fix = told["it may forget what it confirmed"].fix
+        for command in fix.removeprefix("redis-cli: ").split("; ")[:2]:
+            assert server.call(*command.split()) == "OK"
+        assert "MiB are used" in told["its memory is nearly full, and then it takes no claim"].evidence
+        assert (
+            "behind it"
+            in told["its clock and this machine's differ, and the retention goes by clocks"].evidence
+        )
+        after = redis_doctor.examine(redis_of(url), Clock()).findings
+    assert [each.what for each in after] == ["its memory is nearly full, and then it takes no claim"]
+
+
+def _used(server: Redis) -> int:
+    """Bytes."""
+    [line] = [line for line in server.call("INFO", "memory").splitlines() if line.startswith("used_memory:")]
+    return int(line.split(":")[1])
+
+
+def test_a_redis_and_its_replica() -> None:
+    """The replica takes no claim; that a failover may forget is a note."""
+    need("redis")
+    with Redis() as server, Redis(options={"replicaof": f"127.0.0.1 {server.port}"}) as replica:
+        _filled(server.url, 1)
+        until(lambda: "state=online" in server.call("INFO", "replication"), lambda: "no replica")
+        [primary] = redis_doctor.examine(redis_of(server.url), Clock()).findings
+        copied = redis_doctor.examine(redis_of(replica.url), Clock()).findings
+    assert (primary.evidence, primary.fault) == ("1 replicas", False)
+    assert "it is a replica, which takes no claim" in [each.what for each in copied]
+
+
 # ------------------------------------------------------------------ SQLite
 
 
@@ -486,6 +608,8 @@ def test_points_with_holes() -> None:
         (["--store", "sqlite:////no/such.db"], "there is no file /no/such.db"),
         (["--store", f"sqlite:///{__file__}"], "is no SQLite file"),
         (["--store", "memory://"], "nothing is known here"),
+        (["--store", "postgresql://me:secret@127.0.0.1:9/x"], "--store (IDEMP_STORE)"),
+        (["--store", "redis://me:secret@127.0.0.1:9/0"], "--store (IDEMP_STORE)"),
         (["--graphite", "http://me:secret@127.0.0.1:9", "--service", "orders"], "no Graphite answers"),
         (["--graphite", "nonsense", "--service", "orders"], "is no URL of a Graphite"),
         (["--statsd", "localhost:x"], "--statsd (IDEMP_STATSD): statsd address 'localhost:x'"),

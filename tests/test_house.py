@@ -138,6 +138,8 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.postgresql": {"psycopg"},
         "idemp.stores.postgresql_line": {"psycopg"},
         "idemp.stores.redis": {"redis"},
+        "idemp.stores.redis_doctor": {"redis"},
+        "idemp.stores.postgresql_doctor": {"psycopg"},
         "idemp.metrics": {"statsd", "prometheus_client"},
         "idemp.audit.state": {"sqlite3"},
         "idemp.audit.document": {"yaml"},

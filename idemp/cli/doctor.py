@@ -17,7 +17,7 @@ from idemp.graphite import examine_files, examine_statsd
 from idemp.pipeline import ATTEMPTS, MAX_DELAY
 from idemp.ports import Clock
 from idemp.settings import hidden, split, sqlite_path
-from idemp.stores import etcd_of, open_store
+from idemp.stores import etcd_of, open_store, postgresql_of, redis_of
 from idemp.transports import open_transport
 
 CLOCK = Clock()
@@ -101,6 +101,14 @@ def _store(url: str) -> Looked:
 
             endpoints, connect, namespace = etcd_of(url)
             return of_etcd(endpoints, connect, namespace, CLOCK)
+        case "postgresql" | "postgres":
+            from idemp.stores.postgresql_doctor import examine as of_postgresql
+
+            return of_postgresql(postgresql_of(url), CLOCK)
+        case "redis" | "rediss":
+            from idemp.stores.redis_doctor import examine as of_redis
+
+            return of_redis(redis_of(url), CLOCK)
     raise ConfigError(f"nothing is known here of how a {hidden(url)} should be")
 
 

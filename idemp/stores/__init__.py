@@ -65,15 +65,13 @@ def open_store(url: str) -> Store:
     if parts.scheme == "etcd":
         return _etcd(parts, found, retention or RETENTION, session)
     if parts.scheme in ("postgresql", "postgres"):
-        from idemp.stores.postgresql import PostgresqlStore, place
+        from idemp.stores.postgresql import PostgresqlStore
 
-        at = place(parts, found, _namespace(found))
-        return PostgresqlStore(at, retention=retention or RETENTION, session_ttl=session)
+        return PostgresqlStore(postgresql_of(url), retention=retention or RETENTION, session_ttl=session)
     if parts.scheme in ("redis", "rediss"):
-        from idemp.stores.redis import RedisStore, server
+        from idemp.stores.redis import RedisStore
 
-        redis = server(parts, found, _namespace(found))
-        return RedisStore(redis, retention=retention or RETENTION, session_ttl=session)
+        return RedisStore(redis_of(url), retention=retention or RETENTION, session_ttl=session)
     from idemp.stores.sqlite import SqliteStore
 
     return SqliteStore(sqlite_path(parts), retention=retention or RETENTION, session_ttl=session)
@@ -93,10 +91,9 @@ def init_store(url: str, grant: str = "") -> str:
         with closing(open_store(url)) as store:
             store.apply([])
         return "it is ready"
-    from idemp.stores.postgresql import init, place
+    from idemp.stores.postgresql import init
 
-    found = options(parts, {**_OPTIONS, **_POSTGRESQL})
-    new = init(place(parts, found, _namespace(found)), grant)
+    new = init(postgresql_of(url), grant)
     made = f"its tables are at version {new[-1]} now" if new else "its tables were there already"
     return f"{made}; {grant} may use them" if grant else made
 
@@ -113,15 +110,50 @@ def check_exists(url: str) -> None:
     parts = split(url)
     if parts.scheme == "sqlite" and not Path(path := sqlite_path(parts)).exists():
         raise ConfigError(f"there is no file {path}; name the store that the service uses")
-    if parts.scheme == "etcd":
-        from idemp.stores.etcd_replica import Layout
+    if (namespace := _missing_namespace(url, parts.scheme)) is not None:
+        raise ConfigError(
+            f"{hidden(url)} has no namespace {namespace!r}; name the store that the service uses"
+        )
 
-        endpoints, connect, namespace = etcd_of(url)
-        with closing(connect(endpoints)) as client:
-            if not client.range(Layout(namespace).bucket).pairs:
-                raise ConfigError(
-                    f"{hidden(url)} has no namespace {namespace!r}; name the store that the service uses"
-                )
+
+def _missing_namespace(url: str, scheme: str) -> str | None:
+    """The namespace that ``url`` names, if its server has none of that name."""
+    match scheme:
+        case "etcd":
+            from idemp.stores.etcd_replica import Layout
+
+            endpoints, connect, name = etcd_of(url)
+            with closing(connect(endpoints)) as client:
+                return None if client.range(Layout(name).bucket).pairs else name
+        case "postgresql" | "postgres":
+            from idemp.stores.postgresql_line import exists as in_postgresql
+
+            place = postgresql_of(url)
+            return None if in_postgresql(place) else str(place.namespace)
+        case "redis" | "rediss":
+            from idemp.stores.redis import exists as in_redis
+
+            server = redis_of(url)
+            return None if in_redis(server) else str(server.namespace)
+    return None
+
+
+def postgresql_of(url: str) -> Any:
+    """The namespace that ``url`` names: a `Place` of postgresql_line.py."""
+    from idemp.stores.postgresql import place
+
+    parts = split(url)
+    found = options(parts, {**_OPTIONS, **_POSTGRESQL})
+    return place(parts, found, _namespace(found))
+
+
+def redis_of(url: str) -> Any:
+    """The namespace that ``url`` names: a `Server` of redis.py."""
+    from idemp.stores.redis import server
+
+    parts = split(url)
+    found = options(parts, {**_OPTIONS, **_REDIS})
+    return server(parts, found, _namespace(found))
 
 
 def etcd_of(url: str) -> tuple[list[str], Callable[[list[str]], Any], str]:

@@ -201,6 +201,14 @@ def _version(connection: Connection, place: Place) -> int:
     return int(row[0])
 
 
+def exists(place: Place) -> bool:
+    """Whether the namespace has its tables.  Makes nothing."""
+    with connect(place) as connection:
+        query = "SELECT to_regclass(%s) IS NOT NULL"
+        row = connection.execute(query, [f"{place.schema}.migration"], prepare=False).fetchone()
+    return row == (True,)
+
+
 # ------------------------------------------------------------------ the tables
 
 

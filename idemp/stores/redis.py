@@ -527,6 +527,17 @@ def check(connection: Any, at: Server) -> str:
     return f"{about.get('run_id')}/{about.get('master_replid')}"
 
 
+def exists(at: Server) -> bool:
+    """Whether the namespace was ever used.  Makes nothing."""
+    client: Any = redis.Redis(**at.options, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+    try:
+        return bool(client.exists(f"{at.prefix}retention"))
+    except RedisError as error:
+        raise explain(at, error) from None
+    finally:
+        client.close()
+
+
 def _info(connection: Any, section: str) -> dict[str, str]:
     connection.send_command("INFO", section)
     lines = connection.read_response().decode().splitlines()
