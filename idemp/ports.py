@@ -7,11 +7,13 @@ the suites in tests/contract/ hold every one of them to what these docstrings sa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from idemp.message import Properties, Value
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------ the state of a key
 
@@ -216,6 +218,52 @@ class Store(Protocol):
 
     def close(self) -> None:
         """End the session; claims it still holds are in doubt."""
+        ...
+
+
+class Transaction(Protocol):
+    """An open transaction of a database that has a store in it, used by one thread.
+
+    What is applied in it and what is done on ``connection`` commit together or not at all.
+    """
+
+    @property
+    def connection(self) -> Any:
+        """The driver's own connection.  Whoever gets it must not end the transaction."""
+        ...
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """Hold the keys of ``ops`` until the end, and apply them in order; one reply each.
+
+        Whoever else claims such a key waits for the end.  Raises `KeyBusy` if another transaction
+        holds one of them for longer than was to be waited.
+        """
+        ...
+
+    def keep(self) -> None:
+        """What was done since the last `keep` or `undo` is not undone any more.
+
+        Raises `PermanentFailure` if the transaction was ended by somebody.
+        """
+        ...
+
+    def undo(self, error: BaseException) -> bool:
+        """Go back to the last `keep`.  False: ``error`` ended the whole transaction, so let it rise."""
+        ...
+
+
+class Inbox(Store, Protocol):
+    """A store in a database that handlers can write to as well."""
+
+    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+        """Call ``work`` in a transaction and commit; what it returned.
+
+        Called again, in a new transaction, when the server rolled this one back, when the connection was
+        lost, and when it is not known whether it committed: what ``work`` claims first tells.
+        ``wait``: seconds for keys that another transaction holds.  Raises `StoreUnavailable` if it does
+        not get through in time; what ``work`` raises; and what the driver says if the commit is
+        refused for what was done in it.  After any of these but `StoreUnavailable` nothing of it happened.
+        """
         ...
 
 

@@ -52,6 +52,17 @@ def settings(patience: float) -> str:
     return f"SELECT {', '.join(calls)}"
 
 
+_MINE = (*_PLANS, "lock_timeout")
+GIVEN = "SELECT " + ", ".join(f"current_setting('{name}')" for name in _MINE)
+"""What handlers find, which takes turns with the store's own in one transaction."""
+TAKE_TURNS = "SELECT " + ", ".join(f"set_config('{name}', %s, true)" for name in _MINE)
+
+
+def own(wait: float) -> list[str]:
+    """The store's own of `TAKE_TURNS`.  ``wait``: seconds for others' keys."""
+    return [*("off" for _ in _PLANS), str(max(1, int(wait * 1000)))]  # 0 would be no bound
+
+
 _OVER = "(SELECT extract(epoch FROM now())::float8 - retention FROM {s}.meta)"
 _NEWEST = (
     "(SELECT * FROM ("
