@@ -294,10 +294,10 @@ class _Session(Confirmed):
         if self._ended.is_set():
             raise Closed("this store was closed")
         transaction: PostgresqlTransaction | None = None
+        line = self._idle.pop() if self._idle else self._new_line()
         try:
             if not self._id:
                 self.group.apply([])  # the retention that was named is in force from here on
-            line = self._idle.pop() if self._idle else self._new_line()
             with line.use(PATIENCE) as connection:
                 transaction = PostgresqlTransaction(line, connection, self._words, wait, self._clock)
                 with transaction.open():
@@ -316,7 +316,8 @@ class _Session(Confirmed):
             if transaction is None or not transaction.lost:
                 raise
             return StoreUnavailable(f"{self._place.shown}: {one_line(error)}")
-        self._idle.append(line)
+        finally:
+            self._idle.append(line)
         return _Result(result)
 
     def _new_line(self) -> Line:

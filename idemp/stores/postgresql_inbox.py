@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import errors
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from idemp.errors import KeyBusy, PermanentFailure
 from idemp.laws import Ledger
@@ -113,6 +114,7 @@ class PostgresqlTransaction:
 
     def keep(self) -> None:
         """See `idemp.ports.Transaction`."""
+        self.connection.row_factory = tuple_row  # it may have been the handler's
         status = self.connection.info.transaction_status
         if status == TransactionStatus.IDLE:
             raise PermanentFailure(
@@ -127,6 +129,7 @@ class PostgresqlTransaction:
         if any(gone(each) for each in _chain(error)) or self.connection.broken:
             self.lost = True
             return False
+        self.connection.row_factory = tuple_row
         self.connection.execute("ROLLBACK TO SAVEPOINT idemp", prepare=False)
         return True
 
