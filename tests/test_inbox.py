@@ -307,6 +307,22 @@ def test_a_commit_that_is_refused_is_a_failed_attempt(database: Database) -> Non
     assert done.attempt == 2
 
 
+def test_a_with_statement_would_commit(tmp_path: Path) -> None:
+    """sqlite3 says so nowhere near; it is refused before anything of it happened."""
+    database = Database(f"sqlite:///{tmp_path}/app.db")
+
+    @idempotent(database.store, name="app.order", key="order", transaction=True)
+    def order(order: str) -> None:
+        with context().connection:
+            write(order)
+
+    with pytest.raises(PermanentFailure, match="leave it out"):
+        order("A")
+    assert isinstance(database.state("app.order/A"), Parked)
+    assert database.effects() == []
+    database.store.close()
+
+
 @pytest.mark.parametrize("word", ["COMMIT", "ROLLBACK", "commit()", "rollback()"])
 def test_a_handler_must_not_end_the_transaction(database: Database, word: str) -> None:
     """It is told so; what it committed by force is set aside, not run again and again."""

@@ -207,7 +207,7 @@ class _Session(Confirmed):
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{self._path} is no SQLite file ({error}); name another file") from None
         except ConfigError:
-            connection.close()
+            sqlite3.Connection.close(connection)
             raise
         return connection
 

@@ -24,6 +24,10 @@ class HandlersConnection(sqlite3.Connection):
 
     rollback = close = commit
 
+    def __enter__(self) -> HandlersConnection:
+        """Refuse: its exit commits."""
+        raise PermanentFailure("a with statement on the connection commits at its end; leave it out")
+
     def executescript(self, script: str) -> sqlite3.Cursor:
         """Refuse: it begins with a commit."""
         raise PermanentFailure("executescript() commits; call execute() for each statement")
@@ -85,7 +89,7 @@ class SqliteTransaction:
     def keep(self) -> None:
         """See `idemp.ports.Transaction`."""
         db = self.connection
-        db.row_factory = None
+        self._reset()
         if not db.in_transaction:
             raise PermanentFailure(_ENDED)
         db.execute("RELEASE idemp")
@@ -95,9 +99,14 @@ class SqliteTransaction:
 
     def undo(self, error: BaseException) -> bool:
         """See `idemp.ports.Transaction`.  SQLite itself rolls all back when the disk is full or fails."""
-        self.connection.row_factory = None
+        self._reset()
         if self.connection.in_transaction:
             self.connection.execute("ROLLBACK TO idemp")
         else:
             self.lost = True
         return not self.lost
+
+    def _reset(self) -> None:
+        """What the handler may have set for its own rows."""
+        self.connection.row_factory = None
+        self.connection.text_factory = str
