@@ -57,6 +57,7 @@ from idemp.ports import (
     Meter,
     NoMeter,
     Op,
+    Publication,
     Sent,
     Store,
     Transport,
@@ -439,20 +440,25 @@ class _Shell:
     def _job(self, flight: Flight, begin: Callable[[], Protocol]) -> Job:
         assert flight.route is not None
         function, policy = flight.route.function, flight.policy
+        letters: list[Publication] = []
+
+        def context(claim: Claimed, connection: Any = None) -> Context:
+            known = (flight.key, claim.token, claim.attempt)
+            out = None if connection is None else letters
+            return Context(*known, message=flight.message, connection=connection, letters=out)
 
         def call(claim: Claimed, connection: Any) -> Any:
             if self._stopping.is_set() or flight.tag is None:
                 return NotStarted()
             began = time.perf_counter()
-            context = _context(flight, claim, connection)
-            came = run_in(policy, function, context, (flight.message,), {})
+            came = run_in(policy, function, context(claim, connection), (flight.message,), {})
             self._meter.time(f"{self._service}_handler", time.perf_counter() - began)
             return came
 
         def ask_it(claim: Claimed) -> Any:
-            return ask(policy, _context(flight, claim), (flight.message,), {})
+            return ask(policy, context(claim), (flight.message,), {})
 
-        return Job(flight.key, begin, call, ask_it, HELD)
+        return Job(flight.key, begin, call, ask_it, HELD, letters)
 
     # ---------------------------------------------------------------- handlers
 
@@ -501,10 +507,6 @@ class _Shell:
         if type(step) is Run:
             return run(policy, function, current, (flight.message,), {})
         return ask(policy, current, (flight.message,), {})
-
-
-def _context(flight: Flight, claim: Claimed, connection: Any = None) -> Context:
-    return Context(flight.key, claim.token, claim.attempt, message=flight.message, connection=connection)
 
 
 def _gathered(lane: queue.SimpleQueue[Sequence[Op] | None]) -> list[Op]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from idemp.errors import IdempError, KeyBusy, PermanentFailure
-from idemp.ports import Claimed, Done, Get, Inbox, Reply, Transaction
+from idemp.ports import Claimed, Done, Get, Inbox, Publication, Reply, Transaction
 from idemp.protocol import Ask, Await, Deferred, Protocol, Raised, Returned, Run, Skipped, Verdict
 
 HELD = 5.0
@@ -32,6 +32,7 @@ class Job(NamedTuple):
 
     run: calls the handler with its claim and the transaction's connection: `Returned`, `Raised` or
     `NotStarted`.  ask: calls the resolver.  wait: seconds for a key that another transaction holds.
+    letters: where what the handler publishes gathers while it runs.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Job(NamedTuple):
     run: Callable[[Claimed, Any], Any]
     ask: Callable[[Claimed], Any]
     wait: float
+    letters: list[Publication]
 
 
 class _Ended(NamedTuple):
@@ -140,6 +142,7 @@ class _Call:
     def _run(self, claim: Claimed) -> Any:
         if self._refused is not None:
             return Raised(self._refused)
+        self._job.letters.clear()  # what gathered in a transaction that was rolled back
         came = self._job.run(claim, self._transaction.connection)
         if isinstance(came, Returned):
             try:
@@ -148,6 +151,8 @@ class _Call:
                 raise
             except Exception as error:
                 came = Raised(error)  # it went on after a statement that had failed
+        if isinstance(came, Returned) and self._job.letters:
+            self._transaction.put(self._job.key, tuple(self._job.letters))
         if isinstance(came, Raised) and not self._transaction.undo(came.error):
             raise came.error
         return came

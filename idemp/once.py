@@ -29,7 +29,7 @@ from idemp.errors import (
     SessionLost,
 )
 from idemp.inbox import Job, transact
-from idemp.message import Message
+from idemp.message import Message, decode
 from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, is_async, make_policy
 from idemp.ports import (
     Abandon,
@@ -40,6 +40,7 @@ from idemp.ports import (
     Get,
     Inbox,
     Op,
+    Publication,
     Release,
     Reply,
     Store,
@@ -86,6 +87,7 @@ class Context(msgspec.Struct, frozen=True):
     replayed: the handler did not run; this is the first answer again.
     message: the message, in a consumer.
     connection: with ``transaction=True``, the driver's connection with the open transaction.
+    letters: there, what was published so far.
     """
 
     key: str
@@ -94,11 +96,36 @@ class Context(msgspec.Struct, frozen=True):
     replayed: bool = False
     message: Message | None = None
     connection: Any = None
+    letters: list[Publication] | None = None
 
     @property
     def idempotency_key(self) -> str:
         """A UUID made from the key, the same in every attempt: for other people's APIs."""
         return str(uuid.uuid5(_IDS, self.key))
+
+    def publish(
+        self, type: str, args: Any, *, exchange: str = "events", routing_key: str | None = None
+    ) -> str:
+        """Let a message go out if, and only if, this handler's transaction commits; its id.
+
+        The id is made of the key and the number of the message, the same in every attempt.
+        routing_key: the type, if left out.  Raises `ConfigError` without ``transaction=True``, and
+        `BadMessage` for what no consumer would take.
+        """
+        if self.letters is None:
+            raise ConfigError(
+                "publish() needs a handler with transaction=True; publish by yourself, with an id that is"
+                " made of context().idempotency_key"
+            )
+        id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
+        cause = self.message and (self.message.correlation_id or self.message.id)
+        message = Message(id, type, args, correlation_id=cause)
+        body, properties = message.encode(), message.properties(app_id="idemp")
+        decode(body, properties)
+        self.letters.append(
+            Publication(body, properties, exchange, type if routing_key is None else routing_key)
+        )
+        return id
 
 
 _running: ContextVar[Context | None] = ContextVar("idemp_running", default=None)
@@ -238,12 +265,19 @@ def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
 def _call_in_transaction(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     key = policy.key(args, kwargs)
     patience = _Patience(policy, key, Clock())
+    letters: list[Publication] = []
+
+    def handle(claim: Claimed, connection: Any) -> Any:
+        current = Context(key, claim.token, claim.attempt, connection=connection, letters=letters)
+        return run_in(policy, function, current, args, kwargs)
+
     job = Job(
         key,
         functools.partial(protocol, policy, key, policy.fingerprint(args, kwargs)),
-        lambda claim, line: run_in(policy, function, _context(key, claim, connection=line), args, kwargs),
-        lambda claim: ask(policy, _context(key, claim), args, kwargs),
+        handle,
+        lambda claim: ask(policy, Context(key, claim.token, claim.attempt), args, kwargs),
         policy.wait if policy.on_busy == "wait" else 0.0,
+        letters,
     )
     while True:
         verdict = transact_in(policy, [job])[0]
@@ -263,10 +297,6 @@ def transact_in(policy: Policy, jobs: Sequence[Job]) -> list[Verdict]:
             " publish a message for it instead, or call it afterwards"
         )
     return transact(cast(Inbox, policy.store), jobs)
-
-
-def _context(key: str, claim: Claimed, *, connection: Any = None, message: Message | None = None) -> Context:
-    return Context(key, claim.token, claim.attempt, message=message, connection=connection)
 
 
 def run_in(policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any) -> Any:

@@ -221,6 +221,22 @@ class Store(Protocol):
         ...
 
 
+class Letter(NamedTuple):
+    """What waits in an outbox.  Of one ``key`` they go out by ``number``.  ``at``: seconds since 1970."""
+
+    number: int
+    key: str
+    at: float
+    publication: Publication
+
+
+class Backlog(NamedTuple):
+    """Of an outbox.  ``age``: seconds for which the oldest letter has waited."""
+
+    letters: int
+    age: float
+
+
 class Transaction(Protocol):
     """An open transaction of a database that has a store in it, used by one thread.
 
@@ -247,6 +263,10 @@ class Transaction(Protocol):
         """
         ...
 
+    def put(self, key: str, publications: Sequence[Publication]) -> None:
+        """Into the outbox, behind what is there, once this commits.  ``key``: of the call that publishes."""
+        ...
+
     def undo(self, error: BaseException) -> bool:
         """Go back to the last `keep`.  False: ``error`` ended the whole transaction, so let it rise."""
         ...
@@ -264,6 +284,18 @@ class Inbox(Store, Protocol):
         not get through in time; what ``work`` raises; and what the driver says if the commit is
         refused for what was done in it.  After any of these but `StoreUnavailable` nothing of it happened.
         """
+        ...
+
+    def letters(self, limit: int) -> list[Letter]:
+        """The oldest that wait in the outbox, in order."""
+        ...
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """Take these letters out of the outbox; one that is not there is ignored."""
+        ...
+
+    def backlog(self) -> Backlog:
+        """How much waits in the outbox."""
         ...
 
 

@@ -26,6 +26,7 @@ FLOORS = {
         "idemp.policy",
         "idemp.protocol",
         "idemp.inbox",
+        "idemp.relay",
         "idemp.once",
         "idemp.pipeline",
         "idemp.consumer",

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
 from idemp.laws import Ledger, undoing, view
-from idemp.ports import Busy, Clock, Get, Op, Reply, State, Transaction
+from idemp.ports import Backlog, Busy, Clock, Get, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
+from idemp.stores.outbox import unpack
 from idemp.stores.postgresql_sql import settings, statements
 
 try:
@@ -100,9 +101,28 @@ class PostgresqlStore(SessionStore):
 
     def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
         """See `idemp.ports.Inbox`.  The connection is a psycopg one in READ COMMITTED."""
+        return self._session_here().transaction(work, wait)
+
+    def letters(self, limit: int) -> list[Letter]:
+        """See `idemp.ports.Inbox`."""
+        rows = self._session_here().outbox("letters", [limit])
+        return [
+            Letter(number, bytes(key).decode(), at, unpack(bytes(blob))) for number, key, at, blob in rows
+        ]
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """See `idemp.ports.Inbox`."""
+        self._session_here().outbox("sent", [list(numbers)])
+
+    def backlog(self) -> Backlog:
+        """See `idemp.ports.Inbox`."""
+        [(letters, age)] = self._session_here().outbox("backlog", [])
+        return Backlog(letters, max(0.0, age))
+
+    def _session_here(self) -> _Session:
         session = self._mine()
         assert isinstance(session, _Session)
-        return session.transaction(work, wait)
+        return session
 
 
 def init(place: Place, grant: str = "") -> list[int]:
@@ -319,6 +339,16 @@ class _Session(Confirmed):
         finally:
             self._idle.append(line)
         return _Result(result)
+
+    def outbox(self, name: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Ask or change the outbox; either may be done twice."""
+        text = getattr(self._words, name)
+
+        def what(connection: Connection) -> list[tuple[Any, ...]]:
+            cursor = run(connection, text, values)
+            return cursor.fetchall() if cursor.description else []
+
+        return self._asked(what)
 
     def _new_line(self) -> Line:
         line = Line(self._place, self._clock)

@@ -17,7 +17,8 @@ from psycopg.rows import tuple_row
 
 from idemp.errors import KeyBusy, PermanentFailure
 from idemp.laws import Ledger
-from idemp.ports import Clock, Get, Op, Reply, Takeover
+from idemp.ports import Clock, Get, Op, Publication, Reply, Takeover
+from idemp.stores.outbox import pack
 from idemp.stores.postgresql_batch import BATCH_TOKENS, Head, Loaded, ask, decide, run, save
 from idemp.stores.postgresql_line import Connection, Line
 from idemp.stores.postgresql_sql import GIVEN, TAKE_TURNS, Statements, own
@@ -49,6 +50,7 @@ class PostgresqlTransaction:
         self._ledger: Ledger | None = None
         self._known: set[str] = set()
         self._held: set[str] = set()
+        self._outgoing: list[tuple[str, Publication]] = []
         self._began = 0.0
 
     @contextmanager
@@ -133,6 +135,10 @@ class PostgresqlTransaction:
         self.connection.execute("ROLLBACK TO SAVEPOINT idemp", prepare=False)
         return True
 
+    def put(self, key: str, publications: Sequence[Publication]) -> None:
+        """See `idemp.ports.Transaction`."""
+        self._outgoing += [(key, publication) for publication in publications]
+
     def save(self) -> None:
         """Write what changed, right before the commit."""
         if self._loaded is None or self._ledger is None:
@@ -145,6 +151,9 @@ class PostgresqlTransaction:
         with self.connection.pipeline():
             run(self.connection, TAKE_TURNS, own(self._wait))
             save(self.connection, self._words, self._loaded, self._ledger)
+            if self._outgoing:
+                keys = [key.encode() for key, _ in self._outgoing]
+                run(self.connection, self._words.put, [keys, [pack(each) for _, each in self._outgoing]])
         self.tells = bool(self._loaded.awaited & self._ledger.changed)
 
 

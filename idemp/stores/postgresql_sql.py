@@ -28,6 +28,8 @@ MIGRATIONS = (
             " attempt int NOT NULL, at float8 NOT NULL, result bytea, fingerprint bytea)"
             for n in SLICES
         ),
+        "CREATE TABLE {s}.outbox (number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key bytea NOT NULL,"
+        " at float8 NOT NULL, letter bytea NOT NULL)",
     ),
 )
 """Version by version, from 1.  A version that was once published is never changed."""
@@ -107,6 +109,10 @@ class Statements(NamedTuple):
     clear: tuple[str, ...]
     listen: str
     tell: str
+    put: str
+    letters: str
+    sent: str
+    backlog: str
 
 
 _TEMPLATE = Statements(
@@ -175,6 +181,13 @@ _TEMPLATE = Statements(
     clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
     listen="LISTEN {s}",
     tell="NOTIFY {s}",
+    put="INSERT INTO {s}.outbox (key, at, letter)"
+    " SELECT u.key, extract(epoch FROM clock_timestamp())::float8, u.letter"
+    " FROM unnest(%b::bytea[], %b::bytea[]) WITH ORDINALITY AS u(key, letter, place) ORDER BY u.place",
+    letters="SELECT number, key, at, letter FROM {s}.outbox ORDER BY number LIMIT %s",
+    sent="DELETE FROM {s}.outbox WHERE number = ANY(%b::bigint[])",
+    backlog="SELECT count(*), coalesce(extract(epoch FROM clock_timestamp())::float8 - min(at), 0)"
+    " FROM {s}.outbox",
 )
 
 

@@ -28,9 +28,10 @@ from msgspec.structs import astuple
 from idemp.embedded import check_durable, check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
-from idemp.ports import Busy, Clock, Op, Reply, State, Transaction
+from idemp.ports import Backlog, Busy, Clock, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
+from idemp.stores.outbox import pack, unpack
 from idemp.stores.sqlite_inbox import HandlersConnection, Loaded, SqliteTransaction
 
 T = TypeVar("T")
@@ -102,6 +103,12 @@ _SCAN = (
 
 _SESSIONS = "SELECT id FROM session WHERE boot = :boot AND expires > :now"
 
+# Made when it is first needed: files of before have none.
+_OUTBOX = (
+    "CREATE TABLE IF NOT EXISTS outbox"
+    " (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT, at REAL, letter BLOB)"
+)
+
 Connect = Callable[..., sqlite3.Connection]
 
 
@@ -126,9 +133,29 @@ class SqliteStore(SessionStore):
 
     def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
         """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
+        return self._session_here().transaction(work, wait)
+
+    def letters(self, limit: int) -> list[Letter]:
+        """See `idemp.ports.Inbox`."""
+        query = "SELECT number, key, at, letter FROM outbox ORDER BY number LIMIT ?"
+        rows = self._session_here().outbox(query, [limit])
+        return [Letter(number, _unescape(key), at, unpack(blob)) for number, key, at, blob in rows]
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """See `idemp.ports.Inbox`."""
+        query = "DELETE FROM outbox WHERE number IN (SELECT value FROM json_each(?))"
+        self._session_here().outbox(query, [_json(list(numbers))])
+
+    def backlog(self) -> Backlog:
+        """See `idemp.ports.Inbox`."""
+        session = self._session_here()
+        [(letters, oldest)] = session.outbox("SELECT count(*), min(at) FROM outbox", [])
+        return Backlog(letters, max(0.0, session.now() - oldest) if letters else 0.0)
+
+    def _session_here(self) -> _Session:
         session = self._mine()
         assert isinstance(session, _Session)
-        return session.transaction(work, wait)
+        return session
 
 
 class _Unsure(NamedTuple):
@@ -380,6 +407,11 @@ class _Session(Confirmed):
             if ledger is not None:
                 slice_now = self._slice(db, transaction.meta, self._clock.wall())
                 self._save(db, ledger, slice_now, transaction.meta.get("token", 0))
+            if transaction.outgoing:
+                db.execute(_OUTBOX)
+                now = self._clock.wall()
+                rows = [(_escape(key), now, pack(each)) for key, each in transaction.outgoing]
+                db.executemany("INSERT INTO outbox (key, at, letter) VALUES (?, ?, ?)", rows)
             db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             raise _Again(error) from error
@@ -390,6 +422,21 @@ class _Session(Confirmed):
         with self._changed:
             self._changed.notify_all()
         return result
+
+    def outbox(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """Ask or change the outbox, durably."""
+        with self.group.paused():
+            if self._ended.is_set():
+                raise Closed("this store was closed")
+            try:
+                self._writer.execute(_OUTBOX)
+                return self._writer.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreUnavailable(f"{self._path}: {error}") from error
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return float(self._clock.wall())
 
     def _handlers_connection(self) -> HandlersConnection:
         if self._handlers is None:

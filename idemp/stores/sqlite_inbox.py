@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from idemp.errors import PermanentFailure
 from idemp.laws import Entry, Ledger
-from idemp.ports import Op, Reply
+from idemp.ports import Op, Publication, Reply
 
 ME = "in this transaction"
 """The session of its claims, which nobody ever sees."""
@@ -59,6 +59,7 @@ class SqliteTransaction:
         self._load, self._wall = load, wall
         self._known: set[str] = set()
         self._ledger: Ledger | None = None
+        self.outgoing: list[tuple[str, Publication]] = []
         self.meta: dict[str, Any] = {}
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("SAVEPOINT idemp")
@@ -80,6 +81,10 @@ class SqliteTransaction:
             self._ledger = Ledger({}, alive.__contains__, ME, token, self._wall())
         self._ledger.entries.update(found.entries)
         return self._ledger
+
+    def put(self, key: str, publications: Sequence[Publication]) -> None:
+        """See `idemp.ports.Transaction`."""
+        self.outgoing += [(key, publication) for publication in publications]
 
     @property
     def ledger(self) -> Ledger | None:
