@@ -118,7 +118,7 @@ class Context(msgspec.Struct, frozen=True):
                 " made of context().idempotency_key"
             )
         id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
-        cause = self.message and (self.message.correlation_id or self.message.id)
+        cause = None if self.message is None else self.message.correlation_id or self.message.id
         message = Message(id, type, args, correlation_id=cause)
         body, properties = message.encode(), message.properties(app_id="idemp")
         decode(body, properties)
