@@ -122,9 +122,8 @@ class Context(msgspec.Struct, frozen=True):
         message = Message(id, type, args, correlation_id=cause)
         body, properties = message.encode(), message.properties(app_id="idemp")
         decode(body, properties)
-        self.letters.append(
-            Publication(body, properties, exchange, type if routing_key is None else routing_key)
-        )
+        route = type if routing_key is None else routing_key
+        self.letters.append(Publication(body, properties, exchange, route))
         return id
 
 

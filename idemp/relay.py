@@ -111,9 +111,7 @@ class Relay:
         if turn.refused:
             self._meter.count(f"{self._service}_relay_refused", len(turn.refused))
             letter, error = turn.refused[0]
-            log.warning(
-                "%d letters stay in the outbox, like one of %s: %s", len(turn.refused), letter.key, error
-            )
+            log.warning("%d letters stay, like one of %s: %s", len(turn.refused), letter.key, error)
         return len(turn.safe)
 
     def _publish(self, letters: Sequence[Letter]) -> _Turn:

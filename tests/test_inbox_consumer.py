@@ -52,6 +52,10 @@ class Bench:
     def effects(self) -> list[str]:
         return sorted(row[0] for row in self.sql("SELECT id FROM effect"))
 
+    def reach(self, effects: int) -> None:
+        """Wait until there are so many."""
+        until(lambda: self.sql("SELECT count(*) FROM effect")[0][0] >= effects)
+
     def publish(self, ids: list[str]) -> None:
         send(self.broker, ids)
 
@@ -223,13 +227,12 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
             assert service.stdout is not None
             assert service.stdout.readline() == b"ready\n"
             if kills < 8:
-                target = min(len(ids), done + dice.randrange(1, 700))
-                until(lambda target=target: bench.sql("SELECT count(*) FROM effect")[0][0] >= target)
+                bench.reach(min(len(ids), done + dice.randrange(1, 700)))
                 time.sleep(dice.random() / 20)  # so that it strikes anywhere in a transaction
                 service.send_signal(signal.SIGKILL)
                 kills += 1
             else:
-                until(lambda: bench.sql("SELECT count(*) FROM effect")[0][0] >= len(ids), 120)
+                bench.reach(len(ids))
                 service.terminate()
             service.wait(60)
         done = bench.sql("SELECT count(*) FROM effect")[0][0]

@@ -235,7 +235,7 @@ def test_a_chain_of_three_services_with_kill_9(new_database: Callable[[str], str
         return service(name, chain[name], urls[name], broker)
 
     dice = random.Random(3)
-    for round in range(4):
+    for _ in range(4):
         for victim in chain:
             others = [name for name in chain if name != victim]
             with run(victim) as dying, run(others[0]), run(others[1]):
