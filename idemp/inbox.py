@@ -19,12 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from idemp.errors import IdempError, KeyBusy, PermanentFailure
 from idemp.ports import Claimed, Done, Get, Inbox, Publication, Reply, Transaction
 from idemp.protocol import Ask, Await, Deferred, Protocol, Raised, Returned, Run, Skipped, Verdict
 
 HELD = 5.0
 """Seconds that a batch waits for a key that another transaction holds, before each goes alone."""
+
+
+SAME = 0.001
+"""Seconds between which no other transaction can have had its turn: a next one waits for longer."""
 
 
 class Job(NamedTuple):
@@ -89,8 +95,12 @@ def _transact(store: Inbox, jobs: Sequence[Job], wait: float, refused: Exception
 
 def _same(old: _Ended, new: _Ended) -> _Ended:
     """The old verdict, if what is found done now is what it left: then its commit took effect."""
-    found = isinstance(new.verdict, Skipped) and isinstance(old.mark, Done) and new.verdict.done == old.mark
-    return old if found else new
+    if not isinstance(new.verdict, Skipped) or not isinstance(old.mark, Done):
+        return new
+    found, left = new.verdict.done, old.mark
+    # A token may be given out again after a rollback, a time may lose its last digits: together they tell.
+    close = abs(found.at - left.at) < SAME
+    return old if close and replace(found, at=left.at) == left else new
 
 
 def _work(transaction: Transaction, jobs: Sequence[Job], refused: Exception | None) -> list[_Ended]:
