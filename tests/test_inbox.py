@@ -340,6 +340,21 @@ def test_a_handler_must_not_end_the_transaction(database: Database, word: str) -
     assert database.effects() == (["A"] if word == "COMMIT" else [])
 
 
+def test_a_handler_finds_its_own_settings(postgresql: PostgreSQL) -> None:
+    """How the store looks keys up, and how long it waits, is not for the handler's statements."""
+    database = Database(postgresql.database())
+    found = []
+
+    @idempotent(database.store, name="app.order", key="order", transaction=True)
+    def order(order: str) -> None:
+        for name in ("enable_seqscan", "enable_hashjoin", "lock_timeout", "transaction_isolation"):
+            found.append(context().connection.execute(f"SHOW {name}".encode()).fetchone()[0])
+
+    order("A")
+    assert found == ["on", "on", "0", "read committed"]
+    database.store.close()
+
+
 @pytest.mark.parametrize("took_effect", [False, True])
 def test_an_unknown_commit_of_sqlite_is_looked_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took_effect: bool
@@ -365,12 +380,14 @@ def test_an_unknown_commit_of_sqlite_is_looked_up(
     def order(order: str) -> str:
         calls.append(order)
         write(order)
+        context().publish("written", {})
         return "kept nowhere"
 
     assert order("A") == "kept nowhere"
     assert not left
     assert len(calls) == (1 if took_effect else 2)
     assert database.effects() == ["A"]
+    assert database.store.backlog().letters == 1  # what the first of two published is not in it
     database.store.close()
 
 
