@@ -343,12 +343,13 @@ def test_a_handler_must_not_end_the_transaction(database: Database, word: str) -
 def test_a_handler_finds_its_own_settings(postgresql: PostgreSQL) -> None:
     """How the store looks keys up, and how long it waits, is not for the handler's statements."""
     database = Database(postgresql.database())
-    found = []
+    found: list[str] = []
 
     @idempotent(database.store, name="app.order", key="order", transaction=True)
     def order(order: str) -> None:
-        for name in ("enable_seqscan", "enable_hashjoin", "lock_timeout", "transaction_isolation"):
-            found.append(context().connection.execute(f"SHOW {name}".encode()).fetchone()[0])
+        names = ("enable_seqscan", "enable_hashjoin", "lock_timeout", "transaction_isolation")
+        line = context().connection
+        found.extend(line.execute(f"SHOW {name}".encode()).fetchone()[0] for name in names)
 
     order("A")
     assert found == ["on", "on", "0", "read committed"]
