@@ -28,6 +28,8 @@ MIGRATIONS = (
             " attempt int NOT NULL, at float8 NOT NULL, result bytea, fingerprint bytea)"
             for n in SLICES
         ),
+    ),
+    (
         "CREATE TABLE {s}.outbox (number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key bytea NOT NULL,"
         " at float8 NOT NULL, letter bytea NOT NULL)",
     ),
