@@ -19,6 +19,7 @@ from idemp.errors import (
 from idemp.message import Message
 from idemp.once import Context, context, idempotent, once
 from idemp.policy import Codec, Happened, NotHappened, Unknown
+from idemp.relay import Relay
 from idemp.stores import open_store
 from idemp.transports import open_transport, publish
 
@@ -38,6 +39,7 @@ __all__ = [
     "Message",
     "NotHappened",
     "PermanentFailure",
+    "Relay",
     "RetryLater",
     "SessionLost",
     "StoreUnavailable",

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from idemp.errors import ConfigError, IdempError, StoreUnavailable, TransportUnavailable, Unavailable
-from idemp.once import Context, ask, is_async, policy_of, run, running
+from idemp.inbox import HELD, Job
+from idemp.once import Context, ask, policy_of, run, run_in, running, transact_in
 from idemp.pipeline import (
     Acknowledge,
     Apply,
@@ -40,24 +41,28 @@ from idemp.pipeline import (
     Stop,
     Tell,
     Tick,
+    Transact,
+    Transacted,
     Work,
     Worked,
 )
-from idemp.policy import Policy
+from idemp.policy import Policy, is_async
 from idemp.ports import (
     OUTCOMES,
     Claim,
+    Claimed,
     Clock,
     Complete,
     Delivery,
     Meter,
     NoMeter,
     Op,
+    Publication,
     Sent,
     Store,
     Transport,
 )
-from idemp.protocol import Ask, NotStarted, Raised, Returned, Run
+from idemp.protocol import Ask, NotStarted, Protocol, Raised, Returned, Run
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +77,10 @@ TOGETHER = 256
 """Operations that are worth a batch, also while more follows at once."""
 _HAND_BACK = 0.005
 _LOOK = 0.02
+
+
+Begun = tuple[Flight, Callable[[], Protocol]]
+"""A flight, and what begins its protocol."""
 
 
 class _Broken(NamedTuple):
@@ -246,6 +255,8 @@ class Consumer:
                     shell.ask(store, ops)
                 case Work(items):
                     shell.work(items)
+                case Transact(store, flights):
+                    shell.transact(store, flights)
                 case Acknowledge(tags):
                     self._transport.ack(tags)
                 case Send(items):
@@ -329,6 +340,7 @@ class _Shell:
         self._wake = transport.wake
         self.unasked: dict[int, tuple[Store, list[Op]]] = {}
         self._lanes: dict[int, queue.SimpleQueue[Sequence[Op] | None]] = {}
+        self._halls: dict[int, queue.SimpleQueue[Sequence[Begun] | None]] = {}
         self._jobs: queue.SimpleQueue[Sequence[tuple[Flight, Run | Ask]] | None] = queue.SimpleQueue()
         self._workers = workers
         for number in range(workers):
@@ -344,6 +356,8 @@ class _Shell:
         self.ask_now()
         for lane in self._lanes.values():
             lane.put(None)
+        for hall in self._halls.values():
+            hall.put(None)
         for _ in range(self._workers):
             self._jobs.put(None)
 
@@ -389,6 +403,9 @@ class _Shell:
 
     def _apply(self, store: Store, ops: Sequence[Op]) -> Any:
         """The replies, however long the store is away: the deliveries are kept meanwhile."""
+        return self._persistent(store.apply, ops)
+
+    def _persistent(self, ask: Callable[..., Any], *what: Any) -> Any:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(StoreUnavailable),
             wait=tenacity.wait_random_exponential(0.2, max=5),
@@ -396,7 +413,52 @@ class _Shell:
             sleep=tenacity.sleep_using_event(self._given_up),
             before_sleep=_say_unavailable,
             reraise=True,
-        )(store.apply, ops)
+        )(ask, *what)
+
+    # ---------------------------------------------------------------- transactions
+
+    def transact(self, store: Store, items: Sequence[Begun]) -> None:
+        """Hand a batch to the thread in which ``store``'s transactions are."""
+        hall = self._halls.get(id(store))
+        if hall is None:
+            hall = self._halls[id(store)] = queue.SimpleQueue()
+            threading.Thread(target=self._host, args=(store, hall), name="idemp-inbox", daemon=True).start()
+        hall.put(items)
+
+    def _host(self, store: Store, hall: queue.SimpleQueue[Sequence[Begun] | None]) -> None:
+        try:
+            while items := hall.get():
+                jobs = [self._job(flight, begin) for flight, begin in items]
+                verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
+                flights = [flight for flight, _ in items]
+                self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
+        except StoreUnavailable as error:
+            log.error("the store did not come back in the grace time: %s", error)
+        except BaseException as error:
+            self.post(_Broken(error))
+
+    def _job(self, flight: Flight, begin: Callable[[], Protocol]) -> Job:
+        assert flight.route is not None
+        function, policy = flight.route.function, flight.policy
+        letters: list[Publication] = []
+
+        def context(claim: Claimed, connection: Any = None) -> Context:
+            known = (flight.key, claim.token, claim.attempt)
+            out = None if connection is None else letters
+            return Context(*known, message=flight.message, connection=connection, letters=out)
+
+        def call(claim: Claimed, connection: Any) -> Any:
+            if self._stopping.is_set() or flight.tag is None:
+                return NotStarted()
+            began = time.perf_counter()
+            came = run_in(policy, function, context(claim, connection), (flight.message,), {})
+            self._meter.time(f"{self._service}_handler", time.perf_counter() - began)
+            return came
+
+        def ask_it(claim: Claimed) -> Any:
+            return ask(policy, context(claim), (flight.message,), {})
+
+        return Job(flight.key, begin, call, ask_it, HELD, letters)
 
     # ---------------------------------------------------------------- handlers
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,15 +21,31 @@ import msgspec
 
 from idemp.errors import (
     ClaimLost,
+    ConfigError,
     FingerprintConflict,
     IdempError,
     KeyBusy,
     KeyParked,
     SessionLost,
 )
-from idemp.message import Message
-from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, make_policy
-from idemp.ports import Abandon, Claim, Claimed, Clock, Op, Release, Reply, Store, Takeover
+from idemp.inbox import Job, transact
+from idemp.message import Message, decode
+from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, is_async, make_policy
+from idemp.ports import (
+    Abandon,
+    Busy,
+    Claim,
+    Claimed,
+    Clock,
+    Get,
+    Inbox,
+    Op,
+    Publication,
+    Release,
+    Reply,
+    Store,
+    Takeover,
+)
 from idemp.protocol import (
     Ask,
     Await,
@@ -70,6 +86,8 @@ class Context(msgspec.Struct, frozen=True):
     fencing_token: grows with every claim of the key; for stores that can compare it.
     replayed: the handler did not run; this is the first answer again.
     message: the message, in a consumer.
+    connection: with ``transaction=True``, the driver's connection with the open transaction.
+    letters: there, what was published so far.
     """
 
     key: str
@@ -77,11 +95,36 @@ class Context(msgspec.Struct, frozen=True):
     attempt: int
     replayed: bool = False
     message: Message | None = None
+    connection: Any = None
+    letters: list[Publication] | None = None
 
     @property
     def idempotency_key(self) -> str:
         """A UUID made from the key, the same in every attempt: for other people's APIs."""
         return str(uuid.uuid5(_IDS, self.key))
+
+    def publish(
+        self, type: str, args: Any, *, exchange: str = "events", routing_key: str | None = None
+    ) -> str:
+        """Let a message go out if, and only if, this handler's transaction commits; its id.
+
+        The id is made of the key and the number of the message, the same in every attempt.
+        routing_key: the type, if left out.  Raises `ConfigError` without ``transaction=True``, and
+        `BadMessage` for what no consumer would take.
+        """
+        if self.letters is None:
+            raise ConfigError(
+                "publish() needs a handler with transaction=True; publish by yourself, with an id that is"
+                " made of context().idempotency_key"
+            )
+        id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
+        cause = None if self.message is None else self.message.correlation_id or self.message.id
+        message = Message(id, type, args, correlation_id=cause)
+        body, properties = message.encode(), message.properties(app_id="idemp")
+        decode(body, properties)
+        route = type if routing_key is None else routing_key
+        self.letters.append(Publication(body, properties, exchange, route))
+        return id
 
 
 _running: ContextVar[Context | None] = ContextVar("idemp_running", default=None)
@@ -124,6 +167,7 @@ def idempotent(
     attempts: int = 5,
     permanent: type[BaseException] | tuple[type[BaseException], ...] = (),
     codec: Codec | None = JSON,
+    transaction: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function, ``def`` or ``async def``, take effect once per key.
 
@@ -139,6 +183,9 @@ def idempotent(
     attempts: a handler that raises is run again by later calls, this often; then the key is parked.
     permanent: exceptions that park at once.
     codec: how results are kept; None keeps none, and a repeated call gets None.
+    transaction: on SQLite and PostgreSQL: the handler writes on ``context().connection``, in the store's
+        database, and its writes and the record commit together or not at all.  It must not end that
+        transaction, and may be called again when the server rolled it back.
 
     The decorated function keeps its signature, has the `Policy` as ``.policy``, and raises what the
     handler raises, or `KeyBusy`, `KeyParked`, `FingerprintConflict`, `ClaimLost`, `SessionLost`,
@@ -158,6 +205,7 @@ def idempotent(
             attempts=attempts,
             permanent=permanent,
             codec=codec,
+            transaction=transaction,
         )
         return _wrap(function, policy)
 
@@ -167,12 +215,13 @@ def idempotent(
 def _wrap(function: Callable[P, R], policy: Policy) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return cast(R, _call(function, policy, args, kwargs))
+        return cast(R, direct(function, policy, args, kwargs))
 
     @functools.wraps(function)
     async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
         return await _call_async(function, policy, args, kwargs)
 
+    direct = _call_in_transaction if policy.transaction else _call
     wrapper = cast(Callable[P, R], call_async if is_async(function) else call)
     wrapper.policy = policy  # type: ignore[attr-defined]
     return wrapper
@@ -182,14 +231,6 @@ def policy_of(function: Callable[..., Any]) -> Policy | None:
     """The policy that `idempotent` left on ``function``, if it did."""
     found = getattr(function, "policy", None)
     return found if isinstance(found, Policy) else None
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling ``function`` gives something to await."""
-    if isinstance(function, functools.partial):
-        return is_async(function.func)
-    call = getattr(function, "__call__", None)  # noqa: B004 - the method is wanted, not the question
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 # ------------------------------------------------------------------ a direct call
@@ -218,6 +259,53 @@ def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
     patience = _Patience(policy, key, Clock())
     verdict = drive(steps, lambda step: _perform(step, function, policy, key, args, kwargs, patience))
     return _answer(policy, key, verdict)
+
+
+def _call_in_transaction(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
+    key = policy.key(args, kwargs)
+    patience = _Patience(policy, key, Clock())
+    letters: list[Publication] = []
+
+    def handle(claim: Claimed, connection: Any) -> Any:
+        current = Context(key, claim.token, claim.attempt, connection=connection, letters=letters)
+        return run_in(policy, function, current, args, kwargs)
+
+    job = Job(
+        key,
+        functools.partial(protocol, policy, key, policy.fingerprint(args, kwargs)),
+        handle,
+        lambda claim: ask(policy, Context(key, claim.token, claim.attempt), args, kwargs),
+        policy.wait if policy.on_busy == "wait" else 0.0,
+        letters,
+    )
+    while True:
+        verdict = transact_in(policy, [job])[0]
+        if isinstance(verdict, Deferred) and policy.on_busy == "wait":
+            busy = policy.store.apply([Get(key)])[0]
+            if patience.wait(busy.token if isinstance(busy, Busy) else 0):
+                continue
+        return _answer(policy, key, verdict)
+
+
+def transact_in(policy: Policy, jobs: Sequence[Job]) -> list[Verdict]:
+    """See `idemp.inbox.transact`.  Raises `IdempError` inside of another one."""
+    around = _running.get()
+    if around is not None and around.connection is not None:
+        raise IdempError(
+            f"{policy.name} has a transaction of its own and cannot be called in that of {around.key};"
+            " publish a message for it instead, or call it afterwards"
+        )
+    return transact(cast(Inbox, policy.store), jobs)
+
+
+def run_in(policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any) -> Any:
+    """Call the handler in a transaction, whose own locks are all that it needs: `Returned` or `Raised`."""
+    try:
+        with running(current):
+            value = function(*args, **kwargs)
+    except BaseException as error:
+        return Raised(error)
+    return Returned(value, policy.encode(value))
 
 
 def drive(steps: Protocol, perform: Callable[[Any], Any], event: Any = None) -> Verdict:
@@ -392,6 +480,8 @@ def once(store: Store, name: str, identity: str | int | uuid.UUID, **options: An
     Raises like a call of a decorated function; what the block raises counts as an attempt.
     """
     policy = make_policy(_block, store, name=name, key="identity", **{**_DEFAULTS, **options})
+    if policy.transaction:
+        raise ConfigError("transaction=True: a block cannot be run again; make it a function and decorate it")
     args = (identity,)
     key = policy.key(args, {})
     steps = protocol(policy, key, None)

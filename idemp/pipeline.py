@@ -17,6 +17,9 @@ while its last batch is under way is its next; nothing ever waits for a batch to
 
 A second delivery of a key that is in flight here waits for the first.
 
+A handler with ``transaction=True`` is not moved along here: a batch of its flights is handed over as one
+transaction (inbox.py) and comes back with verdicts.  What gathers meanwhile is the next batch.
+
 Keys are claimed ahead of their handlers, so a message that kills its process leaves its neighbours in
 doubt too, an attempt each.  A key that was in doubt before, or has one attempt left, is therefore a
 suspect: it is taken over when nothing else is claimed here, and run alone.  Then only the guilty one
@@ -62,6 +65,8 @@ from idemp.protocol import (
     repeated,
 )
 
+TOGETHER = 256
+"""Calls that one transaction takes at most: it holds their keys, and all run again if it fails."""
 MAX_DELAY = 300.0
 """Seconds: the longest backoff."""
 ATTEMPTS = 5
@@ -128,6 +133,13 @@ class Worked(NamedTuple):
     results: Sequence[tuple[Flight, Any]]
 
 
+class Transacted(NamedTuple):
+    """A transaction is durable: each of its flights with its verdict."""
+
+    store: Store
+    results: Sequence[tuple[Flight, Verdict]]
+
+
 class Confirmed(NamedTuple):
     """The broker's word on copies: an error, or "" when the copy is safe.
 
@@ -150,7 +162,7 @@ class Stop(NamedTuple):
     """Take no more; finish what runs; give back the rest."""
 
 
-Event = Delivered | Replied | Worked | Confirmed | Disconnected | Tick | Stop
+Event = Delivered | Replied | Worked | Transacted | Confirmed | Disconnected | Tick | Stop
 
 
 # ------------------------------------------------------------------ commands
@@ -167,6 +179,13 @@ class Work(NamedTuple):
     """Run handlers (`Run`) or resolvers (`Ask`); answer with `Worked`."""
 
     items: Sequence[tuple[Flight, Run | Ask]]
+
+
+class Transact(NamedTuple):
+    """Run all of these in one transaction; answer with `Transacted`.  Each with what begins its protocol."""
+
+    store: Store
+    items: Sequence[tuple[Flight, Callable[[], Protocol]]]
 
 
 class Send(NamedTuple):
@@ -192,7 +211,7 @@ class Tell(NamedTuple):
     lines: Sequence[tuple[str, Flight, str]]
 
 
-Command = Apply | Work | Send | Acknowledge | Cancel | Tell
+Command = Apply | Work | Transact | Send | Acknowledge | Cancel | Tell
 
 
 @dataclass(slots=True)
@@ -202,6 +221,15 @@ class _Lane:
     ops: list[Op] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
     under_way: deque[Flight] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Hall:
+    """Before one store's transactions: who waits for the next, and whether one is under way."""
+
+    store: Store
+    waiting: deque[Flight] = field(default_factory=deque)
+    under_way: bool = False
 
 
 class Pipeline:
@@ -225,6 +253,7 @@ class Pipeline:
         self._chance = chance
         self._lanes: dict[int, _Lane] = {}
         self._stores: dict[int, Store] = {}
+        self._halls: dict[int, _Hall] = {}
         self._window: dict[str, list[Flight]] = {}  # each key's first, and those that wait for it
         self._timers: list[tuple[float, int, Flight, Callable[[Flight], None]]] = []
         self._order = itertools.count()
@@ -265,6 +294,11 @@ class Pipeline:
                 self._working -= len(results)
                 for flight, result in results:
                     self._advance(flight, result)
+            case Transacted(store, results):
+                self._working -= len(results)
+                self._halls[id(store)].under_way = False
+                for flight, verdict in results:
+                    self._settle(flight, verdict)
             case Confirmed(results):
                 for flight, error, hopeless in results:
                     self._confirmed(flight, error, hopeless)
@@ -305,6 +339,7 @@ class Pipeline:
                 commands.append(Apply(self._stores[place], lane.ops))
                 lane.under_way.extend(lane.flights)
                 lane.ops, lane.flights = [], []
+        commands += self._transactions()
         if self._work:
             self._working += len(self._work)
             commands.append(Work(self._work))
@@ -316,6 +351,19 @@ class Pipeline:
             commands.append(Tell(self._counts, self._lines))
         if commands:
             self._clear()
+        return commands
+
+    def _transactions(self) -> list[Command]:
+        """The next of each store, unless a suspect wants to be alone."""
+        commands: list[Command] = []
+        for hall in self._halls.values() if not self._solitary else ():
+            if hall.waiting and not hall.under_way:
+                hall.under_way = True
+                batch = [hall.waiting.popleft() for _ in range(min(TOGETHER, len(hall.waiting)))]
+                self._working += len(batch)
+                commands.append(
+                    Transact(hall.store, [(each, partial(self._protocol, each)) for each in batch])
+                )
         return commands
 
     def _ring(self) -> None:
@@ -353,7 +401,7 @@ class Pipeline:
             first.append(flight)
             return
         self._window[flight.key] = [flight]
-        self._advance(flight, None)
+        self._start(flight)
 
     def _repeated(self, flight: Flight, done: Done) -> None:
         """The short way for most duplicates: nothing is asked of the store, and nobody waits for it."""
@@ -382,6 +430,15 @@ class Pipeline:
         return protocol(policy, flight.key, flight.fingerprint, too_old, sent_back=sent_back)
 
     # ---------------------------------------------------------------- along its protocol
+
+    def _start(self, flight: Flight) -> None:
+        """Begin its protocol, here or in a transaction."""
+        policy = flight.route.policy if flight.route is not None else None
+        if policy is None or not policy.transaction:
+            self._advance(flight, None)
+            return
+        store = policy.store
+        self._halls.setdefault(id(store), _Hall(store)).waiting.append(flight)
 
     def _advance(self, flight: Flight, event: Any) -> None:
         """Send ``event`` into the flight's protocol and file what it wants next."""
@@ -456,7 +513,7 @@ class Pipeline:
         """Look the key up anew, with a protocol of its own."""
         flight.looks = 0
         flight.steps = self._protocol(flight)
-        self._advance(flight, None)
+        self._start(flight)
 
     # ---------------------------------------------------------------- its end
 
@@ -508,7 +565,7 @@ class Pipeline:
                 self._again_later(duplicate, "deferred", delay, "waited for one that failed", attempts)
             else:
                 self._window[flight.key] = waiting[place:]
-                self._advance(duplicate, None)
+                self._start(duplicate)
                 return
 
     def _acknowledge(self, flight: Flight, outcome: str) -> None:
@@ -582,10 +639,13 @@ class Pipeline:
                 heapq.heappush(self._timers, timer)
             elif then != self._send_again:
                 self._leave_window(flight)
-        waiting = [*self._suspects, *self._held_back]
+        waiting = [flight for flight, _ in (*self._suspects, *self._held_back)]
         self._suspects.clear()
         self._held_back.clear()
-        for flight, _ in waiting:
+        for hall in self._halls.values():
+            waiting += hall.waiting
+            hall.waiting.clear()
+        for flight in waiting:
             self._leave_window(flight)
 
     def _too_old(self, flight: Flight) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import decimal
+import functools
 import hashlib
 import inspect
 import json
@@ -116,6 +117,7 @@ class Policy:
     attempts: int
     permanent: tuple[type[BaseException], ...]
     codec: Codec | None
+    transaction: bool = False
 
     def key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The key of a call: the handler's name and the identity.  Raises `BadMessage`."""
@@ -165,6 +167,7 @@ def make_policy(
     attempts: int,
     permanent: type[BaseException] | tuple[type[BaseException], ...],
     codec: Codec | None,
+    transaction: bool = False,
 ) -> Policy:
     """The checked policy of ``function``.  Raises `ConfigError` with one sentence."""
     if not _NAME.fullmatch(name):
@@ -188,6 +191,16 @@ def make_policy(
         raise ConfigError(f"permanent={permanent!r}: an exception class, or a tuple of them")
     if not callable(getattr(store, "apply", None)):
         raise ConfigError(f"{store!r} is no store; open one with open_store('sqlite:///seen.db')")
+    if transaction and not callable(getattr(store, "transaction", None)):
+        raise ConfigError(
+            f"transaction=True: {name} and its store must share a database;"
+            " open the store with sqlite:///app.db or postgresql://host/database"
+        )
+    if transaction and is_async(function):
+        raise ConfigError(
+            f"transaction=True: {name} is async, and the transaction's connection is not; write it with def,"
+            " and call it with asyncio.to_thread"
+        )
     if key is None:
         _takes_message(function, name)
     return Policy(
@@ -201,7 +214,16 @@ def make_policy(
         attempts=attempts,
         permanent=failures,
         codec=codec,
+        transaction=transaction,
     )
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling ``function`` gives something to await."""
+    if isinstance(function, functools.partial):
+        return is_async(function.func)
+    call = getattr(function, "__call__", None)  # noqa: B004 - the method is wanted, not the question
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 def _takes_message(function: Callable[..., Any], name: str) -> None:

@@ -7,11 +7,13 @@ the suites in tests/contract/ hold every one of them to what these docstrings sa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from idemp.message import Properties, Value
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------ the state of a key
 
@@ -216,6 +218,84 @@ class Store(Protocol):
 
     def close(self) -> None:
         """End the session; claims it still holds are in doubt."""
+        ...
+
+
+class Letter(NamedTuple):
+    """What waits in an outbox.  Of one ``key`` they go out by ``number``.  ``at``: seconds since 1970."""
+
+    number: int
+    key: str
+    at: float
+    publication: Publication
+
+
+class Backlog(NamedTuple):
+    """Of an outbox.  ``age``: seconds for which the oldest letter has waited."""
+
+    letters: int
+    age: float
+
+
+class Transaction(Protocol):
+    """An open transaction of a database that has a store in it, used by one thread.
+
+    What is applied in it and what is done on ``connection`` commit together or not at all.
+    """
+
+    @property
+    def connection(self) -> Any:
+        """The driver's own connection.  Whoever gets it must not end the transaction."""
+        ...
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        """Hold the keys of ``ops`` until the end, and apply them in order; one reply each.
+
+        Whoever else claims such a key waits for the end.  Raises `KeyBusy` if another transaction
+        holds one of them for longer than was to be waited.
+        """
+        ...
+
+    def keep(self) -> None:
+        """What was done since the last `keep` or `undo` is not undone any more.
+
+        Raises `PermanentFailure` if the transaction was ended by somebody.
+        """
+        ...
+
+    def put(self, key: str, publications: Sequence[Publication]) -> None:
+        """Into the outbox, behind what is there, once this commits.  ``key``: of the call that publishes."""
+        ...
+
+    def undo(self, error: BaseException) -> bool:
+        """Go back to the last `keep`.  False: ``error`` ended the whole transaction, so let it rise."""
+        ...
+
+
+class Inbox(Store, Protocol):
+    """A store in a database that handlers can write to as well."""
+
+    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+        """Call ``work`` in a transaction and commit; what it returned.
+
+        Called again, in a new transaction, when the server rolled this one back, when the connection was
+        lost, and when it is not known whether it committed: what ``work`` claims first tells.
+        ``wait``: seconds for keys that another transaction holds.  Raises `StoreUnavailable` if it does
+        not get through in time; what ``work`` raises; and what the driver says if the commit is
+        refused for what was done in it.  After any of these but `StoreUnavailable` nothing of it happened.
+        """
+        ...
+
+    def letters(self, limit: int) -> list[Letter]:
+        """The oldest that wait in the outbox, in order."""
+        ...
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """Take these letters out of the outbox; one that is not there is ignored."""
+        ...
+
+    def backlog(self) -> Backlog:
+        """How much waits in the outbox."""
         ...
 
 

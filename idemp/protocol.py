@@ -236,7 +236,8 @@ def _run(
 
 
 def _raised(policy: Policy, key: str, claim: Claimed, error: BaseException) -> Protocol:
-    if isinstance(error, InDoubt) or not isinstance(error, Exception):
+    interrupted = not isinstance(error, Exception) and not policy.transaction
+    if isinstance(error, InDoubt) or interrupted:
         # Cancelled or interrupted half-way is as uncertain as the handler's own word for it.
         yield Abandon(key, claim.token)
         return Failed(error, claim.attempt, None)

@@ -25,6 +25,8 @@ FLOORS = {
     "heart": [
         "idemp.policy",
         "idemp.protocol",
+        "idemp.inbox",
+        "idemp.relay",
         "idemp.once",
         "idemp.pipeline",
         "idemp.consumer",
@@ -132,11 +134,14 @@ def test_the_heart_imports_no_driver(module: str) -> None:
     allowed = {
         "idemp.stores.sqlite": {"sqlite3"},
         "idemp.stores.sqlite_doctor": {"sqlite3"},
+        "idemp.stores.sqlite_inbox": {"sqlite3"},
         "idemp.transports.sqlite": {"sqlite3"},
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
         "idemp.stores.postgresql": {"psycopg"},
         "idemp.stores.postgresql_line": {"psycopg"},
+        "idemp.stores.postgresql_batch": {"psycopg"},
+        "idemp.stores.postgresql_inbox": {"psycopg"},
         "idemp.stores.redis": {"redis"},
         "idemp.stores.redis_doctor": {"redis"},
         "idemp.stores.postgresql_doctor": {"psycopg"},

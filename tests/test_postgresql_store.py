@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -26,13 +26,15 @@ from idemp.ports import (
     Doubt,
     Free,
     Get,
+    Inbox,
     Op,
     Release,
     Reply,
     Takeover,
 )
-from idemp.stores import open_store
+from idemp.stores import open_store, postgresql_line
 from idemp.stores.postgresql_line import explain
+from idemp.stores.postgresql_sql import MIGRATIONS, VERSION
 from tests.servers import PostgreSQL, need
 from tests.servers.pgbouncer import PgBouncer
 
@@ -93,7 +95,8 @@ def test_four_that_open_at_once_make_the_tables_once(url: str) -> None:
         store.close()
 
     assert sorted(type(reply).__name__ for reply in replies) == ["Busy", "Busy", "Busy", "Claimed"]
-    assert sql(url, "SELECT version FROM idemp_default.migration") == [(1,)]
+    versions = sql(url, "SELECT version FROM idemp_default.migration ORDER BY version")
+    assert versions == [(version,) for version in range(1, VERSION + 1)]
 
 
 def test_a_user_who_may_not_make_tables(postgresql: PostgreSQL, url: str, unique: str) -> None:
@@ -110,7 +113,7 @@ def test_a_user_who_may_not_make_tables(postgresql: PostgreSQL, url: str, unique
     told = idemp("init", url, "--grant", unique)
 
     assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout == f"its tables are at version 1 now; {unique} may use them.\n"
+    assert told.stdout == f"its tables are at version {VERSION} now; {unique} may use them.\n"
     with closing(open_store(theirs + "?retention=1s&session=1s")) as store:
         mine = claim(store, "key")
         assert one(store, Complete("key", mine.token)) == Applied()
@@ -118,6 +121,32 @@ def test_a_user_who_may_not_make_tables(postgresql: PostgreSQL, url: str, unique
         until(lambda: sql(url, "SELECT slice > 0 FROM idemp_default.meta") == [(True,)])
     again = idemp("init", url)
     assert again.stdout == "its tables were there already.\n"
+
+
+def test_tables_of_version_1_are_renewed(
+    postgresql: PostgreSQL, url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not behind anybody's back: one sentence names the command, and after it all that was known is known."""
+    sql(url, f"CREATE ROLE {unique} LOGIN PASSWORD 'theirs'")
+    theirs = postgresql.url_of(unique, "theirs", url.rpartition("/")[2])
+    with monkeypatch.context() as older:
+        older.setattr(postgresql_line, "MIGRATIONS", MIGRATIONS[:1])
+        older.setattr(postgresql_line, "VERSION", 1)
+        with closing(open_store(url)) as store:
+            assert one(store, Complete("key", claim(store, "key").token, b"result")) == Applied()
+    assert sql(url, "SELECT to_regclass('idemp_default.outbox')") == [(None,)]
+    with closing(open_store(url)) as store, pytest.raises(ConfigError) as refused:
+        store.apply([])
+    assert str(refused.value).endswith("has tables of an older idemp; run: idemp init URL")
+
+    told = idemp("init", url, "--grant", unique)
+
+    assert (told.returncode, told.stderr) == (0, "")
+    with closing(open_store(theirs)) as store:
+        found = one(store, Get("key"))
+        assert isinstance(found, Done)
+        assert found.result == b"result"
+        assert cast(Inbox, store).backlog().letters == 0
 
 
 def test_init_refuses_in_one_sentence(postgresql: PostgreSQL, url: str, unique: str) -> None:
@@ -141,7 +170,7 @@ def test_init_refuses_in_one_sentence(postgresql: PostgreSQL, url: str, unique: 
 @pytest.mark.parametrize(
     ("statement", "says"),
     [
-        ("UPDATE idemp_default.migration SET version = 99", "newer idemp .version 99.; upgrade idemp"),
+        ("INSERT INTO idemp_default.migration VALUES (99, now())", "newer idemp .version 99.; upgrade idemp"),
         ("DROP TABLE idemp_default.open", "run: idemp init URL"),
     ],
 )

@@ -24,6 +24,7 @@ from idemp.cli.forget import forget
 from idemp.cli.init import init
 from idemp.cli.keys import doubt, get, ls, stats
 from idemp.cli.publish import publish
+from idemp.cli.relay import relay
 from idemp.cli.resolve import resolve
 from idemp.cli.top import top
 from idemp.errors import IdempError
@@ -63,6 +64,7 @@ for command in (
     top,
     demo,
     init,
+    relay,
 ):
     cli.add_command(command)
 

@@ -18,23 +18,27 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
-from idemp.laws import DONE, Entry, Ledger, undoing, view
-from idemp.ports import Busy, Clock, Forget, Get, Op, Reply, State, Takeover
+from idemp.laws import Ledger, undoing, view
+from idemp.ports import Backlog, Busy, Clock, Get, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
-from idemp.stores.postgresql_sql import Statements, settings, statements
+from idemp.stores.outbox import unpack
+from idemp.stores.postgresql_sql import settings, statements
 
 try:
     import psycopg
     from psycopg import errors
 
+    from idemp.stores.postgresql_batch import BATCH_TOKENS, Head, Loaded, ask, decide, fold, run, save
+    from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
         Connection,
         Line,
@@ -57,8 +61,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds that a batch tries to get through before `StoreUnavailable`."""
-BATCH_TOKENS = 1 << 20
-"""Tokens that one batch may give out: the sequence counts batches."""
 MAX_KEY = 2600
 """Bytes; a third of a page of an index is the most that PostgreSQL takes."""
 _HOLD = 5.0  # how long a batch waits for another's keys, and may hold its own if this host stands still
@@ -97,6 +99,31 @@ class PostgresqlStore(SessionStore):
         assert isinstance(session, _Session)
         return session.transact(connection, ops)
 
+    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+        """See `idemp.ports.Inbox`.  The connection is a psycopg one in READ COMMITTED."""
+        return self._session_here().transaction(work, wait)
+
+    def letters(self, limit: int) -> list[Letter]:
+        """See `idemp.ports.Inbox`."""
+        rows = self._session_here().outbox("letters", [limit])
+        return [
+            Letter(number, bytes(key).decode(), at, unpack(bytes(blob))) for number, key, at, blob in rows
+        ]
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """See `idemp.ports.Inbox`."""
+        self._session_here().outbox("sent", [list(numbers)])
+
+    def backlog(self) -> Backlog:
+        """See `idemp.ports.Inbox`."""
+        [(letters, age)] = self._session_here().outbox("backlog", [])
+        return Backlog(letters, max(0.0, age))
+
+    def _session_here(self) -> _Session:
+        session = self._mine()
+        assert isinstance(session, _Session)
+        return session
+
 
 def init(place: Place, grant: str = "") -> list[int]:
     """Make or renew the tables; the versions that were new.  ``grant``: the role that may use them."""
@@ -118,145 +145,6 @@ def _check_key(key: str) -> None:
         raise BadMessage(f"the key {key[:40]!r}... has {size} bytes; PostgreSQL's index takes {MAX_KEY}")
 
 
-# ------------------------------------------------------------------ one batch, in anybody's transaction
-
-Rows = psycopg.Cursor[tuple[Any, ...]]
-
-
-class Head(NamedTuple):
-    """What a batch knows before it decides.  ``batch``: my session's last; None: there is no such session."""
-
-    number: int
-    retention: float
-    slice: int
-    now: float
-    batch: int | None
-    alive: bool | None
-
-
-class Loaded(NamedTuple):
-    """The keys of a batch, held until the transaction ends."""
-
-    head: Head
-    entries: dict[str, Entry]
-    empty: set[str]
-    """Keys whose row in ``open`` is there only to be held."""
-    awaited: set[str]
-    alive: set[str]
-
-
-class Asked(NamedTuple):
-    """Answers that come when the pipeline ends."""
-
-    seen: Rows
-    head: Rows
-    rows: Rows
-
-    def loaded(self) -> Loaded:
-        """What they say."""
-        row = self.head.fetchone()
-        assert row is not None
-        loaded = Loaded(Head(*row), {}, set(), set(), set())
-        _fold(loaded, self.rows.fetchall())
-        # What was seen done without being held stands as it was seen: another may have forgotten it since.
-        for key, *columns in self.seen.fetchall():
-            loaded.entries[bytes(key).decode()] = _entry(columns[:-2])
-        return loaded
-
-
-def ask(
-    connection: Connection, words: Statements, session: str, ops: Sequence[Op], *, held_too: bool = True
-) -> Asked:
-    """In a pipeline: hold the keys of ``ops`` and load them.
-
-    held_too: the session's own row, which its heartbeat and its other batches then wait for.
-    """
-    keys = sorted({op.key.encode() for op in ops})
-    held = sorted({op.key.encode() for op in ops if not isinstance(op, Get)})
-    firm = {op.key.encode() for op in ops if isinstance(op, Forget)}
-    taken = [op.key.encode() for op in ops if isinstance(op, Takeover)]
-    seen = _run(connection, words.lock, {"keys": held, "firm": [key in firm for key in held]})
-    _run(connection, words.holders, {"me": session if held_too else "", "taken": taken})
-    head = _run(connection, words.head, {"me": session})
-    return Asked(seen, head, _run(connection, words.load, {"keys": keys}))
-
-
-def decide(loaded: Loaded, session: str) -> Ledger:
-    """The laws over what was loaded."""
-    head = loaded.head
-    alive = {*loaded.alive, session}
-    return Ledger(loaded.entries, alive.__contains__, session, head.number * BATCH_TOKENS, head.now)
-
-
-def save(connection: Connection, words: Statements, loaded: Loaded, ledger: Ledger) -> None:
-    """In a pipeline: write what changed."""
-    opened: list[tuple[str, Entry]] = []
-    done: list[tuple[str, Entry]] = []
-    gone: list[bytes] = []
-    for key in ledger.changed | (loaded.empty - loaded.entries.keys()):
-        entry = ledger.entries.get(key)
-        if entry is not None and entry.state != DONE:
-            opened.append((key, entry))
-            continue
-        gone.append(key.encode())
-        if entry is not None:
-            done.append((key, entry))
-    if opened:
-        _run(connection, words.save_open, _open_columns(opened))
-    if gone:
-        _run(connection, words.drop_open, [gone])
-    if done:
-        _run(connection, words.save_done[loaded.head.slice % 3], _done_columns(done))
-    forgotten = [key.encode() for key in ledger.changed if key not in ledger.entries]
-    for statement in words.drop_done if forgotten else ():
-        _run(connection, statement, [forgotten])
-    if loaded.awaited & ledger.changed:
-        # Only then: notifications make all commits of a server wait for each other.
-        _run(connection, words.tell)
-
-
-def _run(connection: Connection, text: str, values: Any = None) -> Rows:
-    return connection.execute(text.encode(), values, binary=True)
-
-
-def _fold(loaded: Loaded, rows: Sequence[tuple[Any, ...]]) -> None:
-    """The newest row of each key."""
-    for key, *columns in rows:
-        name = bytes(key).decode()
-        *plain, awaited, alive = columns
-        if not plain[0]:
-            loaded.empty.add(name)
-            continue
-        entry = _entry(plain)
-        if awaited:
-            loaded.awaited.add(name)
-        if alive:
-            loaded.alive.add(entry.session)
-        if name not in loaded.entries or loaded.entries[name].token <= entry.token:
-            loaded.entries[name] = entry
-
-
-def _entry(columns: Sequence[Any]) -> Entry:
-    state, token, attempt, session, at, reason, result, fingerprint = columns
-    said = "" if reason is None else bytes(reason).decode()
-    return Entry(state, token, attempt, session, at, said, result, fingerprint)
-
-
-def _open_columns(rows: Sequence[tuple[str, Entry]]) -> list[list[Any]]:
-    columns = _columns(rows, "state", "token", "attempt", "session", "at")
-    # A reason is what an error said: it may hold what no text of PostgreSQL may.
-    return [*columns, [entry.reason.encode(errors="backslashreplace") for _, entry in rows]]
-
-
-def _done_columns(rows: Sequence[tuple[str, Entry]]) -> list[list[Any]]:
-    return _columns(rows, "token", "attempt", "at", "result", "fingerprint")
-
-
-def _columns(rows: Sequence[tuple[str, Entry]], *names: str) -> list[list[Any]]:
-    values = ([getattr(entry, name) for _, entry in rows] for name in names)
-    return [[key.encode() for key, _ in rows], *values]
-
-
 # ------------------------------------------------------------------ the session
 
 
@@ -266,6 +154,12 @@ class _Unsure(NamedTuple):
     batch: int
     ops: Sequence[Op]
     replies: list[Reply]
+
+
+class _Result(NamedTuple):
+    """What a transaction returned, which is committed."""
+
+    value: Any
 
 
 class _Session(Confirmed):
@@ -288,12 +182,13 @@ class _Session(Confirmed):
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
         self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
+        self._lines = [self._writer, self._beater, self._reader]
+        self._idle: list[Line] = []  # for transactions with handlers in them
         self._reading = threading.Lock()
         self._changed = threading.Condition()
         self._listens: bool | None = None  # None: nobody has waited yet
         self._ended = threading.Event()
-        lines = [self._writer, self._beater, self._reader]
-        self._threads = [self._start("watch", partial(watch, lines, self._ended))]
+        self._threads = [self._start("watch", partial(watch, self._lines, self._ended))]
         self._threads.append(self._start("heartbeat", self._beat))
 
     def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
@@ -333,7 +228,7 @@ class _Session(Confirmed):
             self._be_born(connection)
         if not ops:
             if not self._confirm(connection):
-                head = _run(connection, self._words.head, {"me": self._id}).fetchone()
+                head = run(connection, self._words.head, {"me": self._id}).fetchone()
                 assert head is not None
                 self._bury(connection, Head(*head).batch)
             return []
@@ -375,7 +270,7 @@ class _Session(Confirmed):
     def _write(self, connection: Connection, loaded: Loaded, ledger: Ledger) -> None:
         with connection.pipeline():
             save(connection, self._words, loaded, ledger)
-            _run(connection, self._words.confirm, [self._ttl, self._batch, self._id])
+            run(connection, self._words.confirm, [self._ttl, self._batch, self._id])
             connection.execute("COMMIT")
 
     def transact(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
@@ -394,6 +289,72 @@ class _Session(Confirmed):
             save(connection, self._words, loaded, ledger)
         return replies
 
+    # ---------------------------------------------------------------- a transaction with handlers in it
+
+    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+        """See `idemp.ports.Inbox`."""
+        deadline: float | None = None
+        while True:
+            failed = self._once(work, wait)
+            if isinstance(failed, _Result):
+                return cast(T, failed.value)
+            if deadline is None:
+                deadline = self._clock.steady() + PATIENCE
+            if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
+                raise failed
+            log.debug("%s", failed)
+            self._clock.sleep(0.05 + random.random() / 20)  # those who deadlocked must not meet again
+
+    def _once(self, work: Callable[[Transaction], Any], wait: float) -> _Result | Exception:
+        """One attempt: what ``work`` returned, or why it must be tried again.
+
+        A commit whose fate is not known is looked up by the next attempt: its claims wait until the old
+        transaction has ended, and find their keys done, or not.
+        """
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        transaction: PostgresqlTransaction | None = None
+        line = self._idle.pop() if self._idle else self._new_line()
+        try:
+            if not self._id:
+                self.group.apply([])  # the retention that was named is in force from here on
+            with line.use(PATIENCE) as connection:
+                transaction = PostgresqlTransaction(line, connection, self._words, wait, self._clock)
+                with transaction.open():
+                    result = work(transaction)
+                    transaction.save()
+            if transaction.tells:
+                self._wake()
+        except (psycopg.Error, StoreUnavailable) as error:
+            if isinstance(error, StoreUnavailable):
+                return error
+            failed = explain(self._place, error)
+            if gone(error) or isinstance(failed, ConfigError) or (transaction and transaction.lost):
+                return failed
+            raise  # the commit was refused
+        except Exception as error:
+            if transaction is None or not transaction.lost:
+                raise
+            return StoreUnavailable(f"{self._place.shown}: {one_line(error)}")
+        finally:
+            self._idle.append(line)
+        return _Result(result)
+
+    def outbox(self, name: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Ask or change the outbox; either may be done twice."""
+        text = getattr(self._words, name)
+
+        def what(connection: Connection) -> list[tuple[Any, ...]]:
+            cursor = run(connection, text, values)
+            return cursor.fetchall() if cursor.description else []
+
+        return self._asked(what)
+
+    def _new_line(self) -> Line:
+        line = Line(self._place, self._clock)
+        self._lines.append(line)
+        return line
+
     def _settle(self, batch: int, confirmed: float) -> None:
         """This commit took effect."""
         self._last, self._unsure, self._confirmed = batch, None, max(confirmed, self._confirmed)
@@ -405,8 +366,8 @@ class _Session(Confirmed):
 
     def _looked(self, connection: Connection, keys: Sequence[str]) -> Loaded:
         found = Loaded(Head(0, 0.0, 0, 0.0, None, None), {}, set(), set(), set())
-        rows = _run(connection, self._words.load, {"keys": sorted({key.encode() for key in keys})})
-        _fold(found, rows.fetchall())
+        rows = run(connection, self._words.load, {"keys": sorted({key.encode() for key in keys})})
+        fold(found, rows.fetchall())
         return found
 
     # ---------------------------------------------------------------- the session
@@ -415,14 +376,14 @@ class _Session(Confirmed):
         """A new session; the claims of the one before are in doubt."""
         words, new, sent = self._words, uuid.uuid4().hex, self._clock.steady()
         if self._id:
-            _run(connection, words.died, [self._id])
-        named = _run(connection, words.retention, [self._named]).fetchone()
-        row = _run(connection, words.born, [new, self._ttl]).fetchone()
+            run(connection, words.died, [self._id])
+        named = run(connection, words.retention, [self._named]).fetchone()
+        row = run(connection, words.born, [new, self._ttl]).fetchone()
         assert row is not None
         assert named is not None
         if row[0] <= self._number:
             # The server forgot numbers that it gave out: tokens must not come again.
-            row = _run(connection, words.ahead, [self._number + 1]).fetchone()
+            row = run(connection, words.ahead, [self._number + 1]).fetchone()
             assert row is not None
         if self.retention < named[0]:
             log.warning(
@@ -448,7 +409,7 @@ class _Session(Confirmed):
     def _confirm(self, connection: Connection) -> bool:
         """Whether my session lives on."""
         mine, sent = self._id, self._clock.steady()
-        if _run(connection, self._words.beat, [self._ttl, mine, self._last]).rowcount == 0:
+        if run(connection, self._words.beat, [self._ttl, mine, self._last]).rowcount == 0:
             return False
         if mine == self._id:
             self._confirmed = max(self._confirmed, sent)
@@ -478,22 +439,22 @@ class _Session(Confirmed):
             if self._clock.steady() - self._swept >= min(self.retention / 4, _SWEEP):
                 self._swept = self._clock.steady()
                 for statement in self._words.sweep:
-                    _run(connection, statement)
+                    run(connection, statement)
 
     def _turn(self, connection: Connection) -> None:
         """Begin a new slice when it is time, in the place of the oldest, which is over by then."""
         with connection.transaction():
-            row = _run(connection, self._words.turn, [_MARGIN]).fetchone()
+            row = run(connection, self._words.turn, [_MARGIN]).fetchone()
             if row is None:
                 return  # it is not time, or another process is at it
             number, now = row
             try:
                 connection.execute("SET LOCAL lock_timeout = '1s'")
                 with connection.transaction():
-                    _run(connection, self._words.clear[(number + 1) % 3])
+                    run(connection, self._words.clear[(number + 1) % 3])
             except errors.LockNotAvailable:
                 return  # at the next beat
-            _run(connection, self._words.turned, [number + 1, now])
+            run(connection, self._words.turned, [number + 1, now])
 
     def close(self) -> None:
         """End the session and let go of the database."""
@@ -502,10 +463,12 @@ class _Session(Confirmed):
             try:
                 if self._id:
                     with self._writer.use(PATIENCE) as connection:
-                        _run(connection, self._words.died, [self._id])
+                        run(connection, self._words.died, [self._id])
             except (psycopg.Error, StoreUnavailable, ConfigError) as error:
                 log.warning("%s: %s", self._place.shown, one_line(error))
             self._writer.drop()
+        while self._idle:
+            self._idle.pop().drop()
         self._wake()
         for thread in self._threads:
             thread.join(PATIENCE)
@@ -524,7 +487,7 @@ class _Session(Confirmed):
             if left <= 0 or not (isinstance(state, Busy) and state.token == token):
                 return
             if not told:
-                self._asked(lambda line: _run(line, self._words.await_key, [key.encode(), token]))
+                self._asked(lambda line: run(line, self._words.await_key, [key.encode(), token]))
                 self._listen()
                 told = True
                 continue
@@ -542,12 +505,12 @@ class _Session(Confirmed):
         start = prefix.encode()
         values = {"after": after.encode(), "prefix": start, "end": start + b"\xff", "limit": limit}
         found = Loaded(Head(0, 0.0, 0, 0.0, None, None), {}, set(), set(), set())
-        _fold(found, self._read(self._words.scan, values))
+        fold(found, self._read(self._words.scan, values))
         keys = sorted(found.entries)[:limit]
         return [(key, view(found.entries[key], found.alive.__contains__)) for key in keys]
 
     def _read(self, text: str, values: Any) -> list[tuple[Any, ...]]:
-        return self._asked(lambda connection: _run(connection, text, values).fetchall())
+        return self._asked(lambda connection: run(connection, text, values).fetchall())
 
     def _asked(self, what: Callable[[Connection], T]) -> T:
         """The answer to what may be asked twice, beside the writer."""
@@ -590,7 +553,7 @@ class _Session(Confirmed):
                 with self._listener.use(math.inf) as connection:
                     if self._listener.pooled:
                         break  # who listens and who is told would be different connections
-                    _run(connection, self._words.listen)
+                    run(connection, self._words.listen)
                     self._listens = True
                     self._hear_on(connection)
             except (psycopg.Error, StoreUnavailable, ConfigError) as error:

@@ -82,6 +82,7 @@ class Line:
 
     def __init__(self, place: Place, clock: Clock) -> None:
         self.pooled = False
+        self.given: list[str] = []  # settings, as they are without ours; filled in by who changes them
         self._place, self._clock = place, clock
         self._connection: Connection | None = None
         self._plug: socket.socket | None = None
@@ -114,6 +115,10 @@ class Line:
         self._connection = connection
         return connection
 
+    def limit(self, seconds: float) -> None:
+        """From now on, the connection in use is cut if what is done with it lasts longer than this."""
+        self._until = self._clock.steady() + seconds
+
     def cut_if_late(self) -> None:
         """From the watching thread: a server that stands still never answers, and never hangs up either."""
         until, plug = self._until, self._plug
@@ -125,6 +130,7 @@ class Line:
         """Let the connection go."""
         connection, plug = self._connection, self._plug
         self._connection = self._plug = None
+        self.given = []
         if connection is not None:
             connection.close()
         if plug is not None:

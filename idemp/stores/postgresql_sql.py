@@ -29,6 +29,10 @@ MIGRATIONS = (
             for n in SLICES
         ),
     ),
+    (
+        "CREATE TABLE {s}.outbox (number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key bytea NOT NULL,"
+        " at float8 NOT NULL, letter bytea NOT NULL)",
+    ),
 )
 """Version by version, from 1.  A version that was once published is never changed."""
 VERSION = len(MIGRATIONS)
@@ -50,6 +54,17 @@ def settings(patience: float) -> str:
     calls = [f"set_config('{name}', 'off', true)" for name in _PLANS]
     calls += [f"set_config('{name}', '{int(seconds * 1000)}', true)" for name, seconds in bounds.items()]
     return f"SELECT {', '.join(calls)}"
+
+
+_MINE = (*_PLANS, "lock_timeout")
+GIVEN = "SELECT " + ", ".join(f"current_setting('{name}')" for name in _MINE)
+"""What handlers find, which takes turns with the store's own in one transaction."""
+TAKE_TURNS = "SELECT " + ", ".join(f"set_config('{name}', %s, true)" for name in _MINE)
+
+
+def own(wait: float) -> list[str]:
+    """The store's own of `TAKE_TURNS`.  ``wait``: seconds for others' keys."""
+    return [*("off" for _ in _PLANS), str(max(1, int(wait * 1000)))]  # 0 would be no bound
 
 
 _OVER = "(SELECT extract(epoch FROM now())::float8 - retention FROM {s}.meta)"
@@ -96,6 +111,10 @@ class Statements(NamedTuple):
     clear: tuple[str, ...]
     listen: str
     tell: str
+    put: str
+    letters: str
+    sent: str
+    backlog: str
 
 
 _TEMPLATE = Statements(
@@ -164,6 +183,13 @@ _TEMPLATE = Statements(
     clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
     listen="LISTEN {s}",
     tell="NOTIFY {s}",
+    put="INSERT INTO {s}.outbox (key, at, letter)"
+    " SELECT u.key, extract(epoch FROM clock_timestamp())::float8, u.letter"
+    " FROM unnest(%b::bytea[], %b::bytea[]) WITH ORDINALITY AS u(key, letter, place) ORDER BY u.place",
+    letters="SELECT number, key, at, letter FROM {s}.outbox ORDER BY number LIMIT %s",
+    sent="DELETE FROM {s}.outbox WHERE number = ANY(%b::bigint[])",
+    backlog="SELECT count(*), coalesce(extract(epoch FROM clock_timestamp())::float8 - min(at), 0)"
+    " FROM {s}.outbox",
 )
 
 

@@ -21,16 +21,20 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import astuple
 
 from idemp.embedded import check_durable, check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
-from idemp.ports import Busy, Clock, Op, Reply, State
+from idemp.ports import Backlog, Busy, Clock, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
+from idemp.stores.outbox import pack, unpack
+from idemp.stores.sqlite_inbox import HandlersConnection, Loaded, SqliteTransaction
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +103,12 @@ _SCAN = (
 
 _SESSIONS = "SELECT id FROM session WHERE boot = :boot AND expires > :now"
 
+# Made when it is first needed: files of before have none.
+_OUTBOX = (
+    "CREATE TABLE IF NOT EXISTS outbox"
+    " (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT, at REAL, letter BLOB)"
+)
+
 Connect = Callable[..., sqlite3.Connection]
 
 
@@ -121,6 +131,32 @@ class SqliteStore(SessionStore):
         make = partial(_Session, path, retention, session_ttl, clock or Clock(), connect)
         super().__init__(make, retention)
 
+    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+        """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
+        return self._session_here().transaction(work, wait)
+
+    def letters(self, limit: int) -> list[Letter]:
+        """See `idemp.ports.Inbox`."""
+        query = "SELECT number, key, at, letter FROM outbox ORDER BY number LIMIT ?"
+        rows = self._session_here().outbox(query, [limit])
+        return [Letter(number, _unescape(key), at, unpack(blob)) for number, key, at, blob in rows]
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """See `idemp.ports.Inbox`."""
+        query = "DELETE FROM outbox WHERE number IN (SELECT value FROM json_each(?))"
+        self._session_here().outbox(query, [_json(list(numbers))])
+
+    def backlog(self) -> Backlog:
+        """See `idemp.ports.Inbox`."""
+        session = self._session_here()
+        [(letters, oldest)] = session.outbox("SELECT count(*), min(at) FROM outbox", [])
+        return Backlog(letters, max(0.0, session.now() - oldest) if letters else 0.0)
+
+    def _session_here(self) -> _Session:
+        session = self._mine()
+        assert isinstance(session, _Session)
+        return session
+
 
 class _Unsure(NamedTuple):
     """A commit whose fate is not known yet: the session's row names the last that took effect."""
@@ -128,6 +164,14 @@ class _Unsure(NamedTuple):
     batch: int
     ops: Sequence[Op]
     replies: list[Reply]
+
+
+class _Again(Exception):
+    """A transaction with handlers in it must be tried again."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
 
 class _Session(Confirmed):
@@ -150,6 +194,8 @@ class _Session(Confirmed):
         check_place(path)
         self._writer = self._open()
         self._reader = self._open()
+        self._handlers: HandlersConnection | None = None
+        self._handling = threading.Lock()
         self._reading = threading.Lock()
         self._changed = threading.Condition()
         self._ended = threading.Event()
@@ -157,21 +203,21 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- connections
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, **options: Any) -> sqlite3.Connection:
         """A connection; several processes may be making the same file at this moment."""
         deadline = self._clock.steady() + PATIENCE
         while True:
             try:
-                return self._open_once()
+                return self._open_once(**options)
             except StoreUnavailable:
                 if self._clock.steady() >= deadline:
                     raise
                 self._clock.sleep(0.05)
 
-    def _open_once(self) -> sqlite3.Connection:
+    def _open_once(self, **options: Any) -> sqlite3.Connection:
         try:
             connection = self._connect(
-                self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+                self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False, **options
             )
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
@@ -188,7 +234,7 @@ class _Session(Confirmed):
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{self._path} is no SQLite file ({error}); name another file") from None
         except ConfigError:
-            connection.close()
+            sqlite3.Connection.close(connection)
             raise
         return connection
 
@@ -253,16 +299,11 @@ class _Session(Confirmed):
 
     def _transact(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply]:
         now, wall = self._clock.steady(), self._clock.wall()
-        keys = _json([_escape(op.key) for op in ops])
-        row = db.execute(_LOAD, {"boot": self._boot, "now": now, "keys": keys}).fetchone()
-        meta: dict[str, Any] = json.loads(row[0])
-        alive: set[str] = set(json.loads(row[1]))
+        meta, alive, entries = self._load(db, {op.key for op in ops})
         ours = self._id in alive
         if not ours:
             self._id, self._born = uuid.uuid4().hex, meta.get("token", 0)
             alive.add(self._id)
-        self._settle_retention(db, meta)
-        entries = self._entries(row[2:], wall)
         ledger = Ledger(entries, alive.__contains__, self._id, meta.get("token", 0), wall)
         replies = [ledger.apply(op) for op in ops]
         if not ledger.changed and ours and now - self._confirmed < self._ttl / 6:
@@ -282,6 +323,14 @@ class _Session(Confirmed):
         with self._changed:
             self._changed.notify_all()
         return replies
+
+    def _load(self, db: sqlite3.Connection, keys: set[str]) -> Loaded:
+        """What the file says of ``keys``, in an open transaction."""
+        names = _json([_escape(key) for key in keys])
+        row = db.execute(_LOAD, {"boot": self._boot, "now": self._clock.steady(), "keys": names}).fetchone()
+        meta = json.loads(row[0])
+        self._settle_retention(db, meta)
+        return Loaded(meta, set(json.loads(row[1])), self._entries(row[2:], self._clock.wall()))
 
     def _entries(self, tables: Sequence[str], wall: float) -> dict[str, Entry]:
         """What is stored of the keys, without what is over; the newest where several slices have it."""
@@ -321,6 +370,87 @@ class _Session(Confirmed):
                 db.execute(statement, (_json(gone),))
         if ledger.token != token:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('token', ?)", (ledger.token,))
+
+    # ---------------------------------------------------------------- a transaction with handlers in it
+
+    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+        """See `idemp.ports.Inbox`.  ``wait`` is at least `PATIENCE`: it is for the file, not for a key."""
+        patience, deadline = max(wait, PATIENCE), 0.0
+        if not self._handling.acquire(timeout=patience):
+            raise StoreUnavailable(f"{self._path}: another transaction of this process did not end in time")
+        try:
+            while True:
+                try:
+                    return self._once(work)
+                except _Again as again:
+                    self._drop_handlers()
+                    deadline = deadline or self._clock.steady() + PATIENCE
+                    if self._clock.steady() >= deadline:
+                        raise StoreUnavailable(f"{self._path}: {again.error}") from again.error
+                    self._clock.sleep(0.05)
+                except BaseException:
+                    self._drop_handlers()
+                    raise
+        finally:
+            self._handling.release()
+
+    def _once(self, work: Callable[[Transaction], T]) -> T:
+        """One attempt.  If it is not known whether it committed, the next finds its keys done, or not."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        transaction: SqliteTransaction | None = None
+        try:
+            db = self._handlers_connection()
+            transaction = SqliteTransaction(db, partial(self._load, db), self._clock.wall)
+            result = work(transaction)
+            ledger = transaction.ledger
+            if ledger is not None:
+                slice_now = self._slice(db, transaction.meta, self._clock.wall())
+                self._save(db, ledger, slice_now, transaction.meta.get("token", 0))
+            if transaction.outgoing:
+                db.execute(_OUTBOX)
+                now = self._clock.wall()
+                rows = [(_escape(key), now, pack(each)) for key, each in transaction.outgoing]
+                db.executemany("INSERT INTO outbox (key, at, letter) VALUES (?, ?, ?)", rows)
+            db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise _Again(error) from error
+        except Exception as error:
+            if transaction is not None and transaction.lost:
+                raise _Again(error) from error
+            raise
+        with self._changed:
+            self._changed.notify_all()
+        return result
+
+    def outbox(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """Ask or change the outbox, durably."""
+        with self.group.paused():
+            if self._ended.is_set():
+                raise Closed("this store was closed")
+            try:
+                self._writer.execute(_OUTBOX)
+                return self._writer.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreUnavailable(f"{self._path}: {error}") from error
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return float(self._clock.wall())
+
+    def _handlers_connection(self) -> HandlersConnection:
+        if self._handlers is None:
+            opened = self._open(factory=HandlersConnection)
+            assert isinstance(opened, HandlersConnection)
+            opened.execute("PRAGMA foreign_keys=ON")  # inside a transaction a handler could not
+            self._handlers = opened
+        return self._handlers
+
+    def _drop_handlers(self) -> None:
+        """Roll back what is open, and take a new connection the next time."""
+        connection, self._handlers = self._handlers, None
+        if connection is not None:
+            connection.end()
 
     # ---------------------------------------------------------------- retention
 
@@ -373,6 +503,8 @@ class _Session(Confirmed):
     def close(self) -> None:
         """End the session and let go of the file."""
         self._ended.set()
+        with self._handling:
+            self._drop_handlers()
         with self.group.paused(), self._reading:
             try:
                 self._writer.execute("DELETE FROM session WHERE id = ?", (self._id,))

@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant(
         "who cannot say what happened leaves a doubt, not a free key",
         "protocol.py",
-        "if isinstance(error, InDoubt) or not isinstance(error, Exception):",
-        "if not isinstance(error, Exception):",
+        "if isinstance(error, InDoubt) or interrupted:",
+        "if interrupted:",
     ),
     Mutant(
         "what is older than the retention is not run after a doubt either",

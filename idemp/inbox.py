@@ -1,0 +1,168 @@
+"""The inbox: calls whose mark and effects are one transaction of the handler's own database.
+
+The same claim protocol (protocol.py) as elsewhere, with every operation of it in the transaction in which
+the handler writes, so that nobody ever sees a claim of it and nothing of it is ever in doubt:
+
+    the process dies                        what is left
+    before or in the handler                nothing: the database rolled back; it runs again
+    after the handler, before the commit    nothing: the same
+    after the commit                        effects and mark: whoever repeats it gets the first answer
+    the commit's reply is lost              either; the key is looked up in a new transaction, which waits
+                                            until the old one has ended: done is done, free runs again
+
+Many calls share one transaction, each with a savepoint.  A handler that raises loses its own writes only,
+and its attempt is recorded with the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from idemp.errors import IdempError, KeyBusy, PermanentFailure
+from idemp.ports import Claimed, Done, Get, Inbox, Publication, Reply, Transaction
+from idemp.protocol import Ask, Await, Deferred, Protocol, Raised, Returned, Run, Skipped, Verdict
+
+HELD = 5.0
+"""Seconds that a batch waits for a key that another transaction holds, before each goes alone."""
+
+
+SAME = 0.001
+"""Seconds between which no other transaction can have had its turn: a next one waits for longer."""
+
+
+class Job(NamedTuple):
+    """One call.  ``begin`` makes its protocol, anew for each transaction that it is tried in.
+
+    run: calls the handler with its claim and the transaction's connection: `Returned`, `Raised` or
+    `NotStarted`.  ask: calls the resolver.  wait: seconds for a key that another transaction holds.
+    letters: where what the handler publishes gathers while it runs.
+    """
+
+    key: str
+    begin: Callable[[], Protocol]
+    run: Callable[[Claimed, Any], Any]
+    ask: Callable[[Claimed], Any]
+    wait: float
+    letters: list[Publication]
+
+
+class _Ended(NamedTuple):
+    """How a call ended in a transaction, and what that left of its key."""
+
+    verdict: Verdict
+    mark: Reply
+
+
+def transact(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
+    """All of ``jobs`` in one transaction, in order; a verdict each, durable.
+
+    Each is tried alone if together they cannot be.  Raises `StoreUnavailable`: then calling again tells
+    what became of them.
+    """
+    wait = jobs[0].wait if len(jobs) == 1 else HELD
+    try:
+        return _transact(store, jobs, wait, None)
+    except KeyBusy:
+        if len(jobs) == 1:
+            return [Deferred()]
+    except IdempError as error:
+        if not isinstance(error, PermanentFailure):
+            raise
+        if len(jobs) == 1:
+            return _transact(store, jobs, wait, error)
+    except Exception as error:
+        # The commit was refused for what the handler had done, as by a constraint that is checked then.
+        if len(jobs) == 1:
+            return _transact(store, jobs, wait, error)
+    return [verdict for job in jobs for verdict in transact(store, [job])]
+
+
+def _transact(store: Inbox, jobs: Sequence[Job], wait: float, refused: Exception | None) -> list[Verdict]:
+    before: list[_Ended] = []
+
+    def work(transaction: Transaction) -> list[_Ended]:
+        ended = _work(transaction, jobs, refused)
+        if before:
+            ended = [_same(old, new) for old, new in zip(before, ended, strict=True)]
+        before[:] = ended
+        return ended
+
+    return [ended.verdict for ended in store.transaction(work, wait)]
+
+
+def _same(old: _Ended, new: _Ended) -> _Ended:
+    """The old verdict, if what is found done now is what it left: then its commit took effect."""
+    if not isinstance(new.verdict, Skipped) or not isinstance(old.mark, Done):
+        return new
+    found, left = new.verdict.done, old.mark
+    # A token may be given out again after a rollback, a time may lose its last digits: together they tell.
+    close = abs(found.at - left.at) < SAME
+    return old if close and replace(found, at=left.at) == left else new
+
+
+def _work(transaction: Transaction, jobs: Sequence[Job], refused: Exception | None) -> list[_Ended]:
+    calls = [_Call(job, transaction, refused) for job in jobs]
+    # The keys of all at once, before any handler.
+    while asking := [call for call in calls if call.asks()]:
+        replies = transaction.apply([call.step for call in asking])
+        for call, reply in zip(asking, replies, strict=True):
+            call.advance(reply)
+    for call in calls:
+        while call.verdict is None:
+            call.advance(call.perform())
+    marks = transaction.apply([Get(job.key) for job in jobs])
+    return [_Ended(call.verdict, mark) for call, mark in zip(calls, marks, strict=True) if call.verdict]
+
+
+class _Call:
+    """A job on its way through one transaction."""
+
+    def __init__(self, job: Job, transaction: Transaction, refused: Exception | None) -> None:
+        self.verdict: Verdict | None = None
+        self.step: Any = None
+        self._job, self._transaction, self._refused = job, transaction, refused
+        self._steps = job.begin()
+        self.advance(None)
+
+    def asks(self) -> bool:
+        """Whether it wants an operation of the store next."""
+        return self.verdict is None and not isinstance(self.step, Run | Ask | Await)
+
+    def advance(self, event: Any) -> None:
+        """Tell the protocol what came of its step."""
+        try:
+            self.step = self._steps.send(event)
+        except StopIteration as stop:
+            self.verdict = stop.value
+
+    def perform(self) -> Any:
+        """Carry its step out."""
+        match self.step:
+            case Run(claim):
+                return self._run(claim)
+            case Ask(claim):
+                return self._job.ask(claim)
+            case Await():
+                return False  # its owner could not end it while this transaction holds the key
+        return self._transaction.apply([self.step])[0]
+
+    def _run(self, claim: Claimed) -> Any:
+        if self._refused is not None:
+            return Raised(self._refused)
+        self._job.letters.clear()  # what gathered in a transaction that was rolled back
+        came = self._job.run(claim, self._transaction.connection)
+        if isinstance(came, Returned):
+            try:
+                self._transaction.keep()
+            except PermanentFailure:
+                raise
+            except Exception as error:
+                came = Raised(error)  # it went on after a statement that had failed
+        if isinstance(came, Returned) and self._job.letters:
+            self._transaction.put(self._job.key, tuple(self._job.letters))
+        if isinstance(came, Raised) and not self._transaction.undo(came.error):
+            raise came.error
+        return came

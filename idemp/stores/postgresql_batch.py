@@ -1,0 +1,152 @@
+"""A batch on PostgreSQL, in anybody's transaction: hold and load its keys, decide, write what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+
+from idemp.laws import DONE, Entry, Ledger
+from idemp.ports import Forget, Get, Op, Takeover
+from idemp.stores.postgresql_line import Connection
+from idemp.stores.postgresql_sql import Statements
+
+BATCH_TOKENS = 1 << 20
+"""Tokens that one batch may give out: the sequence counts batches."""
+
+Rows = psycopg.Cursor[tuple[Any, ...]]
+
+
+class Head(NamedTuple):
+    """What a batch knows before it decides.  ``batch``: my session's last; None: there is no such session."""
+
+    number: int
+    retention: float
+    slice: int
+    now: float
+    batch: int | None
+    alive: bool | None
+
+
+class Loaded(NamedTuple):
+    """The keys of a batch, held until the transaction ends."""
+
+    head: Head
+    entries: dict[str, Entry]
+    empty: set[str]
+    """Keys whose row in ``open`` is there only to be held."""
+    awaited: set[str]
+    alive: set[str]
+
+
+class Asked(NamedTuple):
+    """Answers that come when the pipeline ends."""
+
+    seen: Rows
+    head: Rows
+    rows: Rows
+
+    def loaded(self) -> Loaded:
+        """What they say."""
+        row = self.head.fetchone()
+        assert row is not None
+        loaded = Loaded(Head(*row), {}, set(), set(), set())
+        fold(loaded, self.rows.fetchall())
+        # What was seen done without being held stands as it was seen: another may have forgotten it since.
+        for key, *columns in self.seen.fetchall():
+            loaded.entries[bytes(key).decode()] = _entry(columns[:-2])
+        return loaded
+
+
+def ask(
+    connection: Connection, words: Statements, session: str, ops: Sequence[Op], *, held_too: bool = True
+) -> Asked:
+    """In a pipeline: hold the keys of ``ops`` and load them.
+
+    held_too: the session's own row, which its heartbeat and its other batches then wait for.
+    """
+    keys = sorted({op.key.encode() for op in ops})
+    held = sorted({op.key.encode() for op in ops if not isinstance(op, Get)})
+    firm = {op.key.encode() for op in ops if isinstance(op, Forget)}
+    taken = [op.key.encode() for op in ops if isinstance(op, Takeover)]
+    seen = run(connection, words.lock, {"keys": held, "firm": [key in firm for key in held]})
+    run(connection, words.holders, {"me": session if held_too else "", "taken": taken})
+    head = run(connection, words.head, {"me": session})
+    return Asked(seen, head, run(connection, words.load, {"keys": keys}))
+
+
+def decide(loaded: Loaded, session: str) -> Ledger:
+    """The laws over what was loaded."""
+    head = loaded.head
+    alive = {*loaded.alive, session}
+    return Ledger(loaded.entries, alive.__contains__, session, head.number * BATCH_TOKENS, head.now)
+
+
+def save(connection: Connection, words: Statements, loaded: Loaded, ledger: Ledger) -> None:
+    """In a pipeline: write what changed."""
+    opened: list[tuple[str, Entry]] = []
+    done: list[tuple[str, Entry]] = []
+    gone: list[bytes] = []
+    for key in ledger.changed | (loaded.empty - loaded.entries.keys()):
+        entry = ledger.entries.get(key)
+        if entry is not None and entry.state != DONE:
+            opened.append((key, entry))
+            continue
+        gone.append(key.encode())
+        if entry is not None:
+            done.append((key, entry))
+    if opened:
+        run(connection, words.save_open, _open_columns(opened))
+    if gone:
+        run(connection, words.drop_open, [gone])
+    if done:
+        run(connection, words.save_done[loaded.head.slice % 3], _done_columns(done))
+    forgotten = [key.encode() for key in ledger.changed if key not in ledger.entries]
+    for statement in words.drop_done if forgotten else ():
+        run(connection, statement, [forgotten])
+    if loaded.awaited & ledger.changed:
+        # Only then: notifications make all commits of a server wait for each other.
+        run(connection, words.tell)
+
+
+def run(connection: Connection, text: str, values: Any = None) -> Rows:
+    return connection.execute(text.encode(), values, binary=True)
+
+
+def fold(loaded: Loaded, rows: Sequence[tuple[Any, ...]]) -> None:
+    """The newest row of each key."""
+    for key, *columns in rows:
+        name = bytes(key).decode()
+        *plain, awaited, alive = columns
+        if not plain[0]:
+            loaded.empty.add(name)
+            continue
+        entry = _entry(plain)
+        if awaited:
+            loaded.awaited.add(name)
+        if alive:
+            loaded.alive.add(entry.session)
+        if name not in loaded.entries or loaded.entries[name].token <= entry.token:
+            loaded.entries[name] = entry
+
+
+def _entry(columns: Sequence[Any]) -> Entry:
+    state, token, attempt, session, at, reason, result, fingerprint = columns
+    said = "" if reason is None else bytes(reason).decode()
+    return Entry(state, token, attempt, session, at, said, result, fingerprint)
+
+
+def _open_columns(rows: Sequence[tuple[str, Entry]]) -> list[list[Any]]:
+    columns = _columns(rows, "state", "token", "attempt", "session", "at")
+    # A reason is what an error said: it may hold what no text of PostgreSQL may.
+    return [*columns, [entry.reason.encode(errors="backslashreplace") for _, entry in rows]]
+
+
+def _done_columns(rows: Sequence[tuple[str, Entry]]) -> list[list[Any]]:
+    return _columns(rows, "token", "attempt", "at", "result", "fingerprint")
+
+
+def _columns(rows: Sequence[tuple[str, Entry]], *names: str) -> list[list[Any]]:
+    values = ([getattr(entry, name) for _, entry in rows] for name in names)
+    return [[key.encode() for key, _ in rows], *values]

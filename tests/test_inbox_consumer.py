@@ -1,0 +1,327 @@
+"""The inbox in the consumer: many messages in one transaction, each with a savepoint, acks after it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from idemp import Consumer, Message, context, idempotent, open_store, open_transport, publish
+from idemp.message import Properties
+from idemp.pipeline import Acknowledge, Delivered, Disconnected, Pipeline, Route, Tell, Transact, Transacted
+from idemp.policy import make_policy
+from idemp.ports import Claimed, Delivery, Free, Get, Parked, Publication
+from idemp.protocol import NotRun, Ok, Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Bench:
+    """A consumer on a memory broker, a store, and a table of effects beside it."""
+
+    def __init__(self, url: str, broker: str) -> None:
+        self.url, self.broker = url, broker
+        self.store: Any = open_store(url)
+        self.sql("CREATE TABLE effect (id TEXT)")
+        self.transport = open_transport(broker)
+        self.consumer = Consumer(self.transport, service="s", backoff=0.05)
+        with closing(open_transport(broker)) as transport:
+            transport.declare("s-queue", "events")
+
+    def sql(self, statement: str) -> list[Any]:
+        if self.url.startswith("sqlite"):
+            path = self.url.removeprefix("sqlite:///")
+            with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as line:
+                return line.execute(statement).fetchall()
+        with psycopg.connect(self.url, autocommit=True) as line:
+            found = line.execute(statement.encode())
+            return found.fetchall() if found.description else []
+
+    def effects(self) -> list[str]:
+        return sorted(row[0] for row in self.sql("SELECT id FROM effect"))
+
+    def reach(self, effects: int) -> None:
+        """Wait until there are so many."""
+        until(lambda: self.sql("SELECT count(*) FROM effect")[0][0] >= effects)
+
+    def publish(self, ids: list[str]) -> None:
+        send(self.broker, ids)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        errors: list[BaseException] = []
+        ready = threading.Event()
+
+        def run() -> None:
+            try:
+                self.consumer.run(ready=ready.set)
+            except BaseException as error:
+                errors.append(error)
+                ready.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert ready.wait(20)
+        try:
+            yield
+        finally:
+            self.consumer.stop()
+            thread.join(30)
+            assert not thread.is_alive()
+            if errors:
+                raise errors[0]
+
+    def depth(self, queue: str) -> int:
+        with closing(open_transport(self.broker)) as transport:
+            return transport.depth(queue)
+
+    def close(self) -> None:
+        self.transport.close()
+        self.store.close()
+
+
+def send(url: str, ids: list[str]) -> None:
+    messages = [Message(each, "t") for each in ids]
+    with closing(open_transport(url)) as transport:
+        publish(transport, [Publication(m.encode(), m.properties(), "events", "foo") for m in messages])
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Bench]:
+    """On each store that has transactions."""
+    sqlite = request.param == "sqlite"
+    url = f"sqlite:///{tmp_path}/app.db" if sqlite else request.getfixturevalue("postgresql").database()
+    made = Bench(url, f"memory://{unique}")
+    yield made
+    made.close()
+
+
+def until(what: Callable[[], Any], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def write(message: Message) -> None:
+    """A handler's effect."""
+    context().connection.execute(f"INSERT INTO effect VALUES ('{message.id}')")
+
+
+def test_many_messages_in_one_transaction(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, duplicates among them once; one that raises loses its own effect only, and runs again."""
+    ids = [f"{n:04}" for n in range(1000)]
+    commits: list[int] = []
+    ran: list[str] = []
+    real = bench.store.transaction
+
+    def transaction(*args: Any) -> Any:
+        commits.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(bench.store, "transaction", transaction)
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True, attempts=2)
+    def handle(message: Message) -> None:
+        ran.append(message.id)
+        write(message)
+        if message.id == "0500" or (message.id == "0700" and context().attempt == 1):
+            raise ValueError("not this one")
+
+    bench.publish(ids + ids[:300])
+    with bench.running():
+        until(lambda: bench.depth("s-queue.dead") == 1 and "0700" in bench.effects())
+        until(lambda: bench.depth("s-queue") == 0)
+    assert bench.effects() == [each for each in ids if each != "0500"]
+    assert list(dict.fromkeys(ran)) == ids
+    assert sorted(ran) == sorted([*ids, "0500", "0700"])
+    assert len(commits) < 60
+    parked = bench.store.apply([Get("s.t/0500")])[0]
+    assert isinstance(parked, Parked)
+    assert parked.attempt == 2
+
+
+def test_a_commit_that_one_spoils_is_made_without_it(bench: Bench) -> None:
+    """Its neighbours are done; its own attempts are counted until it is set aside."""
+    bench.sql("CREATE TABLE parent (id INT PRIMARY KEY)")
+    bench.sql("CREATE TABLE part (parent INT REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)")
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True, attempts=2)
+    def handle(message: Message) -> None:
+        write(message)
+        if message.id == "3":
+            context().connection.execute("INSERT INTO part VALUES (1)")
+
+    bench.publish([str(n) for n in range(8)])
+    with bench.running():
+        until(lambda: bench.depth("s-queue.dead") == 1)
+    assert bench.effects() == [str(n) for n in range(8) if n != 3]
+    assert isinstance(bench.store.apply([Get("s.t/3")])[0], Parked)
+
+
+def test_a_stop_gives_back_what_has_not_begun(bench: Bench) -> None:
+    """What ran is committed; the rest is free, with no attempt, and comes again."""
+    began = threading.Event()
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True)
+    def handle(message: Message) -> None:
+        write(message)
+        began.set()
+        bench.consumer.stop()
+
+    bench.publish([str(n) for n in range(20)])
+    with bench.running():
+        assert began.wait(20)
+    bench.transport.close()  # what was not acknowledged goes back
+    [first] = bench.effects()
+    others = [str(n) for n in range(20) if str(n) != first]
+    assert bench.store.apply([Get(f"s.t/{each}") for each in others]) == [Free(0)] * 19
+    assert bench.depth("s-queue") == 19
+
+
+# ------------------------------------------------------------------ kill -9
+
+_SERVICE = """
+import sys
+from idemp import Consumer, context, idempotent, open_store, open_transport
+url, broker = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service="s")
+
+@consumer.on("t")
+@idempotent(open_store(url), name="s.t", transaction=True)
+def handle(message):
+    context().connection.execute(f"INSERT INTO effect VALUES ('{message.id}')")
+
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
+    """Wherever it strikes, every message takes effect once, and none is ever in doubt."""
+    broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
+    with closing(open_transport(broker)) as transport:
+        transport.declare("s-queue", "events")
+    ids = [f"{n:05}" for n in range(6000)]
+    send(broker, ids)
+    dice = random.Random(1)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    kills, done = 0, 0
+    while done < len(ids):
+        command = [sys.executable, "-c", _SERVICE, bench.url, broker]
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as service:
+            assert service.stdout is not None
+            assert service.stdout.readline() == b"ready\n"
+            if kills < 8:
+                bench.reach(min(len(ids), done + dice.randrange(1, 700)))
+                time.sleep(dice.random() / 20)  # so that it strikes anywhere in a transaction
+                service.send_signal(signal.SIGKILL)
+                kills += 1
+            else:
+                bench.reach(len(ids))
+                service.terminate()
+            service.wait(60)
+        done = bench.sql("SELECT count(*) FROM effect")[0][0]
+    assert kills >= 3
+    assert bench.effects() == ids
+    assert bench.sql("SELECT 1 FROM effect GROUP BY id HAVING count(*) > 1") == []
+
+
+# ------------------------------------------------------------------ the pipeline's part
+
+
+class Store:
+    """One that the pipeline never asks."""
+
+    retention = 3600.0
+
+    def recall(self, key: str) -> None:
+        """Its memory is not sure of anything."""
+
+    def apply(self, ops: Any) -> Any:
+        raise AssertionError
+
+    def transaction(self, work: Any, wait: float) -> Any:
+        raise AssertionError
+
+
+STORE: Any = Store()
+
+
+def pipeline() -> Pipeline:
+    policy = make_policy(
+        lambda message: None, STORE, name="h", key=None, fingerprint=None, on_busy="wait", wait=2.0,
+        in_doubt="retry", attempts=3, permanent=(), codec=None, transaction=True,
+    )  # fmt: skip
+    return Pipeline("q", {"t": Route(print, policy)}, chance=lambda: 0.0)
+
+
+def deliver(line: Pipeline, *ids: str) -> list[Any]:
+    deliveries = [
+        Delivery(tag, Message(each, "t").encode(), Properties(), "events", "foo", False)
+        for tag, each in enumerate(ids, 1)
+    ]
+    return step(line, Delivered(deliveries, 1000.0))
+
+
+def step(line: Pipeline, event: Any, now: float = 0.0) -> list[Any]:
+    return [command for command in line.step(event, now) if not isinstance(command, Tell)]
+
+
+def all_of(command: Transact, verdict: Verdict) -> Transacted:
+    return Transacted(STORE, [(flight, verdict) for flight, _ in command.items])
+
+
+OK = Ok(None, Claimed(1, 1))
+
+
+def test_what_gathers_meanwhile_is_the_next_batch() -> None:
+    """A duplicate waits for its first; nothing is acknowledged before the commit."""
+    line = pipeline()
+    [first] = deliver(line, "a", "b", "a")
+    assert [flight.key for flight, _ in first.items] == ["h/a", "h/b"]
+    assert deliver(line, "c", "d") == []
+    assert not line.idle()
+    [second, acks] = step(line, all_of(first, OK))
+    assert isinstance(second, Transact)
+    assert [flight.key for flight, _ in second.items] == ["h/c", "h/d"]
+    assert isinstance(acks, Acknowledge)
+    assert sorted(acks.tags) == [1, 2, 3]
+    assert step(line, all_of(second, OK)) == [Acknowledge([1, 2])]
+    assert line.idle()
+
+
+def test_a_lost_connection_lets_go_of_those_that_wait() -> None:
+    """What is under way is recorded, and nothing of it is acknowledged."""
+    line = pipeline()
+    [first] = deliver(line, "a")
+    assert deliver(line, "b") == []
+    assert step(line, Disconnected()) == []
+    assert step(line, all_of(first, OK)) == []
+    [again] = deliver(line, "a", "b")
+    assert [flight.key for flight, _ in again.items] == ["h/a", "h/b"]
+
+
+def test_what_was_not_run_is_tried_again() -> None:
+    """After a moment, in a transaction."""
+    line = pipeline()
+    [first] = deliver(line, "a")
+    assert step(line, all_of(first, NotRun())) == []
+    due = line.due()
+    assert due is not None
+    [again] = step(line, Delivered([], 1000.0), due)
+    assert isinstance(again, Transact)

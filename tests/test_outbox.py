@@ -1,0 +1,250 @@
+"""The outbox: what a handler publishes goes out if its transaction commits, under ids that never change."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from idemp import ConfigError, Message, Relay, context, idempotent, open_store, open_transport, publish
+from idemp.errors import TransportUnavailable
+from idemp.ports import Delivery, Publication
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """Makes URLs of fresh databases, on each store that has an outbox."""
+    if request.param == "sqlite":
+        return lambda name: f"sqlite:///{tmp_path}/{name}.db"
+    server = request.getfixturevalue("postgresql")
+    return lambda name: str(server.database())
+
+
+@pytest.fixture
+def store(new_database: Callable[[str], str]) -> Iterator[Any]:
+    with closing(open_store(new_database("app"))) as opened:
+        yield opened
+
+
+def sql(url: str, statement: str) -> list[Any]:
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url[len("sqlite:///") :], timeout=30, isolation_level=None)) as line:
+            return line.execute(statement).fetchall()
+    with psycopg.connect(url, autocommit=True) as line:
+        found = line.execute(statement.encode())
+        return found.fetchall() if found.description else []
+
+
+def until(what: Callable[[], Any], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def came(url: str, queue: str, number: int) -> list[Delivery]:
+    """So many messages of a queue."""
+    found: list[Delivery] = []
+    with closing(open_transport(url)) as transport:
+        transport.consume(queue, 1000)
+        while len(found) < number:
+            some = [event for event in transport.poll(5.0) if isinstance(event, Delivery)]
+            assert some, f"only {len(found)} of {number} came"
+            found += some
+            transport.ack([each.tag for each in some])
+    return found
+
+
+def test_what_is_published_goes_with_the_transaction(store: Any, unique: str) -> None:
+    """Nothing of an attempt that raised; the ids of the first attempt and of the last are the same."""
+    broker = f"memory://{unique}"
+    ids: list[list[str]] = []
+
+    @idempotent(store, name="app.order", key="order", transaction=True)
+    def order(order: str) -> None:
+        ids.append([context().publish("billed", {"n": n}, exchange="out") for n in range(3)])
+        if len(ids) == 1:
+            raise ValueError("not yet")
+
+    with pytest.raises(ValueError, match="not yet"):
+        order("A")
+    assert store.letters(10) == []
+    order("A")
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 3
+    assert [letter.key for letter in store.letters(10)] == ["app.order/A"] * 3
+    assert store.backlog().letters == 3
+    with closing(open_transport(broker)) as transport:
+        transport.declare("q", "out")
+        relay = Relay(store, transport)
+        assert [relay.turn() for _ in range(4)] == [1, 1, 1, 0]  # of one key, one after the other
+    assert store.backlog() == (0, 0.0)
+    bodies = [json.loads(each.body) for each in came(broker, "q", 3)]
+    assert [(body["id"], body["args"]["n"]) for body in bodies] == list(zip(ids[0], range(3), strict=True))
+
+
+def test_a_lost_confirm_repeats_the_same_id(store: Any, unique: str) -> None:
+    """It is safe in the queue, and the relay was not told."""
+    broker = f"memory://{unique}"
+
+    @idempotent(store, name="app.order", key="order", transaction=True)
+    def order(order: str) -> None:
+        context().publish("billed", {}, exchange="out")
+
+    order("A")
+    with closing(open_transport(broker)) as transport:
+        transport.declare("q", "out")
+        deaf: Any = open_transport(broker)
+        real = deaf.poll
+
+        def poll(timeout: float) -> list[Any]:
+            real(timeout)
+            raise TransportUnavailable
+
+        deaf.poll = poll
+        with closing(deaf), pytest.raises(TransportUnavailable):
+            Relay(store, deaf).turn()
+        assert store.backlog().letters == 1
+        assert Relay(store, transport).turn() == 1
+    first, second = came(broker, "q", 2)
+    assert first.body == second.body
+
+
+def test_a_letter_that_no_queue_takes_stays(store: Any, unique: str) -> None:
+    """And those of other keys go."""
+
+    @idempotent(store, name="app.order", key="order", transaction=True)
+    def order(order: str) -> None:
+        context().publish("billed", {}, exchange=order)
+
+    order("nowhere")
+    order("out")
+    with closing(open_transport(f"memory://{unique}")) as transport:
+        transport.declare("q", "out")
+        relay = Relay(store, transport)
+        assert [relay.turn() for _ in range(2)] == [1, 0]
+        assert [letter.key for letter in store.letters(10)] == ["app.order/nowhere"]
+        transport.declare("late", "nowhere")
+        assert relay.turn() == 1
+
+
+def test_without_a_transaction_it_is_refused(store: Any) -> None:
+    """In one sentence; and a store without an outbox has no relay."""
+
+    @idempotent(store, name="app.order", key="order")
+    def order(order: str) -> None:
+        context().publish("billed", {})
+
+    with pytest.raises(ConfigError, match="needs a handler with transaction=True"):
+        order("A")
+    with closing(open_store("memory://")) as other, pytest.raises(ConfigError, match="has no outbox"):
+        Relay(other, open_transport("memory://x"))  # type: ignore[arg-type]
+
+
+def test_the_command_empties_an_outbox(new_database: Callable[[str], str], tmp_path: Path) -> None:
+    """And says what it left, with exit code 1."""
+    url, broker = new_database("app"), f"sqlite:///{tmp_path}/queues.db"
+    with closing(open_store(url)) as store:
+
+        @idempotent(store, name="app.order", key="order", transaction=True)
+        def order(order: str, exchange: str) -> None:
+            context().publish("billed", {}, exchange=exchange)
+
+        for n in range(5):
+            order(f"{n}", "out")
+        with closing(open_transport(broker)) as transport:
+            transport.declare("q", "out")
+        assert relay_once(url, broker) == (0, {"sent": 5, "left": 0})
+        order("lost", "nowhere")
+        assert relay_once(url, broker) == (1, {"sent": 0, "left": 1})
+    assert len(came(broker, "q", 5)) == 5
+
+
+def relay_once(store: str, broker: str) -> tuple[int, Any]:
+    command = [sys.executable, "-m", "idemp", "relay", "--once", "--json"]
+    command += ["--store", store, "--transport", broker]
+    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, json.loads(done.stdout)
+
+
+# ------------------------------------------------------------------ three services, killed
+
+_SERVICE = """
+import sys, threading
+from idemp import Consumer, Relay, context, idempotent, open_store, open_transport
+name, following, url, broker = sys.argv[1:]
+store = open_store(url)
+consumer = Consumer(open_transport(broker), service=name, exchange=name)
+relay = Relay(store, open_transport(broker))
+
+@consumer.on("order")
+@idempotent(store, name=name, transaction=True)
+def handle(message):
+    connection = context().connection
+    connection.execute(f"INSERT INTO ledger VALUES ('{message.args['order']}')")
+    if following:
+        context().publish("order", message.args, exchange=following)
+
+threading.Thread(target=relay.run, daemon=True).start()
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+@contextmanager
+def service(name: str, following: str, url: str, broker: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", _SERVICE, name, following, url, broker]
+    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+        process.kill()
+
+
+def test_a_chain_of_three_services_with_kill_9(new_database: Callable[[str], str], tmp_path: Path) -> None:
+    """A, B and C are killed in turn, wherever it strikes: each ledger has every order exactly once."""
+    broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
+    chain = {"a": "b", "b": "c", "c": ""}
+    urls = {name: new_database(name) for name in chain}
+    with closing(open_transport(broker)) as transport:
+        for name in chain:
+            sql(urls[name], "CREATE TABLE ledger (id TEXT)")
+            transport.declare(f"{name}-queue", name)
+        orders = [f"{n:04}" for n in range(600)]
+        messages = [Message(each, "order", {"order": each}) for each in orders]
+        publish(transport, [Publication(m.encode(), m.properties(), "a", "order") for m in messages])
+
+    def count(name: str) -> int:
+        return int(sql(urls[name], "SELECT count(*) FROM ledger")[0][0])
+
+    def run(name: str) -> Any:
+        return service(name, chain[name], urls[name], broker)
+
+    dice = random.Random(3)
+    for _ in range(4):
+        for victim in chain:
+            others = [name for name in chain if name != victim]
+            with run(victim) as dying, run(others[0]), run(others[1]):
+                before = count(victim)
+                if before < len(orders):
+                    until(lambda victim=victim, before=before: count(victim) > before)  # type: ignore[misc]
+                time.sleep(dice.random() / 10)
+                dying.send_signal(signal.SIGKILL)
+    with run("a"), run("b"), run("c"):
+        until(lambda: count("c") >= len(orders), 120)
+    for name in chain:
+        assert sorted(row[0] for row in sql(urls[name], "SELECT id FROM ledger")) == orders, name
