@@ -15,9 +15,9 @@ help: ## list these verbs
 demo: $(READY) ## see idemp at work, on an embedded stack: no server needed; STACK=real: RabbitMQ and etcd
 	@$(BIN)/python -m $(if $(filter real,$(STACK)),tests.demo,idemp demo)
 
-test: $(READY) ## run the whole suite, after make servers; ARGS='-k claim' goes to pytest
+test: $(READY) ## run the whole suite, after make servers, on JOBS cores; ARGS='-k claim' goes to pytest
 	@$(BIN)/python -m tests.servers || test -z "$$CI" # a laptop without one skips its tests, and says so
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),auto) --maxprocesses 4 --dist worksteal $(ARGS)
 
 servers: $(READY) ## make sure that the real servers that the tests need are here
 	@$(BIN)/python -m tests.servers
