@@ -69,6 +69,32 @@ def test_forty_faults_in_minutes(tmp_path: Path) -> None:
     assert chaos("check", str(out)).returncode == 0, "what it left can be judged again"
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("store", ["postgresql", "redis"])
+def test_some_faults_on_another_store(store: str, tmp_path: Path) -> None:
+    """The same invariants on one server: its kill -9, restart and pause, locks, a full memory, cut lines."""
+    need(store)
+    need("rabbitmq")
+    plan = ["kill", "restart", "pause", *(["terminate", "lock"] if store == "postgresql" else ["full"])]
+    faults = [Planned(2.0 + 6.0 * n, f"{store}.{kind}", 1.5, n) for n, kind in enumerate(plan)]
+    others = ("consumer.kill", "store-net.reply-lost", "broker.kill", "store-net.mute-answers")
+    faults += [Planned(3.0 + 7.0 * n, kind, 1.0, n) for n, kind in enumerate(others)]
+    Schedule(seed=11, minutes=0.7, profile="quick", faults=faults, store=store).write(tmp_path / "plan.json")
+
+    out = tmp_path / "run"
+    ran = chaos(
+        "run", "--schedule", str(tmp_path / "plan.json"), "--tries", "0", "--out", str(out), timeout=220
+    )
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]
+    verdict = json.loads((out / "verdict.json").read_text())
+    counts = verdict["counts"]
+    assert (verdict["result"], verdict["findings"]) == ("valid", [])
+    assert sum(verdict["faults"].values()) == len(faults)
+    assert counts["attempted"] >= 4_000
+    assert counts["lost"] == counts["unexpected"] == counts.get("doubled and unnamed", 0) == 0
+    assert tally.line_of(out)["store"] == store
+
+
 @pytest.mark.timeout(300)
 def test_nothing_is_left_when_it_is_killed(tmp_path: Path) -> None:
     """kill -9 for the harness, with a member's disk held by strace and other processes at work."""
@@ -240,6 +266,9 @@ def test_every_kind_says_what_it_needs() -> None:
     without = kinds("full", set())
     assert "etcd.leader-stall" not in without
     assert "broker.alarm" not in without
+    assert {name.partition(".")[0] for name in kinds("full", set(), "redis")}.isdisjoint(
+        {"etcd", "postgresql"}
+    )
 
 
 # ------------------------------------------------------------------ its shortest form
@@ -318,6 +347,7 @@ def test_the_record_is_added_up(tmp_path: Path) -> None:
         "seed": 7,
         "minutes": 2.5,
         "profile": "quick",
+        "store": "etcd",
         "commit": "abc",
         "result": "valid",
         "drained": 3.456,

@@ -19,6 +19,7 @@ from typing import NoReturn
 import click
 
 from tests.chaos import report, tally
+from tests.chaos.ground import GROUNDS
 from tests.chaos.minimise import minimise
 from tests.chaos.run import Outcome, Say, give_up, judge, kinds, left_in, preflight, run
 from tests.chaos.schedule import PROFILES, BadSchedule, Planned, Schedule, make, read
@@ -42,22 +43,30 @@ def cli() -> None:
 )
 @click.option("--minutes", type=click.FloatRange(min=0.1, max=24 * 60), default=3.0, show_default=True)
 @click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True)
+@click.option("--store", type=click.Choice(list(GROUNDS)), default="etcd", show_default=True)
 @click.option("--schedule", type=click.Path(path_type=Path), help="Replay the plan in this file.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where everything is written.")
 @click.option("--tries", type=click.IntRange(min=0), default=4, show_default=True,
               help="Runs that may be spent on a shorter plan, if it is invalid.")  # fmt: skip
 def run_command(
-    seed: int, minutes: float, profile: str, schedule: Path | None, out: Path | None, tries: int
+    seed: int,
+    minutes: float,
+    profile: str,
+    store: str,
+    schedule: Path | None,
+    out: Path | None,
+    tries: int,
 ) -> None:
     """Boot, load, break, heal, drain, check."""
-    means, missing = preflight()
+    means, missing = preflight(store)
     for sentence in missing:
         click.echo(f"{sentence}; the kinds that need it are left out")
     try:
-        plan = read(schedule) if schedule else make(seed, minutes, profile, kinds(profile, means))
+        drawn = kinds(profile, means, store)
+        plan = read(schedule) if schedule else make(seed, minutes, profile, drawn, store)
     except BadSchedule as error:
         raise click.UsageError(str(error)) from None
-    unknown = {fault.kind for fault in plan.faults} - kinds("full", means).keys()
+    unknown = {fault.kind for fault in plan.faults} - kinds("full", means, plan.store).keys()
     if unknown:
         raise click.UsageError(f"this plan has kinds that cannot be had here: {', '.join(sorted(unknown))}")
     folder = out or Path(tempfile.mkdtemp(prefix="idemp-chaos-"))

@@ -24,19 +24,21 @@ def write(outcome: Outcome, commit: str) -> None:
         "seed": plan.seed,
         "minutes": plan.minutes,
         "profile": plan.profile,
+        "store": plan.store,
         "commit": commit,
         **verdict.as_json(),
     }
     (folder / "verdict.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "report.md").write_text("\n".join(_report(outcome, commit)) + "\n")
-    title = f"seed {plan.seed}, {plan.minutes:g} minutes, {plan.profile}: {verdict.result}"
+    title = f"seed {plan.seed}, {plan.minutes:g} minutes, {plan.profile}, {plan.store}: {verdict.result}"
     picture = timeline(merged(folder), lines_of(folder / "ledger"))
     (folder / "timeline.svg").write_text(draw(picture, title))
 
 
 def _report(outcome: Outcome, commit: str) -> Iterator[str]:
     verdict, plan = outcome.verdict, outcome.schedule
-    yield f"# {verdict.result}: seed {plan.seed}, {plan.minutes:g} minutes, {plan.profile}, at {commit}"
+    which = f"seed {plan.seed}, {plan.minutes:g} minutes, {plan.profile}, {plan.store}"
+    yield f"# {verdict.result}: {which}, at {commit}"
     yield ""
     yield "![the run](timeline.svg)"
     yield ""

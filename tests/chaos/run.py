@@ -21,6 +21,7 @@ from idemp.errors import IdempError
 from idemp.ports import Store, Transport
 from tests.chaos import dump
 from tests.chaos.faults import KINDS, Fault
+from tests.chaos.ground import GROUNDS
 from tests.chaos.schedule import PROFILES, Planned, Profile, Schedule
 from tests.chaos.stage import (
     ATTEMPTS,
@@ -28,7 +29,6 @@ from tests.chaos.stage import (
     HANDLER,
     PREFETCH,
     QUEUE,
-    SERVICE,
     Stage,
     listener,
     rabbitmqctl,
@@ -77,7 +77,7 @@ class Outcome:
     schedule: Schedule
 
 
-def preflight() -> tuple[set[str], list[str]]:
+def preflight(store: str = "etcd") -> tuple[set[str], list[str]]:
     """The means that are here, and a sentence for each that is missing."""
     here = {"strace": SERVERS["strace"].path(), "rabbitmqctl": rabbitmqctl()}
     means = {name for name, path in here.items() if path}
@@ -85,17 +85,18 @@ def preflight() -> tuple[set[str], list[str]]:
     if os.geteuid() != 0:
         means.discard("strace")
         missing.append("not root, so no process can be traced")
-    if not all(SERVERS[server].path() for server in ("etcd", "rabbitmq")):
-        missing.append("etcd or rabbitmq-server is not here: `make servers` brings them")
+    if not all(SERVERS[server].path() for server in (store, "rabbitmq")):
+        missing.append(f"{store} or rabbitmq is not here: `make servers` brings them")
     return means, missing
 
 
-def kinds(profile: str, means: set[str]) -> dict[str, Any]:
-    """The kinds that a profile draws from and the means allow."""
+def kinds(profile: str, means: set[str], store: str = "etcd") -> dict[str, Any]:
+    """The kinds that a profile draws from, the means allow, and ``store`` can meet."""
+    others = GROUNDS.keys() - {store}
     return {
         name: kind.span
         for name, kind in KINDS.items()
-        if kind.needs <= means and (kind.quick or profile != "quick")
+        if kind.needs <= means and (kind.quick or profile != "quick") and name.partition(".")[0] not in others
     }
 
 
@@ -106,8 +107,8 @@ def run(schedule: Schedule, folder: Path, say: Say) -> Outcome:
     profile = PROFILES[schedule.profile]
     left: Left
     with ExitStack() as stack:
-        say("boot: three etcd members, a broker, consumers")
-        stage = stack.enter_context(Stage(folder, schedule.seed, profile.rate))
+        say(f"boot: {schedule.store}, a broker, consumers")
+        stage = stack.enter_context(Stage(folder, schedule.seed, profile.rate, schedule.store))
         stack.enter_context(_sampling(stage))
         if not _warm(stage, profile):
             say("the load never reached its floor")
@@ -242,7 +243,7 @@ def _end(stage: Stage, say: Say) -> Left:
             found.append(Finding("I16", "", f"{waiting} messages still wait in the queue"))
         left.dump = dump.states(store, HANDLER)
     left.dead = dump.dead_letters(stage.broker.url, DEAD)
-    left.changes = dump.changes(stage.cluster.endpoints, SERVICE)
+    left.changes = stage.ground.changes()
     return left
 
 
@@ -279,7 +280,7 @@ def _crashes(stage: Stage) -> Iterator[Finding]:
 def _keep_logs(stage: Stage, folder: Path) -> None:
     """What the servers said last, and how consumers ended."""
     (folder / "ends.json").write_text(json.dumps(stage.replicas.ends))
-    ports = {f"etcd-{number}": member.port for number, member in enumerate(stage.cluster.members)}
+    ports = {f"store-{number}": port for number, port in enumerate(stage.ground.ports())}
     for name, port in {**ports, "rabbitmq": stage.broker.port}.items():
         with suppress(OSError):
             keeper = status_of(listener(port), "PPid")

@@ -65,18 +65,22 @@ PROFILES: Mapping[str, Profile] = {
 }
 
 
+STORES = ("etcd", "postgresql", "redis")
+
+
 class BadSchedule(Exception):
     """A file that is no schedule; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The plan of one run."""
+    """The plan of one run, on one store."""
 
     seed: int
     minutes: float
     profile: str
     faults: Sequence[Planned]
+    store: str = "etcd"
 
     def write(self, file: Path) -> None:
         plan = {**asdict(self), "faults": [fault._asdict() for fault in self.faults]}
@@ -100,12 +104,14 @@ def read(file: Path) -> Schedule:
         found = Schedule(faults=faults, **plan)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadSchedule(f"{file} is no schedule: {error}") from None
+    if found.store not in STORES:
+        raise BadSchedule(f"{file} names the store {found.store!r}; there are {', '.join(STORES)}")
     if found.profile not in PROFILES:
         raise BadSchedule(f"{file} names the profile {found.profile!r}; there are {', '.join(PROFILES)}")
     return found
 
 
-def make(seed: int, minutes: float, profile: str, kinds: Mapping[str, Span]) -> Schedule:
+def make(seed: int, minutes: float, profile: str, kinds: Mapping[str, Span], store: str = "etcd") -> Schedule:
     """Every kind in turn, in an order of its own each time, until the time is over."""
     dice = random.Random(f"{seed} {profile}")
     _, _, stretch, free, two = PROFILES[profile]
@@ -128,7 +134,7 @@ def make(seed: int, minutes: float, profile: str, kinds: Mapping[str, Span]) -> 
             faults.append(Planned(round(at + later, 2), kind, seconds, dice.randrange(1000)))
             longest = max(longest, later + seconds)
         at += longest + max(GAP, longest * free)
-    return Schedule(seed=seed, minutes=minutes, profile=profile, faults=faults)
+    return Schedule(seed=seed, minutes=minutes, profile=profile, faults=faults, store=store)
 
 
 class _Cards:

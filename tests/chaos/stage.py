@@ -1,4 +1,4 @@
-"""Everything that a run needs: three etcd members, a broker, proxies before them, consumers, a publisher."""
+"""Everything that a run needs: a store's servers, a broker, proxies before them, consumers, a publisher."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from idemp import open_transport
-from idemp.stores.etcd_client import Client
+from tests.chaos.ground import GROUNDS, NAMESPACE, OnEtcd
 from tests.chaos.publisher import Publishing, Settings
 from tests.proxy import Proxy
 from tests.reliability.history import History
 from tests.reliability.nursery import Nursery, Spec
-from tests.servers import Etcd, RabbitMQ
+from tests.servers import RabbitMQ
 from tests.servers.catalog import SERVERS
 
 T = TypeVar("T")
-SERVICE = "chaos"
+SERVICE = NAMESPACE
 QUEUE = f"{SERVICE}-queue"
 DEAD = f"{QUEUE}.dead"
 EXCHANGE = "events"
 HANDLER = f"{SERVICE}.new_order"
-SESSION = 3.0
-"""Seconds of silence after which a consumer's claims are in doubt."""
 CONSUMERS = 3
 PREFETCH = 64
 ATTEMPTS = 5
@@ -174,23 +172,20 @@ class Replicas:
 class Stage:
     """Started by `with`; nothing of it is left at the end, however that comes."""
 
-    def __init__(self, folder: Path, seed: int, rate: float) -> None:
+    def __init__(self, folder: Path, seed: int, rate: float, store: str) -> None:
         self.folder, self._seed, self._rate = folder, seed, rate
+        self.ground = GROUNDS[store]()
         self._stack = ExitStack()
         self.nemesis = History(folder, "nemesis")
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.cluster = stack.enter_context(Etcd(members=3))
+            stack.enter_context(self.ground)
             self.broker = stack.enter_context(RabbitMQ())
-            self.doors = [
-                stack.enter_context(Proxy(member.port, seed=self._seed)) for member in self.cluster.members
-            ]
+            self.doors = [stack.enter_context(Proxy(port, seed=self._seed)) for port in self.ground.ports()]
             self.broker_door = stack.enter_context(Proxy(self.broker.port, seed=self._seed))
             self.publisher_door = stack.enter_context(Proxy(self.broker.port, seed=self._seed))
             self._declare()
-            self.admin = Client(self.cluster.endpoints)
-            stack.callback(self.admin.close)
             nursery = stack.enter_context(Nursery())
             self.replicas = Replicas(nursery, self._spec(), CONSUMERS)
             stack.callback(self.replicas.stop)
@@ -206,9 +201,7 @@ class Stage:
 
     def url(self, *, direct: bool = False) -> str:
         """The store's, for consumers through the proxies."""
-        ports = [member.port for member in self.cluster.members] if direct else [d.port for d in self.doors]
-        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-        return f"etcd://{hosts}/{SERVICE}?session={SESSION:.0f}s"
+        return self.ground.url(self.ground.ports() if direct else [door.port for door in self.doors])
 
     def _amqp(self, door: Proxy) -> str:
         return f"amqp://guest:guest@127.0.0.1:{door.port}/"
@@ -242,6 +235,12 @@ class Stage:
 
     # ---------------------------------------------------------------- what faults ask
 
+    @property
+    def etcd(self) -> OnEtcd:
+        """The members, for what befalls only them."""
+        assert isinstance(self.ground, OnEtcd)
+        return self.ground
+
     def effects(self) -> int:
         """Bytes of the ledger: it grows with every effect."""
         ledger = self.folder / "ledger"
@@ -250,7 +249,7 @@ class Stage:
     def term(self) -> int:
         """The highest that a member tells of: it grows with every election."""
         terms = [0]
-        for member in self.cluster.members:
+        for member in self.etcd.cluster.members:
             with suppress(OSError):
                 terms.append(int(member.call("/v3/maintenance/status").get("raftTerm", 0)))
         return max(terms)

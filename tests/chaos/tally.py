@@ -21,7 +21,7 @@ def line_of(folder: Path) -> dict[str, Any]:
     counts = verdict["counts"]
     return {
         "date": datetime.fromtimestamp(file.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M"),
-        **{name: verdict[name] for name in ("seed", "minutes", "profile", "commit")},
+        **{name: verdict[name] for name in ("seed", "minutes", "profile", "store", "commit")},
         "messages": counts["attempted"],
         "publications": counts["publications"],
         "deliveries": counts["deliveries"],

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tests.chaos.faults import broker, consumers, etcd, messages, network
+from tests.chaos.faults import broker, consumers, etcd, messages, network, servers
 from tests.chaos.faults.kind import Fault, Kind
 
 __all__ = ["KINDS", "Fault", "Kind"]
@@ -11,6 +11,7 @@ KINDS: Mapping[str, Kind] = {
     **consumers.KINDS,
     **messages.KINDS,
     **etcd.KINDS,
+    **servers.KINDS,
     **broker.KINDS,
     **network.KINDS,
 }

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 from tests.chaos.faults.kind import Fault, Kind, Witness
+from tests.chaos.ground import SESSION
 from tests.chaos.schedule import Span
-from tests.chaos.stage import SESSION, stopped, until
+from tests.chaos.stage import stopped, until
 
 _BUSY = """
 import os, sys, time

@@ -13,8 +13,9 @@ from idemp.errors import StoreUnavailable
 from idemp.stores.etcd_client import Client, Compacted, LeaseNotFound, NoSpace
 from idemp.stores.etcd_replica import Layout
 from tests.chaos.faults.kind import Fault, Kind, Witness
+from tests.chaos.ground import NAMESPACE, SESSION
 from tests.chaos.schedule import Span
-from tests.chaos.stage import SERVICE, SESSION, Stage, until
+from tests.chaos.stage import Stage, until
 from tests.servers.etcd import Member
 
 WAKE = "/chaos/wake"
@@ -38,7 +39,7 @@ class OfMember(Fault):
         self._leads = leads
 
     def choose(self) -> Member:
-        members, leader = self.stage.cluster.members, self.stage.cluster.leader()
+        members, leader = self.stage.etcd.cluster.members, self.stage.etcd.cluster.leader()
         self._term = self.stage.term()
         others = [member for number, member in enumerate(members) if number != leader]
         return members[leader] if self._leads else others[self.pick % len(others)]
@@ -121,7 +122,7 @@ class QuorumLost(Fault):
     """Two of three are killed."""
 
     def inject(self) -> None:
-        members = self.stage.cluster.members
+        members = self.stage.etcd.cluster.members
         left = self.pick % len(members)
         self._lost = [member for number, member in enumerate(members) if number != left]
         for member in self._lost:
@@ -129,7 +130,7 @@ class QuorumLost(Fault):
 
     def witness(self) -> Witness:
         try:
-            self.stage.admin.put(WAKE, b"", timeout=0.5)
+            self.stage.etcd.admin.put(WAKE, b"", timeout=0.5)
         except StoreUnavailable as error:
             return {"put": str(error)}
         return None
@@ -145,14 +146,14 @@ class LeaderMoved(Fault):
     """The leader hands over."""
 
     def inject(self) -> None:
-        members, leader = self.stage.cluster.members, self.stage.cluster.leader()
+        members, leader = self.stage.etcd.cluster.members, self.stage.etcd.cluster.leader()
         other = members[(leader + 1 + self.pick % 2) % 3]
         self._wanted = ask(other, "status")["header"]["member_id"]
         ask(members[leader], "transfer-leadership", targetID=self._wanted)
 
     def witness(self) -> Witness:
         def leads() -> bool:
-            now = self.stage.cluster.members[self.stage.cluster.leader()]
+            now = self.stage.etcd.cluster.members[self.stage.etcd.cluster.leader()]
             return bool(ask(now, "status")["header"]["member_id"] == self._wanted)
 
         return {"leader": self._wanted} if until(leads, _PATIENCE) else None
@@ -163,7 +164,7 @@ class Defragmented(Fault):
 
     def inject(self) -> None:
         self._done = 0
-        for member in self.stage.cluster.members:
+        for member in self.stage.etcd.cluster.members:
             ask(member, "defragment")
             self._done += 1
 
@@ -175,12 +176,12 @@ class CompactedNow(Fault):
     """Up to the present: whoever watches from earlier cannot go on."""
 
     def inject(self) -> None:
-        self._revision = self.stage.admin.put(WAKE, b"").revision
-        self.stage.admin.compact(self._revision)
+        self._revision = self.stage.etcd.admin.put(WAKE, b"").revision
+        self.stage.etcd.admin.compact(self._revision)
 
     def witness(self) -> Witness:
         try:
-            self.stage.admin.compact(self._revision)
+            self.stage.etcd.admin.compact(self._revision)
         except Compacted as error:
             return {"revision": self._revision, "again": str(error)}
         return None
@@ -190,11 +191,11 @@ class Revoked(Fault):
     """An administrator ends every session's lease."""
 
     def inject(self) -> None:
-        pairs = self.stage.admin.range(Layout(SERVICE).sessions, prefix=True).pairs
+        pairs = self.stage.etcd.admin.range(Layout(NAMESPACE).sessions, prefix=True).pairs
         self._revoked = 0
         for pair in pairs:
             with suppress(LeaseNotFound):
-                self.stage.admin.lease_revoke(pair.lease)
+                self.stage.etcd.admin.lease_revoke(pair.lease)
                 self._revoked += 1
 
     def witness(self) -> Witness:
@@ -205,17 +206,17 @@ class Full(Fault):
     """The alarm of a full database: only reads and deletes are taken."""
 
     def inject(self) -> None:
-        self._member = self.stage.cluster.members[self.pick % 3]
+        self._member = self.stage.etcd.cluster.members[self.pick % 3]
         self._id = ask(self._member, "status")["header"]["member_id"]
         self._say("ACTIVATE")
 
     def _say(self, action: str) -> None:
-        member = self.stage.cluster.members[self.stage.cluster.leader()]
+        member = self.stage.etcd.cluster.members[self.stage.etcd.cluster.leader()]
         ask(member, "alarm", action=action, alarm="NOSPACE", memberID=self._id)
 
     def witness(self) -> Witness:
         try:
-            self.stage.admin.put(WAKE, b"")
+            self.stage.etcd.admin.put(WAKE, b"")
         except NoSpace as error:
             return {"put": str(error)}
         return None
@@ -224,7 +225,7 @@ class Full(Fault):
         def off() -> bool:
             with suppress(OSError, StoreUnavailable):
                 self._say("DEACTIVATE")
-                self.stage.admin.put(WAKE, b"")
+                self.stage.etcd.admin.put(WAKE, b"")
                 return True
             return False
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from tests.chaos.faults.kind import Fault, Kind, Witness
+from tests.chaos.ground import SESSION
 from tests.chaos.schedule import Span
-from tests.chaos.stage import SESSION, Stage
+from tests.chaos.stage import Stage
 
 _WORD = 40.0
 """Seconds that the broker's word may take: another fault may hold it up."""
