@@ -33,9 +33,9 @@ lint: $(READY) ## ruff and mypy
 bench: $(READY) ## measure
 	@$(BIN)/python -m bench $(ARGS)
 
-chaos: $(READY) ## break everything for MINUTES by the plan of SEED; PROFILE=quick, full or soak; ARGS='--out DIR'
+chaos: $(READY) ## break everything for MINUTES by the plan of SEED; PROFILE=quick, full or soak; STORE=redis; ARGS='--out DIR'
 	@$(BIN)/python -m tests.chaos run --seed $(or $(SEED),1) --minutes $(or $(MINUTES),3) \
-		--profile $(or $(PROFILE),quick) $(ARGS)
+		--profile $(or $(PROFILE),quick) --store $(or $(STORE),etcd) $(ARGS)
 
 lock: ## pin every dependency anew, for every platform, with its hashes
 	@$(PYTHON) -m venv .venv/lock

@@ -195,6 +195,26 @@ def test_a_progress_bar_on_a_terminal(desk: Stand, bound: str, tmp_path: Path) -
         assert ("100%" in shown) == bar, shown
 
 
+_PATIENT = """
+import threading
+from idemp.cli.options import patience
+with patience("reading a store", 0.1):
+    threading.Event().wait({seconds})
+"""
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.6, True), (0.0, False)])
+def test_a_word_on_a_terminal_while_a_store_is_read(seconds: float, told: bool) -> None:
+    """Not if it comes at once, and never in a pipe."""
+    command = [sys.executable, "-c", _PATIENT.format(seconds=seconds)]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, env=environment(), stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        assert ("reading a store" in _everything(ours)) == told
+        assert process.wait(PATIENCE) == 0
+    assert subprocess.run(command, env=environment(), capture_output=True, check=True).stderr == b""
+
+
 def _everything(terminal: int) -> str:
     """What is written to a terminal until nobody has it open."""
     shown = b""

@@ -6,6 +6,7 @@ import getpass
 import re
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ import click
 
 from idemp.errors import ConfigError, IdempError
 from idemp.ports import Store, Transport
-from idemp.settings import duration, split
+from idemp.settings import duration, hidden, split
 from idemp.stores import check_exists, open_store
 from idemp.transports import open_transport
 
@@ -97,6 +98,25 @@ def bar(length: int, what: str) -> Iterator[Callable[[int], None]]:
         yield shown.update
 
 
+@contextmanager
+def patience(what: str, after: float = 1.0) -> Iterator[None]:
+    """A word on a terminal while ``what`` takes longer than ``after`` seconds; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    status = Console(stderr=True).status(what)
+    timer = threading.Timer(after, status.start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
+
+
 def key(text: str) -> str:
     """An option's type: a key as `escaped` prints it; text that is no escape stands for itself."""
     try:
@@ -142,7 +162,7 @@ def store_at(url: str) -> Iterator[Store]:
         check_exists(url)
         store = open_store(_without_wishes(url))
     with closing(store):
-        with about("--store (IDEMP_STORE)"):
+        with about("--store (IDEMP_STORE)"), patience(f"reading {hidden(url)}"):
             store.apply([])
         yield store
 
