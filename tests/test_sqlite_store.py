@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -260,6 +260,23 @@ def test_an_idle_duplicate_costs_no_write(make: Any, wire: Wire) -> None:
     for _ in range(100):
         store.apply([Claim("a")] * 10)
     assert wire.commits == before
+
+
+def test_a_single_duplicate_waits_for_no_writer(make: Any, tmp_path: Path) -> None:
+    """While another process is in the middle of a transaction; a key that is not done waits for it."""
+    store = make()
+    [claimed] = store.apply([Claim("a")])
+    store.apply([Complete("a", claimed.token, b"1")])
+    other = sqlite3.connect(tmp_path / "seen.db", check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    [done] = store.apply([Claim("a")])
+    assert (type(done), done.result) == (Done, b"1")
+    with ThreadPoolExecutor(1) as pool:
+        fresh = pool.submit(store.apply, [Claim("b")])
+        assert not wait([fresh], 0.3).done
+        other.execute("ROLLBACK")
+        assert isinstance(fresh.result(20)[0], Claimed)
+    other.close()
 
 
 def test_threads_share_commits(make: Any, wire: Wire) -> None:
