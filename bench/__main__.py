@@ -66,8 +66,10 @@ def factors(
 
 
 def _chosen(every: Sequence[Cell], only: str) -> list[Cell]:
-    wanted = [cell for cell in every if only in cell.name]
-    needed = {name for cell in wanted for name in (cell.name, *cell.over)}
+    over = {cell.name: cell.over for cell in every}
+    needed = {name for name in over if only in name}
+    while more := {base for name in needed for base in over[name]} - needed:
+        needed |= more
     return [cell for cell in every if cell.name in needed]
 
 
