@@ -2,17 +2,27 @@
 
 The thread that finds nobody committing leads.  When its commit is over, it wakes those it
 committed for, and hands the lead to the first of those who came meanwhile.
+
+Threads that do one call after another would so fall into two halves that take turns, each waiting for
+the other's commit.  So who leads waits a moment for those who were just served, as long as that
+pays: they come back at once, or they are not waited for again for a while.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from idemp.ports import Op, Reply
 
 Commit = Callable[[Sequence[Op]], list[Reply]]
+
+MOMENT = 0.5
+"""Of the time that a commit takes, that its leader waits for others to join it."""
+ALONE = 16
+"""Commits that do not wait, after one that waited for nobody."""
 
 
 class _Slot:
@@ -33,18 +43,34 @@ class _Slot:
 
 
 class GroupCommit:
-    """Calls ``commit`` with everything that gathered while the previous commit was under way."""
+    """Calls ``commit`` with everything that gathered while the previous commit was under way.
 
-    def __init__(self, commit: Commit) -> None:
-        self._commit = commit
+    clock: seconds that never go back.  pause: waits so many seconds for a lock; whether it came free.
+    """
+
+    def __init__(
+        self,
+        commit: Commit,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        pause: Callable[[threading.Lock, float], bool] = lambda lock, seconds: lock.acquire(timeout=seconds),
+    ) -> None:
+        self._commit, self._clock, self._pause = commit, clock, pause
         self._lock = threading.Lock()
         self._led = False
         self._waiting: list[_Slot] = []
+        self._took = 0.0  # the last commit, seconds
+        self._callers = 0  # who was in it, and who came meanwhile
+        self._alone = 0
+        self._wanted = 0  # so many, for the leader to go on; 0 while it does not wait
+        self._enough = threading.Lock()
+        self._enough.acquire()
 
     def apply(self, ops: Sequence[Op]) -> list[Reply]:
         """The replies to ``ops``, after a commit that had them in it; raises what it raised."""
         slot = _Slot(ops)
         if self._leads(slot):
+            self._gather(slot)
             self._lead()
         if slot.replies is None:
             assert slot.error is not None
@@ -70,6 +96,9 @@ class GroupCommit:
             if not self._led:
                 self._led = True
                 return True
+            if len(self._waiting) == self._wanted:
+                self._wanted = 0
+                self._enough.release()
         try:
             slot.sleeping.acquire()
         except BaseException:
@@ -87,7 +116,36 @@ class GroupCommit:
         if handed:
             self._hand_over()
 
+    def _gather(self, mine: _Slot) -> None:
+        """Wait a moment for those who were just served, if they used to come back at once."""
+        with self._lock:
+            before, wanted = len(self._waiting), self._callers
+            if before >= wanted or self._alone:
+                self._alone = max(0, self._alone - 1)
+                return
+            self._wanted = wanted
+        try:
+            if self._pause(self._enough, self._took * MOMENT):
+                return
+        except BaseException:
+            self._stop_waiting()
+            with self._lock:
+                self._waiting.remove(mine)
+            self._hand_over()
+            raise
+        if self._stop_waiting() - before < (wanted - before) / 2:
+            self._alone = ALONE
+
+    def _stop_waiting(self) -> int:
+        """How many are there."""
+        with self._lock:
+            if not self._wanted:  # the last came just now
+                self._enough.acquire()
+            self._wanted = 0
+            return len(self._waiting)
+
     def _lead(self) -> None:
+        began = self._clock()
         with self._lock:
             slots = [slot for slot in self._waiting if not slot.alone]
             self._waiting = [slot for slot in self._waiting if slot.alone]
@@ -101,6 +159,9 @@ class GroupCommit:
             for slot in slots:
                 slot.replies = replies[start : start + len(slot.ops)]
                 start += len(slot.ops)
+        self._took = self._clock() - began
+        with self._lock:
+            self._callers = len(slots) + sum(not slot.alone for slot in self._waiting)
         self._hand_over()
         for slot in slots:
             slot.sleeping.release()

@@ -280,6 +280,13 @@ MUTANTS = (
         unit("test_pipeline.py::test_what_memory_knows_to_be_done_is_acknowledged_without_asking"),
     ),
     Mutant(
+        "an interrupted leader hands the lead over",
+        "stores/group.py",
+        "            self._hand_over()\n            raise\n        if self._stop",
+        "            raise\n        if self._stop",
+        unit("test_group.py::test_an_interrupted_leader_leaves_the_lead"),
+    ),
+    Mutant(
         "a memory that is not trusted recalls nothing",
         "stores/etcd.py",
         "return replica.journal.done(key) if replica.trusted else None",
