@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from typing import Any
 import click
 
 from idemp.audit.auditor import Auditor, described, judge_of
+from idemp.audit.buckets import Pair, moment
 from idemp.audit.config import Config, configured
-from idemp.audit.judge import Judge, Row, State, Verdict, shown
+from idemp.audit.explain import Asker, Difference, NoAnswer, differences
+from idemp.audit.judge import MESSAGES, Judge, Row, State, Verdict, shown
 from idemp.audit.state import AuditState
+from idemp.audit.tallies import Tallies
 from idemp.cli.keys import age
-from idemp.cli.options import about, escaped, json_option
+from idemp.cli.options import Duration, about, escaped, json_option, key
 from idemp.errors import ConfigError
 from idemp.transports import open_transport
 
@@ -88,6 +91,61 @@ def status(file: str | None, as_json: bool) -> int:
     return 0 if all(verdict.state is State.OK for *_, verdict in found) else 1
 
 
+@audit.command()
+@click.argument("field")
+@click.argument("file", metavar="[CONFIG.YAML]", required=False)
+@click.option("--wait", type=Duration(), default="10s", show_default=True, help="How long who is asked has.")
+@json_option
+def explain(field: str, file: str | None, wait: float, as_json: bool) -> int:
+    """Name the messages in which the copies of FIELD differ; exit code 1 if there are any.
+
+    Asks the services over the broker.  FIELD is of type messages.
+    """
+    config = settings(file)
+    with closing(_state(config, reading=True)) as state:
+        judge = judge_of(config, 0.0)
+        judge.restore([Row(*row) for row in state.rows()])
+    pairs = judge.pairs(field)
+    if not pairs:
+        raise ConfigError(_no_messages(config, field))
+    with about("dsn"):
+        transport = open_transport(config.dsn)
+    with closing(transport):
+        with about("dsn"):
+            transport.connect()
+            asker = Asker(transport, config.exchange, patience=wait)
+        found = [(pair, each) for pair in pairs for each in _asked(pair, judge, asker)]
+    if as_json:
+        click.echo(
+            json.dumps({"field": pairs[0].field, "differences": [_difference(*each) for each in found]})
+        )
+    else:
+        _explain(pairs, found)
+    return 1 if found else 0
+
+
+@audit.command()
+@click.argument("tallies", metavar="FILE")
+@click.argument("kind", metavar="TYPE")
+@click.argument("id", type=key)
+@click.argument("times", type=click.IntRange(min=0))
+@click.option("--length", type=Duration(), default="60s", show_default=True, help="Of the file's buckets.")
+@click.option(
+    "--at", type=float, help="When it was published, in seconds since 1970, if FILE has no such id."
+)
+def correct(tallies: str, kind: str, id: str, times: int, length: float, at: float | None) -> None:
+    """Say how often the effect of a message is there, after it was mended by hand.
+
+    FILE is the one in which the service counts.  A service that runs tells the auditor by itself.
+    """
+    if not Path(tallies).exists():
+        raise ConfigError(f"there is no file {tallies}; name the one that the service's Tallies were given")
+    counted = Tallies(tallies, length=int(length), alone=False)
+    with closing(counted):
+        before, _ = counted.correct(kind, id, times, at)
+    click.echo(f"{escaped(id)} counts {times} times; before it were {before}")
+
+
 # ------------------------------------------------------------------ settings
 
 
@@ -131,6 +189,56 @@ def _ready(config: Config, as_json: bool) -> None:
         _line({"event": "ready", "queue": config.consumer_queue, "exchange": config.exchange})
     else:
         click.echo(f"audit: taking reports from {config.consumer_queue}; Ctrl-C ends it", err=True)
+
+
+def _no_messages(config: Config, field: str) -> str:
+    kinds = {each.name.lower(): each.kind for each in config.fields}
+    if field.lower() in kinds:
+        return f"{field} is of type {kinds[field.lower()]}; only a field of type messages has ids to name"
+    counted = [each.name for each in config.fields if each.kind == MESSAGES]
+    return f"no field {field!r} is audited; of type messages are: {', '.join(counted) or 'none'}"
+
+
+def _asked(pair: Pair, judge: Judge, asker: Asker) -> Iterator[Difference]:
+    """Of the buckets that are not settling any more."""
+    for who in (pair.owner, pair.replica):
+        if not judge.buckets.asked(who):
+            raise NoAnswer(f"{who} has never reported a tally, so it cannot be asked")
+    lower, upper = judge.buckets.told(pair)
+    between = lower, min(upper, time.time() - pair.settle)
+    return differences(pair, judge.buckets.asked, asker, between)
+
+
+def _difference(pair: Pair, found: Difference) -> dict[str, Any]:
+    return {
+        "owner": pair.owner,
+        "replica": pair.replica,
+        "start": found.start,
+        "length": pair.length,
+        "expected": found.expected.count,
+        "actual": found.actual.count,
+        "missing": found.missing,
+        "extra": found.extra,
+        "unsure": found.unsure,
+    }
+
+
+def _explain(pairs: Sequence[Pair], found: Sequence[tuple[Pair, Difference]]) -> None:
+    """The ids as they can be given to other commands."""
+    for pair in pairs:
+        if not any(each is pair for each, _ in found):
+            click.echo(f"{pair.field} of {pair.replica}: every closed bucket is that of {pair.owner}")
+    for pair, each in found:
+        counts = f"{each.actual.count} messages, {pair.owner} has {each.expected.count}"
+        where = f"bucket {moment(each.start)}, {pair.length} s"
+        click.echo(f"{pair.field} of {pair.replica}, {where}: {counts}")
+        for what, ids in (("missing", each.missing), ("extra", each.extra)):
+            for id, n in ids.items():
+                click.echo(f"  {what}  {escaped(id)}" + (f"  {n} times" if n > 1 else ""))
+        for id in each.unsure:
+            click.echo(f"  unsure   {escaped(id)}")
+    if any(each.missing for _, each in found):
+        click.echo("look a missing one up in the service's store: idemp get --store URL HANDLER/ID")
 
 
 def _line(told: Mapping[str, Any]) -> None:
