@@ -2,7 +2,8 @@
 
 A service counts in one or more instances, whose tallies add up.  A bucket is closed when it has ended
 for each instance of both services; it differs when count or checksum do.  What differs is given the
-field's ``settle`` seconds: a message may be on its way.
+field's ``settle`` seconds since it ended, since anything came to it, and since an instance started: a
+message may be on its way.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class _Instance:
     through: float
     since: float
     born: float
+    started: float
     ended: bool
     at: float
     heard: float
@@ -68,6 +70,7 @@ class Buckets:
             self._pairs[pair.field, pair.replica].append(pair)
         self._instances: dict[str, dict[str, _Instance]] = defaultdict(dict)
         self._parts: dict[tuple[str, str], dict[int, dict[str, Tally]]] = defaultdict(dict)
+        self._moved: dict[str, dict[int, float]] = defaultdict(dict)
         self._odd: dict[tuple[str, str], set[int]] = defaultdict(set)
         self.changed: dict[tuple[str, ...], None] = {}
         """Names of what is to be kept anew, or forgotten if it is not there any more."""
@@ -96,19 +99,21 @@ class Buckets:
         since = first if known is None else known.since
         through = max(report.through, known.through if known else 0.0)
         instances[report.instance] = _Instance(
-            report.number, through, since, report.born, report.ended, at, now
+            report.number, through, since, report.born, report.started, report.ended, at, now
         )
         self.changed["instance", report.service, report.instance] = None
         for kind, pair in kinds.items():
             for start, tally in report.tallies[kind].items():
-                self._put(pair.field, report.service, report.instance, start, tally)
+                self._put(pair.field, report.service, report.instance, start, tally, at)
 
     def _pair(self, kind: str, service: str) -> Pair | None:
         pair = self._fields.get(kind.lower())
         return pair if pair and (pair.field, service) in self._pairs else None
 
-    def _put(self, field: str, service: str, instance: str, start: int, tally: Tally) -> None:
+    def _put(self, field: str, service: str, instance: str, start: int, tally: Tally, at: float) -> None:
         self._parts[field, service].setdefault(start, {})[instance] = tally
+        moved = self._moved[field]
+        moved[start] = max(at, moved.get(start, 0.0))
         self.changed["tally", field, service, instance, str(start)] = None
         self._look(field, service, start)
 
@@ -140,6 +145,7 @@ class Buckets:
                 for instance in starts.pop(start):
                     self.changed["tally", field, service, instance, str(start)] = None
                 self._look(field, service, start)
+                self._moved[field].pop(start, None)
         for service, instances in self._instances.items():
             for name in [name for name, each in instances.items() if each.at < over]:
                 del instances[name]
@@ -160,7 +166,11 @@ class Buckets:
             return Found("settling", "no bucket is closed yet")
         odd = sorted(start for start in self._odd[pair.field, pair.replica] if lower <= start <= last)
         differ = [start for start in odd if not Tally.may_be(*self._both(pair, start))]
-        late = [start for start in differ if start + pair.length + pair.settle <= wall]
+        calm = wall - pair.settle
+        if any(each.started > calm for who in both for each in self._instances[who].values()):
+            calm = 0.0
+        moved = self._moved[pair.field]
+        late = [start for start in differ if max(start + pair.length, moved.get(start, 0.0)) <= calm]
         for finding, starts in (("differs", late), ("unsure", [x for x in odd if x not in differ])):
             if starts:
                 return self._found(finding, pair, starts)
@@ -215,24 +225,35 @@ class Buckets:
         match kind, about:
             case "instance", (service, name):
                 each = self._instances[service].get(name)
-                return each and [each.number, each.through, each.since, each.born, each.ended, each.at]
+                return each and [
+                    each.number,
+                    each.through,
+                    each.since,
+                    each.born,
+                    each.started,
+                    each.ended,
+                    each.at,
+                ]
             case "tally", (field, service, name, start):
                 part = self._parts[field, service].get(int(start), {}).get(name)
-                return part and [part.count, f"{part.checksum:x}", part.unsure]
+                moved = self._moved[field].get(int(start), 0.0)
+                return part and [part.count, f"{part.checksum:x}", part.unsure, moved]
         raise ValueError(kind)
 
     def restore(self, kind: str, about: Sequence[str], kept: Any) -> bool:
         """Whether anybody asks for it."""
         match kind, about:
             case "instance", [service, name] if any(service == who for _, who in self._pairs):
-                number, through, since, born, ended, at = kept
-                self._instances[service][name] = _Instance(number, through, since, born, ended, at, self._now)
+                number, through, since, born, started, ended, at = kept
+                self._instances[service][name] = _Instance(
+                    number, through, since, born, started, ended, at, self._now
+                )
                 return True
             case "tally", [field, service, name, start] if (field, service) in self._pairs:
-                count, checksum, unsure = kept
+                count, checksum, unsure, moved = kept
                 tally = Tally(count, int(checksum, 16), unsure)
-                self._parts[field, service].setdefault(int(start), {})[name] = tally
-                self._look(field, service, int(start))
+                self._put(field, service, name, int(start), tally, moved)
+                del self.changed["tally", field, service, name, start]
                 return True
         return False
 

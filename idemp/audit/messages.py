@@ -75,15 +75,16 @@ class TallyReport(NamedTuple):
     """A process of ``service`` tells its closed buckets that have changed.
 
     instance: its name, the same after a restart; number: of the report, growing.  born: when it began to
-    count.  length: seconds in a bucket.  through: all its buckets that end before are told, and those that
-    are in no report are empty.  ended: it counts no more for now.  first: nothing was told before.
-    Times in seconds since 1970.
+    count; started: when it began for the last time.  length: seconds in a bucket.  through: all its buckets
+    that end before are told, and those that are in no report are empty.  ended: it counts no more for now.
+    first: nothing was told before.  Times in seconds since 1970.
     """
 
     service: str
     instance: str
     number: int
     born: float
+    started: float
     length: int
     through: float
     ended: bool
@@ -121,6 +122,7 @@ def decoded(body: bytes) -> Report | TallyReport:
             _text(told["instance"]),
             _whole(told["number"]),
             float(told["born"]),
+            float(told["started"]),
             _whole(told["length"]),
             float(told["through"]),
             told["ended"] is True,

@@ -54,6 +54,7 @@ class Counted(Protocol):
 
     instance: str
     born: float
+    started: float
     length: int
 
     def add(self, runs: Sequence[Ran]) -> None: ...
@@ -164,6 +165,7 @@ class Tallier:
             tallies.instance,
             changed.number,
             tallies.born,
+            tallies.started,
             tallies.length,
             changed.through,
             ending,

@@ -82,7 +82,7 @@ class Tallies:
     ) -> None:
         if length < 1:
             raise ConfigError(f"length={length}: a bucket has at least one second")
-        self._path, self._wall = path, wall
+        self.path, self._wall = path, wall
         self._local = threading.local()
         self._opened: list[sqlite3.Connection] = []
         check_place(path)
@@ -94,7 +94,8 @@ class Tallies:
             raise
 
     def _open(self, length: int) -> None:
-        path, wall = self._path, self._wall
+        path, wall = self.path, self._wall
+        self.started = wall()
         with self._transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
@@ -147,7 +148,7 @@ class Tallies:
                 "SELECT start, n, unsure FROM ran WHERE kind = ? AND id = ?", (kind, id)
             ).fetchone()
             if found is None and at is None:
-                raise ConfigError(f"{id!r} is not counted in {self._path}; say --at, when it was published")
+                raise ConfigError(f"{id!r} is not counted in {self.path}; say --at, when it was published")
             place, n, unsure = found or (int((at or 0.0) // self.length) * self.length, 0, 0)
             self._change(db, [(place, kind, id, times - n, -unsure)])
             db.execute("DELETE FROM ran WHERE start = ? AND kind = ? AND id = ? AND n = 0", (place, kind, id))
@@ -264,7 +265,7 @@ class Tallies:
         """Of this thread."""
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
         if db is None:
-            db = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+            db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
             self._opened.append(db)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
@@ -277,8 +278,8 @@ class Tallies:
             yield
         except sqlite3.DatabaseError as error:
             if "not a database" in str(error):
-                raise ConfigError(f"{self._path} is no SQLite file; name another one") from None
-            raise StoreUnavailable(f"{self._path}: {error}") from None
+                raise ConfigError(f"{self.path} is no SQLite file; name another one") from None
+            raise StoreUnavailable(f"{self.path}: {error}") from None
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
