@@ -64,7 +64,7 @@ from idemp.ports import (
     Tallier,
     Transport,
 )
-from idemp.protocol import Ask, NotStarted, Protocol, Raised, Returned, Run
+from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ class Consumer:
             event = shell.inbox.popleft()
             if isinstance(event, _Broken):
                 raise event.error
-            if self._audit is not None and isinstance(event, Worked):
+            if self._audit is not None and isinstance(event, Worked | Transacted):
                 self._audit.ran(_effects(event))  # first, so that what is done is never missing there
             self._perform(pipeline.step(event, now), shell, report)
         if due is not None and due <= now:
@@ -332,14 +332,24 @@ class Consumer:
         self._meter.count(f"{self.service}_rejected", 0)
 
 
-def _effects(worked: Worked) -> list[Ran]:
+def _effects(ended: Worked | Transacted) -> list[Ran]:
     """Of these, what took effect."""
     runs = []
-    for flight, result in worked.results:
-        found = isinstance(result, Happened)
-        if (found or isinstance(result, Returned)) and (message := flight.message) is not None:
-            at = flight.delivery.properties.timestamp
-            runs.append(Ran(message.type, message.id, at, flight.unsure(), found))
+    for flight, result in ended.results:
+        match result:
+            case Returned():
+                unsure, found = flight.unsure(), False
+            case Ok():  # in a transaction, which nothing half done survives
+                unsure, found = False, False
+            case Happened():
+                unsure, found = flight.unsure(), True
+            case Skipped() if flight.delivery.redelivered:  # a kill may have come after the transaction
+                unsure, found = False, True
+            case _:
+                continue
+        assert flight.message is not None
+        at = flight.delivery.properties.timestamp
+        runs.append(Ran(flight.message.type, flight.message.id, at, unsure, found))
     return runs
 
 

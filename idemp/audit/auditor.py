@@ -39,6 +39,8 @@ BEHIND = 7 * 86400.0
 """Seconds that a report may be old, having waited in the queue."""
 
 Say = Callable[[Mapping[str, Any]], None]
+Shown = tuple[str, str, str, Verdict]
+"""Field, owner, replica, and the judgement."""
 
 
 class Keeper(Protocol):
@@ -80,6 +82,8 @@ def judge_of(config: Config, now: float) -> Judge:
 class Auditor:
     """Audits what ``config`` says.  say: told of each change, for a log.
 
+    show: given all of it at each judgement, and when that was, in seconds since 1970.
+
     Of one state file and one queue there must be one auditor: two would share the reports.
     """
 
@@ -90,10 +94,12 @@ class Auditor:
         state: Keeper,
         *,
         say: Say | None = None,
+        show: Callable[[float, Sequence[Shown]], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._transport, self._config, self._state = transport, config, state
         self._say: Say = say or (lambda _: None)
+        self._show = show or (lambda *_: None)
         self._clock = clock or Clock()
         self._services = config.services()
         self._stopping = threading.Event()
@@ -293,6 +299,9 @@ class Auditor:
         bodies = [status.encode() for status in told]
         self._state.save(self._judge.changes(), bodies, at=wall, tick=self._config.tick)
         self._say_changes(told, wall)
+        self._show(
+            wall, [(each.name, each.owner, who, verdict) for each, who, verdict in self._judge.verdicts()]
+        )
         if self._refused:
             refused, self._refused = self._refused, []
             self._declare()  # somebody may have deleted a queue of ours

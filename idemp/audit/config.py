@@ -36,6 +36,8 @@ class Config(NamedTuple):
     state: str = "audit.db"
     publish_unknown: bool = False
     owner_reports: bool = True
+    statsd: str = ""
+    prometheus: int | None = None
 
     def services(self) -> set[str]:
         """Everybody who holds a field."""
@@ -50,10 +52,11 @@ TEXTS = {
     "report_queue": "report_queue",
     "consumername": "consumer_name",
     "state": "state",
+    "statsd": "statsd",
 }
 """Key in the file -> name here."""
 SWITCHES = ("publish_unknown", "owner_reports")
-KEYS = ("dsn", *TEXTS, "tick", "keep", *SWITCHES, "data")
+KEYS = ("dsn", *TEXTS, "tick", "keep", "prometheus", *SWITCHES, "data")
 VALUED = ("samples", "tolerance")
 """Of a field that has values."""
 COUNTED = ("bucket", "settle")
@@ -95,13 +98,14 @@ class _Reader:
         switches = {name: self.switch(table[name], name) for name in SWITCHES if name in table}
         tick = self.seconds(table["tick"], "tick") if "tick" in table else 5.0
         keep = self.seconds(table["keep"], "keep") if "keep" in table else 86400.0
+        port = self.whole(table["prometheus"], "prometheus", 1, 65535) if "prometheus" in table else None
         dsn = self.text(table["dsn"], "dsn") if "dsn" in table else ""
         if dsn and "://" not in dsn:
             self.fault(table["dsn"], "dsn is no URL; write it like amqp://guest:guest@localhost:5672/")
         fields = self.fields(table["data"]) if "data" in table else ()
         if not fields and not self.faults:
             self.fault(table.get("data", root), "data names no field; there is nothing to audit")
-        return Config(dsn, fields, tick=tick, keep=keep, **texts, **switches)  # type: ignore[arg-type]
+        return Config(dsn, fields, tick=tick, keep=keep, prometheus=port, **texts, **switches)  # type: ignore[arg-type]
 
     def fields(self, node: Node) -> tuple[Field, ...]:
         if node.empty():

@@ -6,16 +6,19 @@ import base64
 import binascii
 import json
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import click
 
-from idemp.audit.auditor import Auditor, described, judge_of
+from idemp.audit.auditor import Auditor, Shown, described, judge_of
 from idemp.audit.buckets import Pair, moment
 from idemp.audit.config import Config, configured
 from idemp.audit.explain import Asker, Difference, NoAnswer, differences
@@ -25,6 +28,7 @@ from idemp.audit.tallies import Tallies
 from idemp.cli.keys import age
 from idemp.cli.options import Duration, about, escaped, json_option, key
 from idemp.errors import ConfigError
+from idemp.metrics import Lamp, PrometheusLamps, StatsdLamps
 from idemp.transports import open_transport
 
 FILES = ("config.json", "config.yaml", "config.yml")
@@ -40,21 +44,25 @@ def audit() -> None:
 @audit.command()
 @click.argument("file", metavar="[CONFIG.YAML]", required=False)
 @json_option
-def run(file: str | None, as_json: bool) -> None:
+@click.option("--influx", is_flag=True, help="For Telegraf: each judgement on stdout as InfluxDB has it.")
+def run(file: str | None, as_json: bool, influx: bool) -> None:
     """Audit until stopped, as CONFIG.YAML says.
 
     Without a file: the environment variable CONFIG, which is the file in base64, else config.json,
     config.yaml or config.yml of this folder.  DEBUG, if it is set at all, logs every report.
     """
+    if as_json and influx:
+        raise click.UsageError("--json and --influx both write to stdout; choose one.")
     config = settings(file)
     if logging.root.level > logging.INFO:
         logging.getLogger("idemp").setLevel(logging.DEBUG if "DEBUG" in os.environ else logging.INFO)
     with about("dsn"):
         transport = open_transport(config.dsn)
-    with closing(transport), closing(_state(config)) as state:
+    board = _Board(config.tick, influx)
+    with closing(transport), closing(_state(config)) as state, _lamps(config, board):
         with about("dsn"):
             transport.connect()
-        auditor = Auditor(transport, config, state, say=_line if as_json else None)
+        auditor = Auditor(transport, config, state, say=_line if as_json else None, show=board.show)
         auditor.run(ready=lambda: _ready(config, as_json))
 
 
@@ -179,6 +187,72 @@ def _text(file: str | None) -> tuple[str, str]:
 def _state(config: Config, *, reading: bool = False) -> AuditState:
     with about("state"):
         return AuditState(config.state, reading=reading)
+
+
+# ------------------------------------------------------------------ what is published
+
+
+class _Board:
+    """The last judgement, for those who show it from other threads."""
+
+    def __init__(self, tick: float, influx: bool) -> None:
+        self._tick, self._influx = tick, influx
+        self._last: tuple[float | None, Sequence[Shown]] = None, ()
+
+    def show(self, looked: float, found: Sequence[Shown]) -> None:
+        """Take a judgement."""
+        self._last = looked, found
+        if self._influx:
+            for each in found:
+                click.echo(line_protocol(looked, *each))
+
+    def lamps(self) -> tuple[float | None, list[Lamp]]:
+        """How it stands now; stale if the auditor is stuck."""
+        looked, found = self._last
+        since = None if looked is None else (looked, self._tick)
+        lamps = []
+        for field, owner, replica, verdict in found:
+            state = _honest(verdict, since, time.time()).state
+            lamps.append(Lamp(field, owner, replica, str(state), _float(verdict.difference)))
+        return looked, lamps
+
+
+@contextmanager
+def _lamps(config: Config, board: _Board) -> Iterator[None]:
+    states = [str(state) for state in State]
+    with ExitStack() as opened:
+        if config.statsd:
+            with about("statsd"):
+                opened.enter_context(closing(StatsdLamps(config.statsd, states, board.lamps)))
+        if config.prometheus is not None:
+            with about("prometheus"):
+                opened.enter_context(closing(PrometheusLamps(config.prometheus, states, board.lamps)))
+        yield
+
+
+def line_protocol(looked: float, field: str, owner: str, replica: str, verdict: Verdict) -> str:
+    """InfluxDB's: a measurement with tags, fields, and the time in nanoseconds."""
+    tags = "".join(
+        f",{name}={_tag(value)}" for name, value in (("field", field), ("owner", owner), ("replica", replica))
+    )
+    fields = [f'state="{verdict.state}"']
+    if verdict.status is not None:
+        fields.append(f"status={verdict.status}i")
+    if (apart := _float(verdict.difference)) is not None:
+        fields.append(f"difference={apart!r}")
+    return f"idemp_audit{tags} {','.join(fields)} {int(looked * 1000) * 1_000_000}"
+
+
+def _float(value: Decimal | None) -> float | None:
+    """As time series have it; None if it is too large for them."""
+    read = None if value is None else float(value)
+    return None if read is None or math.isinf(read) else read
+
+
+def _tag(value: str) -> str:
+    """No line of its own; what separates tags is escaped."""
+    plain = " ".join(value.split()).rstrip("\\") or "_"
+    return re.sub(r"([,= ])", r"\\\1", plain)
 
 
 # ------------------------------------------------------------------ what is shown
