@@ -55,7 +55,7 @@ def test_n5_a16_a_dead_auditor_is_stale_in_graphite(
         auditor = room.run()
         room.send(*(f'{{"service":"{who[0]}","data":{{"{unique}":{who[1:]}}}}}'.encode()
                     for who in SYNCHRONOUS.split()))  # fmt: skip
-        until(lambda: shown() == 1, shown)
+        until(lambda: shown() == 1, lambda: graphite.points(lamps, "-30s"))
         [ages] = graphite.points(looked, "-10s").values()
         assert 0 <= ages[max(ages)] <= 3 * TICK
         auditor.stop(signal.SIGKILL)
