@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,13 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idemp import Message, open_transport
+from idemp import Consumer, Message, idempotent, open_store, open_transport
 from idemp.audit.buckets import Buckets, Pair
 from idemp.audit.judge import Field, Judge, Row, State
 from idemp.audit.messages import Status, TallyReport, decoded
 from idemp.audit.tallies import Tallies
 from idemp.audit.tally import ANY, Tally, hashed, together
-from idemp.errors import BadMessage, ConfigError
+from idemp.errors import BadMessage, ConfigError, PermanentFailure
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Ran
 from idemp.transports import publish
@@ -417,13 +418,73 @@ def test_buckets_alone_know_who_never_reported() -> None:
     assert found.finding == "unheard"
 
 
+# ------------------------------------------------------------------ what a consumer counts
+
+
+class Counting:
+    """A tallier that only remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.runs: list[Ran] = []
+
+    def start(self, service: str) -> None:
+        self.calls.append(f"start {service}")
+
+    def ran(self, runs: Sequence[Ran]) -> None:
+        self.runs += runs
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+def test_a_consumer_counts_what_took_effect(tmp_path: Path, unique: str) -> None:
+    """Once for each run that returned, in a transaction or not; what is skipped or raises is not counted."""
+    audit = Counting()
+    store = open_store(f"sqlite:///{tmp_path}/seen.db")
+    with closing(store), closing(open_transport(f"memory://{unique}")) as transport:
+        consumer = Consumer(transport, service="s", audit=audit)
+        for kind in ("once", "inside", "plain", "bad"):
+
+            def handle(message: Message) -> None:
+                if message.type == "bad":
+                    raise PermanentFailure("no")
+
+            if kind != "plain":
+                handle = idempotent(store, name=kind, transaction=kind == "inside")(handle)
+            consumer.on(kind)(handle)
+        ready = threading.Event()
+        thread = threading.Thread(target=lambda: consumer.run(ready=ready.set))
+        thread.start()
+        assert ready.wait(PATIENCE)
+        kinds = ("once", "inside", "plain", "bad", "once", "inside", "plain")
+        sent = [Message(f"{kind}-1", kind) for kind in kinds]
+        with closing(open_transport(f"memory://{unique}")) as publisher:
+            publish(
+                publisher,
+                [Publication(each.encode(), each.properties(), "events", each.type) for each in sent],
+            )
+        until(lambda: len(audit.runs) >= 4, lambda: audit.runs)
+        consumer.stop()
+        thread.join(PATIENCE)
+    counted = sorted((run.type, run.id, run.unsure, run.found) for run in audit.runs)
+    assert counted == [
+        ("inside", "inside-1", False, False),
+        ("once", "once-1", False, False),
+        ("plain", "plain-1", False, False),
+        ("plain", "plain-1", False, False),
+    ]
+    assert all(run.at is not None and abs(run.at - time.time()) < 60 for run in audit.runs)
+    assert audit.calls == ["start s", "stop"]
+
+
 # ------------------------------------------------------------------ with services on a broker
 
 
 class Shop:
     """A broker, an auditor, and services that count."""
 
-    def __init__(self, url: str, folder: Path, name: str) -> None:
+    def __init__(self, url: str, folder: Path, name: str, settle: float) -> None:
         self.url, self.folder, self.name = url, folder, name
         self.file = folder / "config.yaml"
         self.programs: list[Program] = []
@@ -436,7 +497,7 @@ report_queue: {name}_out
 state: {folder}/audit.db
 tick: 100ms
 data:
-  new_order: {{type: messages, owner: shop, bucket: {LENGTH}s, settle: 1s, replicas: [billing: ]}}
+  new_order: {{type: messages, owner: shop, bucket: {LENGTH}s, settle: {settle:g}s, replicas: [billing: ]}}
 """)
 
     def start(self, *arguments: str, ready: str) -> Program:
@@ -522,8 +583,8 @@ data:
 
 
 @contextmanager
-def shop(url: str, folder: Path, name: str) -> Iterator[Shop]:
-    built = Shop(url, folder, name)
+def shop(url: str, folder: Path, name: str, *, settle: float = 1.0) -> Iterator[Shop]:
+    built = Shop(url, folder, name, settle)
     try:
         yield built
     finally:
@@ -575,8 +636,11 @@ def test_n3_three_lost_and_three_doubled_are_named(amqp_url: str, tmp_path: Path
 
 
 def test_kill_9_of_services_auditor_and_broker(own_rabbitmq: RabbitMQ, tmp_path: Path, unique: str) -> None:
-    """Nothing is called broken that is not: each message took effect once, and so the audit says."""
-    with shop(own_rabbitmq.url, tmp_path, unique) as room:
+    """Nothing is called broken that is not: each message took effect once, and so the audit says.
+
+    The time to settle is longer than a start takes and a dead session is waited for.
+    """
+    with shop(own_rabbitmq.url, tmp_path, unique, settle=20.0) as room:
         auditor = room.auditor()
         services = {name: room.service(name) for name in ("shop", "billing")}
         room.becomes("ok")

@@ -121,6 +121,9 @@ class Tallier:
         self._stopping.set()
         self._transport.wake()
         self._thread.join(2 * FAREWELL)
+        if self._thread.is_alive():
+            log.warning("%s: the broker does not answer; the next start tells what is counted", self._service)
+            return
         self._transport.close()
         with suppress(StoreUnavailable):
             self._tallies.close()
