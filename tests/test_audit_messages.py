@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -488,7 +489,7 @@ class Shop:
         self.url, self.folder, self.name = url, folder, name
         self.file = folder / "config.yaml"
         self.programs: list[Program] = []
-        self.last = 0.0
+        self.last, self.settle = 0.0, settle
         self.file.write_text(f"""
 dsn: {url}
 exchange: {name}
@@ -566,7 +567,7 @@ data:
 
     def settled(self) -> bool:
         """Whether all that was published is in buckets that are judged for good."""
-        return time.time() > self.last + 2 * LENGTH + 1 and str(self.state()["state"]) != "settling"
+        return time.time() > self.last + LENGTH + self.settle + 1 and str(self.state()["state"]) != "settling"
 
     def told(self) -> list[Status]:
         """The statuses that were told."""
@@ -636,11 +637,11 @@ def test_n3_three_lost_and_three_doubled_are_named(amqp_url: str, tmp_path: Path
 
 
 def test_kill_9_of_services_auditor_and_broker(own_rabbitmq: RabbitMQ, tmp_path: Path, unique: str) -> None:
-    """Nothing is called broken that is not: each message took effect once, and so the audit says.
+    """The effects are the witness: what a kill doubled is named and never ok, and nothing else is broken.
 
     The time to settle is longer than a start takes and a dead session is waited for.
     """
-    with shop(own_rabbitmq.url, tmp_path, unique, settle=20.0) as room:
+    with shop(own_rabbitmq.url, tmp_path, unique, settle=10.0) as room:
         auditor = room.auditor()
         services = {name: room.service(name) for name in ("shop", "billing")}
         room.becomes("ok")
@@ -660,12 +661,11 @@ def test_kill_9_of_services_auditor_and_broker(own_rabbitmq: RabbitMQ, tmp_path:
         for name in services:
             until(partial(room.reached, name, 600), partial(room.effects, name))
         until(room.settled, room.state)
-        doubled = {name: len(room.effects(name)) - 600 for name in services}
+        counted = {name: Counter(room.effects(name)) for name in services}
+        doubled = {id for each in counted.values() for id, n in each.items() if n > 1}
         seen, (_, found) = room.state(), room.explained()
         named = {id for each in found for id in (*each["extra"], *each["missing"], *each["unsure"])}
-        for name in services:
-            effects = room.effects(name)
-            assert {id for id in effects if effects.count(id) > 1} <= named, doubled
-        assert not any(each["missing"] and not each["unsure"] for each in found), found
-        assert seen["state"] in ("ok", "stale"), (seen, found, doubled)
-        assert 0 not in {told.status for told in room.told()}
+        assert doubled <= named
+        assert not doubled or seen["state"] != "ok", seen
+        assert {id for each in found for id in (*each["extra"], *each["missing"])} <= doubled
+        assert doubled or 0 not in {told.status for told in room.told()}
