@@ -641,7 +641,7 @@ def test_kill_9_of_services_auditor_and_broker(own_rabbitmq: RabbitMQ, tmp_path:
 
     The time to settle is longer than a start takes and a dead session is waited for.
     """
-    with shop(own_rabbitmq.url, tmp_path, unique, settle=10.0) as room:
+    with shop(own_rabbitmq.url, tmp_path, unique, settle=20.0) as room:
         auditor = room.auditor()
         services = {name: room.service(name) for name in ("shop", "billing")}
         room.becomes("ok")
