@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench import decorator, growth, latency, picture
+from bench import audit, decorator, growth, latency, picture
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
 
@@ -97,6 +97,17 @@ def decorators(seconds: float = 3.0, rounds: int = 3, file: Path = RECORD / "dec
 def latencies(messages: int = 400, file: Path = RECORD / "latency.json") -> None:
     """One message at a time on an idle stack: until its handler begins, until it is acknowledged."""
     _keep(file, latency.measure(messages))
+
+
+@main.command()
+@click.option("--services", default=200, show_default=True)
+@click.option("--fields", default=50, show_default=True, help="Of each service.")
+@click.option("--reports", default=10, show_default=True, help="Of each service.")
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "audit.json")
+def audits(services: int, fields: int, reports: int, file: Path) -> None:
+    """The auditor's reports a second, beside parsing them alone."""
+    with stack(()) as servers:
+        _keep(file, audit.measure(servers.broker, services, fields, reports))
 
 
 @main.command()

@@ -46,7 +46,7 @@ from idemp.pipeline import (
     Work,
     Worked,
 )
-from idemp.policy import Policy, is_async
+from idemp.policy import Happened, Policy, is_async
 from idemp.ports import (
     OUTCOMES,
     Claim,
@@ -58,11 +58,13 @@ from idemp.ports import (
     NoMeter,
     Op,
     Publication,
+    Ran,
     Sent,
     Store,
+    Tallier,
     Transport,
 )
-from idemp.protocol import Ask, NotStarted, Protocol, Raised, Returned, Run
+from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class Consumer:
     workers: threads that run handlers; 1 keeps the order.  prefetch: deliveries out at a time.
     grace: seconds that running handlers get when it is stopped.
     backoff: seconds before the first retry of a handler that raised, doubling up to 300.
+    audit: keeps the tally of what takes effect here; if it cannot, `run` raises `StoreUnavailable`.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Consumer:
         grace: float = 30.0,
         backoff: float = 1.0,
         meter: Meter | None = None,
+        audit: Tallier | None = None,
         clock: Clock | None = None,
     ) -> None:
         if not service:
@@ -120,6 +124,7 @@ class Consumer:
         self._exchange = exchange
         self._workers, self._prefetch, self._grace, self._backoff = workers, prefetch, grace, backoff
         self._meter: Meter = meter or NoMeter()
+        self._audit = audit
         self._clock = clock or Clock()
         self._routes: dict[str, Route] = {}
         self._stopping = threading.Event()
@@ -175,6 +180,15 @@ class Consumer:
         self._zero()
         for store in self._stores():
             store.apply([])
+        if self._audit is not None:
+            self._audit.start(self.service)
+        try:
+            self._run(ready)
+        finally:
+            if self._audit is not None:
+                self._audit.stop()
+
+    def _run(self, ready: Callable[[], None] | None) -> None:
         self._start_consuming()
         shell = _Shell(
             self.service, self._workers, self._meter, self._stopping, self._given_up, self._transport
@@ -243,6 +257,8 @@ class Consumer:
             event = shell.inbox.popleft()
             if isinstance(event, _Broken):
                 raise event.error
+            if self._audit is not None and isinstance(event, Worked | Transacted):
+                self._audit.ran(_effects(event))  # first, so that what is done is never missing there
             self._perform(pipeline.step(event, now), shell, report)
         if due is not None and due <= now:
             self._perform(pipeline.step(Tick(), now), shell, report)
@@ -314,6 +330,27 @@ class Consumer:
             for outcome in OUTCOMES:
                 self._meter.count(f"{self.service}_{kind}_{outcome}", 0)
         self._meter.count(f"{self.service}_rejected", 0)
+
+
+def _effects(ended: Worked | Transacted) -> list[Ran]:
+    """Of these, what took effect."""
+    runs = []
+    for flight, result in ended.results:
+        match result:
+            case Returned():
+                unsure, found = flight.unsure(), False
+            case Ok():  # in a transaction, which nothing half done survives
+                unsure, found = False, False
+            case Happened():
+                unsure, found = flight.unsure(), True
+            case Skipped() if flight.delivery.redelivered:  # a kill may have come after the transaction
+                unsure, found = False, True
+            case _:
+                continue
+        assert flight.message is not None
+        at = flight.delivery.properties.timestamp
+        runs.append(Ran(flight.message.type, flight.message.id, at, unsure, found))
+    return runs
 
 
 def _plain(function: Callable[..., Any]) -> bool:

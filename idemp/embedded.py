@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -87,3 +88,20 @@ def check_durable(path: str, execute: Callable[[str], Any]) -> None:
             f"{path}: SQLite has synchronous={synchronous} although FULL ({FULL}) was asked for,"
             " so that a power loss would undo what was told; use a build of SQLite that lets it be set"
         )
+
+
+def alone(path: str, who: str, what: str) -> int:
+    """The file is mine until this is closed, or the process gone.  Raises `ConfigError` if it is another's.
+
+    who, what: how another is called, and the file, as in "another auditor is using" and "state".
+    """
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{path}.lock cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ConfigError(f"{who} {path}; stop it, or name another file as {what}") from None
+    return lock

@@ -3,6 +3,9 @@
     <service>_<type>_<outcome>                       a counter for each type of message
     <service>_rejected                               one for messages without a known type
     <service>_claim, _complete, _handler             timers
+    idemp_audit.<field>.<replica>.<state>            a gauge for each state, 1 or 0
+    idemp_audit.<field>.<replica>.difference         a gauge
+    idemp_audit.looked                               when the auditor last judged, in seconds since 1970
 
 statsd gets the names as they are, from counters that are summed in the process and sent once a second.
 Prometheus gets their parts as labels.
@@ -11,9 +14,11 @@ Prometheus gets their parts as labels.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from idemp.errors import ConfigError, MissingExtra
@@ -101,6 +106,118 @@ class PrometheusMeter:
             step = name.removeprefix(self._prefix)
             timer = self._timers[name] = self._durations.labels(self._service, step)
         timer.observe(seconds)
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Lamp(NamedTuple):
+    """How a replica's copy of a field stands.  difference: None where there is none."""
+
+    field: str
+    owner: str
+    replica: str
+    state: str
+    difference: float | None
+
+
+Lamps = Callable[[], tuple[float | None, Sequence[Lamp]]]
+"""From any thread: when the auditor last judged, in seconds since 1970, and what it found.
+
+Asked when something is to be shown, so that it can say that its auditor is stuck.
+"""
+
+
+class StatsdLamps:
+    """Gauges over UDP to ``host:port`` once a second.  states: the names that a state may have."""
+
+    def __init__(self, address: str, states: Sequence[str], lamps: Lamps) -> None:
+        self._host, self._port = _address(address)
+        try:
+            import statsd
+        except ImportError:
+            raise MissingExtra("the statsd meter", "statsd") from None
+        self._library, self._states, self._lamps = statsd, states, lamps
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._send_regularly, name="idemp-lamps", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the sender."""
+        self._ended.set()
+        self._thread.join(2 * FLUSH)
+
+    def _send_regularly(self) -> None:
+        client = None
+        while not self._ended.wait(FLUSH):
+            try:
+                client = client or self._library.StatsClient(self._host, self._port)
+            except OSError as error:
+                log.warning("statsd at %s:%d: %s", self._host, self._port, error)
+                continue
+            pipe = client.pipeline()
+            for name, value in self._gauges():
+                pipe.gauge(name, value)
+            pipe.send()
+
+    def _gauges(self) -> Iterator[tuple[str, float]]:
+        looked, lamps = self._lamps()
+        for lamp in lamps:
+            place = f"idemp_audit.{_part(lamp.field)}.{_part(lamp.replica)}"
+            for state in self._states:
+                yield f"{place}.{state}", int(lamp.state == state)
+            if lamp.difference is not None:
+                yield f"{place}.difference", lamp.difference
+        if looked is not None:
+            yield "idemp_audit.looked", round(looked)
+
+
+def _part(name: str) -> str:
+    """Of a metric's name: what would end it, or make it two, becomes an underscore."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+class PrometheusLamps:
+    """``idemp_audit_state``, ``_difference``, ``_looked_timestamp_seconds``: at ``/metrics`` of ``port``."""
+
+    def __init__(self, port: int, states: Sequence[str], lamps: Lamps) -> None:
+        try:
+            import prometheus_client as library
+            from prometheus_client.core import GaugeMetricFamily
+        except ImportError:
+            raise MissingExtra("the Prometheus meter", "prometheus") from None
+        self._family, self._states, self._lamps = GaugeMetricFamily, states, lamps
+        registry = library.CollectorRegistry()
+        registry.register(self)
+        try:
+            self._server, self._thread = library.start_http_server(port, registry=registry)
+        except OSError as error:
+            raise ConfigError(f"port {port}: {error.strerror}") from None
+
+    def describe(self) -> list[Any]:
+        """Nothing is asked at registration."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """For the library: how it stands at this moment."""
+        family = self._family
+        looked, lamps = self._lamps()
+        labels = ("field", "owner", "replica")
+        states = family("idemp_audit_state", "1 for the state of a copy.", labels=(*labels, "state"))
+        apart = family("idemp_audit_difference", "What a replica has more than it should.", labels=labels)
+        for lamp in lamps:
+            for state in self._states:
+                states.add_metric((*lamp[:3], state), int(lamp.state == state))
+            if lamp.difference is not None:
+                apart.add_metric(lamp[:3], lamp.difference)
+        yield states
+        yield apart
+        if looked is not None:
+            name = "idemp_audit_looked_timestamp_seconds"
+            yield family(name, "When the auditor last judged.", value=looked)
 
     def close(self) -> None:
         """Let go of the port."""

@@ -87,9 +87,15 @@ class Route(NamedTuple):
 
 
 class Flight:
-    """One delivery on its way.  ``tag`` is None once its connection is gone."""
+    """One delivery on its way.  ``tag`` is None once its connection is gone.
 
-    __slots__ = ("delivery", "fingerprint", "key", "looks", "message", "route", "since", "steps", "tag")
+    attempt: the one under which its handler was begun, or its resolver asked.
+    """
+
+    __slots__ = (
+        *("attempt", "delivery", "fingerprint", "key", "looks"),
+        *("message", "route", "since", "steps", "tag"),
+    )
 
     def __init__(self, delivery: Delivery, message: Message | None, route: Route | None, key: str) -> None:
         self.tag: int | None = delivery.tag
@@ -101,6 +107,13 @@ class Flight:
         self.steps: Protocol | None = None
         self.since = 0.0
         self.looks = 0
+        self.attempt = 0
+
+    def unsure(self) -> bool:
+        """Whether it may have taken effect before, in an attempt whose end nobody saw."""
+        if self.route is None or self.route.policy is None:
+            return self.delivery.redelivered
+        return self.attempt > _attempts(self.delivery) + 1
 
     @property
     def policy(self) -> Policy:
@@ -453,6 +466,7 @@ class Pipeline:
                 if flight.tag is None or self._stopping:
                     event = NotStarted() if isinstance(step, Run) else Raised(InterruptedError("stopping"))
                     continue
+                flight.attempt = step.claim.attempt
                 self._begin(flight, step)
             elif isinstance(step, Await):
                 if not self._patient(flight):

@@ -358,11 +358,19 @@ class Transport(Protocol):
         """Connect anew, ending what was there."""
         ...
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
+    def declare(
+        self,
+        queue: str,
+        exchange: str = "",
+        binding: str = "#",
+        *,
+        kind: str = "topic",
+        expires: float | None = None,
+    ) -> None:
         """Make ``queue`` (durable) and, if named, ``exchange``, and bind them.
 
         kind: ``topic``, or ``direct``; an embedded broker has topics only, which do the same for a
-        binding without wildcards.
+        binding without wildcards.  expires: seconds without a consumer after which the queue may go.
         """
         ...
 
@@ -399,6 +407,43 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Let go; what was not acknowledged comes again elsewhere."""
+        ...
+
+
+# ------------------------------------------------------------------ who keeps the tally
+
+
+class Ran(NamedTuple):
+    """A message took effect: its handler returned, or its effect was found.
+
+    at: when it was published, in seconds since 1970; None if it does not say.  unsure: it may have taken
+    effect once more, in an attempt whose end nobody saw.  found: by a resolver, so whoever made it happen
+    may have counted it.
+    """
+
+    type: str
+    id: str
+    at: float | None
+    unsure: bool = False
+    found: bool = False
+
+
+class Tallier(Protocol):
+    """Keeps the tally of what took effect, for an audit."""
+
+    def start(self, service: str) -> None:
+        """Before the first message.  Raises `ConfigError` or `StoreUnavailable`."""
+        ...
+
+    def ran(self, runs: Sequence[Ran]) -> None:
+        """These are counted, and a kill does not undo it.  Before they are recorded as done.
+
+        Raises `StoreUnavailable`; then none of them is counted.
+        """
+        ...
+
+    def stop(self) -> None:
+        """After the last message."""
         ...
 
 

@@ -238,7 +238,7 @@ def test_a_service_reports_in_a_line(room: Room) -> None:
 def test_the_page_reports(room: Room) -> None:
     """The block of docs/audit.md, as it stands but for where and what."""
     page = (ROOT / "docs/audit.md").read_text()
-    [block] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    block, _ = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     room.run().stop()
     block = block.replace("amqp://guest:guest@localhost:5672/", room.url)
     done = finished("-c", block.replace('"auditmq"', repr(room.name)))

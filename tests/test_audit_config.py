@@ -81,10 +81,36 @@ def test_a1_of_a_replica_named_twice_the_last_counts() -> None:
 def test_the_page_shows_settings_that_work() -> None:
     """And each one is in its table."""
     page = (Path(__file__).resolve().parent.parent / "docs/audit.md").read_text()
-    [block] = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
-    assert config(block).services() == {"sales-service", "billing-service", "stock-service"}
+    values, messages = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    assert config(values).services() == {"sales-service", "billing-service", "stock-service"}
+    assert config(messages).services() == {"shop", "billing", "stock"}
     named = set(re.findall(r"^\| `([\w.<>]+)` ", page, re.M))
     assert named == {*KEYS[:-1], *(f"data.<field>.{key}" for key in FIELD_KEYS)}
+
+
+def test_a13_the_tick_is_five_seconds_or_what_is_told() -> None:
+    """As AuditMQ's, which could not be told; nothing and less is refused."""
+    assert config(SAMPLE).tick == 5.0
+    assert config(f"tick: 250ms\n{SAMPLE}").tick == 0.25
+    with pytest.raises(ConfigError, match="line 1: tick"):
+        config(f"tick: 0s\n{SAMPLE}")
+
+
+def test_messages_have_settings_of_their_own() -> None:
+    """And values theirs; a mixture is told."""
+    field = "{type: messages, owner: S, bucket: 10s, settle: 30s, looks: 2, replicas: [B: ]}"
+    [found] = config(f"dsn: amqp://h\nkeep: 1h\ndata: {{orders: {field}}}").fields
+    assert (found.bucket, found.settle, found.looks) == (10, 30.0, 2)
+    wrong = "{type: messages, owner: S, samples: 3, bucket: 1500ms, looks: 0, replicas: [B: {offset: 1}]}"
+    with pytest.raises(ConfigError) as told:
+        config(f"dsn: amqp://h\ndata: {{orders: {wrong}}}")
+    for part in (
+        "data.orders.samples: a field of type messages has none",
+        "data.orders.bucket='1500ms' must be whole seconds",
+        "data.orders.looks='0' must be a whole number from 1 to 1000",
+        "data.orders.replicas.B.offset: messages have no offset",
+    ):
+        assert part in str(told.value)
 
 
 def test_what_was_added() -> None:

@@ -105,11 +105,11 @@ def test_a6_the_oldest_goes_and_the_others_are_copied() -> None:
     """Who never reported gets no copy; who did has its newest value again."""
     judged = judge()
     say(judged, "S1 S2 S3 S4")
-    rows = {row.name: row.text for row in judged.changes()}
+    rows = {row.name: row.text or "" for row in judged.changes()}
     assert list(rows) == ['["window", "sales", "S"]']
     assert '["2", "3", "4"]' in rows['["window", "sales", "S"]']
     say(judged, "B7 S5")
-    rows = {row.name: row.text for row in judged.changes()}
+    rows = {row.name: row.text or "" for row in judged.changes()}
     assert '["4", "4", "5"]' in rows['["window", "sales", "S"]']
     assert '["7", "7"]' in rows['["window", "sales", "B"]']
 

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from idemp.audit.judge import State
 from idemp.ports import OUTCOMES, TIMERS
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "dashboards"
@@ -77,3 +78,36 @@ def test_the_grafana_dashboard_is_for_any_service_and_any_graphite() -> None:
     graphs = [panel for panel in board["panels"] if panel["type"] == "timeseries"]
     assert all(panel["datasource"] == {"type": "graphite", "uid": "${datasource}"} for panel in graphs)
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def audit_targets() -> list[str]:
+    """Everything that the audit's dashboard asks Graphite for."""
+    board = json.loads((FOLDER / "audit.json").read_text())
+    return [target["target"] for panel in board["panels"] for target in panel["targets"]]
+
+
+def test_the_audits_dashboard_asks_for_what_is_sent() -> None:
+    """Each state, the difference and the time of the last look, and nothing else."""
+    asked = {
+        name
+        for target in audit_targets()
+        for name in re.findall(r"stats\.gauges\.idemp_audit\.(?:\*\.\*\.)?(\w+)", target)
+    }
+    assert asked == {*State, "difference", "looked"}
+
+
+def test_the_audits_dashboard_is_for_any_graphite_and_shows_stale() -> None:
+    """Where nothing is sent any more it is stale, never what it was."""
+    board: dict[str, Any] = json.loads((FOLDER / "audit.json").read_text())
+    assert [each["query"] for each in board["templating"]["list"]] == ["graphite"]
+    assert all(
+        panel["datasource"] == {"type": "graphite", "uid": "${datasource}"} for panel in board["panels"]
+    )
+    [lamps] = [panel for panel in board["panels"] if panel["type"] == "state-timeline"]
+    by_value, nothing = lamps["fieldConfig"]["defaults"]["mappings"]
+    names = {code: shown["text"] for code, shown in by_value["options"].items()}
+    [target] = [each["target"] for each in lamps["targets"]]
+    codes = {code: state for state, code in re.findall(r"\*\.\*\.(\w+),(\d)\)", target)}
+    assert names == codes == {str(n): state for n, state in enumerate(State, 1)}
+    assert nothing["options"]["result"]["text"] == names["3"] == "stale"
+    assert re.search(r"transformNull\(keepLastValue\(.*,5\),3\)", target)

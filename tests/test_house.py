@@ -19,6 +19,8 @@ FLOORS = {
         "idemp.embedded",
         "idemp.findings",
         "idemp.audit.messages",
+        "idemp.audit.questions",
+        "idemp.audit.tally",
         "idemp.audit.nodes",
     ],
     "ports": ["idemp.ports", "idemp.laws"],
@@ -43,6 +45,7 @@ FLOORS = {
         "idemp.rates",
         "idemp.audit.document",
         "idemp.audit.state",
+        "idemp.audit.tallies",
     ],
     "faces": ["idemp.cli", "idemp.__main__", "svc", "example1"],
 }
@@ -147,6 +150,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.postgresql_doctor": {"psycopg"},
         "idemp.metrics": {"statsd", "prometheus_client"},
         "idemp.audit.state": {"sqlite3"},
+        "idemp.audit.tallies": {"sqlite3"},
         "idemp.audit.document": {"yaml"},
     }
     assert drivers <= allowed.get(module, set())

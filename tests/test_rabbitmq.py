@@ -325,6 +325,24 @@ def test_what_amqp_cannot_carry_is_an_error(transport: Transport, unique: str, o
     assert transport.depth(unique) == 2
 
 
+def test_a_queue_that_expires_goes(amqp_url: str, unique: str) -> None:
+    """Once nobody consumes; while somebody does, it stays."""
+    with closing(open_transport(amqp_url)) as asker, closing(open_transport(amqp_url)) as other:
+        asker.declare(unique, expires=0.5)
+        asker.declare(unique, expires=0.5)  # again is harmless
+        asker.consume(unique, 1)
+        publish(other, [Publication(b"", Properties(), "", unique)])
+        asker.close()
+        end = time.monotonic() + 30
+        while True:
+            try:
+                publish(other, [Publication(b"", Properties(), "", unique)])
+            except Unroutable:
+                break
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 def test_a_quorum_queue_that_somebody_made_is_consumed(
     transport: Transport, amqp_url: str, unique: str
 ) -> None:

@@ -2,5 +2,6 @@
 
 from idemp.audit.messages import Report, Status
 from idemp.audit.reporter import Reporter
+from idemp.audit.tallier import Tallier
 
-__all__ = ["Report", "Reporter", "Status"]
+__all__ = ["Report", "Reporter", "Status", "Tallier"]

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from idemp.audit.config import Config
 from idemp.audit.judge import Judge, Row, Verdict
-from idemp.audit.messages import Report, Status
+from idemp.audit.messages import Status, TallyReport, decoded
 from idemp.errors import BadMessage, TransportUnavailable
 from idemp.message import Properties
 from idemp.ports import Clock, Delivery, Publication, Sent, Transport
@@ -39,6 +39,8 @@ BEHIND = 7 * 86400.0
 """Seconds that a report may be old, having waited in the queue."""
 
 Say = Callable[[Mapping[str, Any]], None]
+Shown = tuple[str, str, str, Verdict]
+"""Field, owner, replica, and the judgement."""
 
 
 class Keeper(Protocol):
@@ -48,13 +50,16 @@ class Keeper(Protocol):
 
     def save(
         self,
-        rows: Sequence[tuple[str, str]],
+        rows: Sequence[tuple[str, str | None]],
         reports: Sequence[bytes] = (),
         *,
         at: float = 0.0,
         counts: Mapping[str, int] | None = None,
+        taken: Sequence[str] = (),
         tick: float | None = None,
     ) -> None: ...
+
+    def known(self, ids: Sequence[str]) -> set[str]: ...
 
     def forget(self, names: Sequence[str]) -> None: ...
 
@@ -66,12 +71,18 @@ class Keeper(Protocol):
 def judge_of(config: Config, now: float) -> Judge:
     """A judge who knows nothing yet."""
     return Judge(
-        config.fields, now, publish_unknown=config.publish_unknown, owner_reports=config.owner_reports
+        config.fields,
+        now,
+        publish_unknown=config.publish_unknown,
+        owner_reports=config.owner_reports,
+        keep=config.keep,
     )
 
 
 class Auditor:
     """Audits what ``config`` says.  say: told of each change, for a log.
+
+    show: given all of it at each judgement, and when that was, in seconds since 1970.
 
     Of one state file and one queue there must be one auditor: two would share the reports.
     """
@@ -83,10 +94,12 @@ class Auditor:
         state: Keeper,
         *,
         say: Say | None = None,
+        show: Callable[[float, Sequence[Shown]], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._transport, self._config, self._state = transport, config, state
         self._say: Say = say or (lambda _: None)
+        self._show = show or (lambda *_: None)
         self._clock = clock or Clock()
         self._services = config.services()
         self._stopping = threading.Event()
@@ -198,14 +211,21 @@ class Auditor:
         """Into the windows, onto the disk, and only then acknowledged."""
         good, letters = [], []
         counts: Counter[str] = Counter()
+        taken = self._state.known([id for each in deliveries if (id := each.properties.message_id)])
         for delivery in deliveries:
+            if (name := delivery.properties.message_id) in taken:
+                counts["repeated"] += 1
+                good.append(delivery.tag)
+                continue
             faults = self._read(delivery)
+            if name and not faults:
+                taken.add(name)
             counts["rejected" if faults else "reports"] += 1
             if faults:
                 letters.append((delivery.tag, self._letter(delivery, "; ".join(faults))))
             else:
                 good.append(delivery.tag)
-        self._state.save(self._judge.changes(), counts=counts)
+        self._state.save(self._judge.changes(), counts=counts, taken=sorted(taken))
         self._transport.ack(good)
         self._bury(letters)
 
@@ -213,19 +233,19 @@ class Auditor:
         """Why the report, or a part of it, cannot be used; what can be is."""
         wall = self._clock.wall()
         try:
-            report = Report.decode(delivery.body)
+            report = decoded(delivery.body)
             at = _at(delivery.properties.timestamp, wall)
         except BadMessage as error:
             return [str(error)]
         if report.service not in self._services:
             return [f"service {report.service!r} is in no field's settings"]
+        log.debug("%s reports %s", report.service, delivery.body[:1000])
+        now = self._clock.steady() - (wall - at)
+        if isinstance(report, TallyReport):
+            return _faults(self._judge.tally, report, now, at)
         faults = []
         for name, value in report.data.items():
-            try:
-                self._judge.report(report.service, name, value, self._clock.steady() - (wall - at), at)
-            except BadMessage as error:
-                faults.append(str(error))
-        log.debug("%s reports %s", report.service, delivery.body[:1000])
+            faults += _faults(self._judge.report, report.service, name, value, now, at)
         return faults
 
     def _letter(self, delivery: Delivery, reason: str) -> Publication:
@@ -279,6 +299,9 @@ class Auditor:
         bodies = [status.encode() for status in told]
         self._state.save(self._judge.changes(), bodies, at=wall, tick=self._config.tick)
         self._say_changes(told, wall)
+        self._show(
+            wall, [(each.name, each.owner, who, verdict) for each, who, verdict in self._judge.verdicts()]
+        )
         if self._refused:
             refused, self._refused = self._refused, []
             self._declare()  # somebody may have deleted a queue of ours
@@ -316,6 +339,14 @@ class Auditor:
         for status in told:
             log.info("%s: status %d", *status)
             self._say({"event": "status", "at": wall, **status._asdict()})
+
+
+def _faults(take: Callable[..., None], *what: Any) -> list[str]:
+    try:
+        take(*what)
+    except BadMessage as error:
+        return [str(error)]
+    return []
 
 
 def described(name: str, replica: str, verdict: Verdict) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import NamedTuple, TypeVar
 
-from idemp.audit.judge import NUMBERS, STRING, Field, Tolerance
+from idemp.audit.judge import MESSAGES, NUMBERS, STRING, Field, Tolerance
 from idemp.audit.messages import EVERYBODY, Unfit, number
 from idemp.audit.nodes import Node
 from idemp.errors import ConfigError
@@ -17,11 +17,11 @@ from idemp.settings import duration
 
 T = TypeVar("T")
 
-KINDS = (*NUMBERS, STRING)
+KINDS = (*NUMBERS, STRING, MESSAGES)
 
 
 class Config(NamedTuple):
-    """What the auditor is told.  tick: seconds between two judgements."""
+    """What the auditor is told.  tick: seconds between two judgements; keep: that buckets are remembered."""
 
     dsn: str
     fields: tuple[Field, ...]
@@ -32,9 +32,12 @@ class Config(NamedTuple):
     report_queue: str = ""
     consumer_name: str = "auditmq_worker"
     tick: float = 5.0
+    keep: float = 86400.0
     state: str = "audit.db"
     publish_unknown: bool = False
     owner_reports: bool = True
+    statsd: str = ""
+    prometheus: int | None = None
 
     def services(self) -> set[str]:
         """Everybody who holds a field."""
@@ -49,11 +52,16 @@ TEXTS = {
     "report_queue": "report_queue",
     "consumername": "consumer_name",
     "state": "state",
+    "statsd": "statsd",
 }
 """Key in the file -> name here."""
 SWITCHES = ("publish_unknown", "owner_reports")
-KEYS = ("dsn", *TEXTS, "tick", *SWITCHES, "data")
-FIELD_KEYS = ("type", "owner", "samples", "tolerance", "stale_after", "replicas")
+KEYS = ("dsn", *TEXTS, "tick", "keep", "prometheus", *SWITCHES, "data")
+VALUED = ("samples", "tolerance")
+"""Of a field that has values."""
+COUNTED = ("bucket", "settle")
+"""Of messages."""
+FIELD_KEYS = ("type", "owner", *VALUED, *COUNTED, "stale_after", "looks", "replicas")
 
 
 def configured(root: Node, source: str) -> Config:
@@ -66,6 +74,9 @@ def configured(root: Node, source: str) -> Config:
     if len(faults) == 1:
         raise ConfigError(f"{source}: {faults[0]}")
     raise ConfigError(f"{source} has {len(faults)} faults:" + "".join(f"\n  {fault}" for fault in faults))
+
+
+_A = {STRING: "a string has", MESSAGES: "messages have"}
 
 
 class _Reader:
@@ -86,13 +97,15 @@ class _Reader:
         texts = {name: self.text(table[key], key) for key, name in TEXTS.items() if key in table}
         switches = {name: self.switch(table[name], name) for name in SWITCHES if name in table}
         tick = self.seconds(table["tick"], "tick") if "tick" in table else 5.0
+        keep = self.seconds(table["keep"], "keep") if "keep" in table else 86400.0
+        port = self.whole(table["prometheus"], "prometheus", 1, 65535) if "prometheus" in table else None
         dsn = self.text(table["dsn"], "dsn") if "dsn" in table else ""
         if dsn and "://" not in dsn:
             self.fault(table["dsn"], "dsn is no URL; write it like amqp://guest:guest@localhost:5672/")
         fields = self.fields(table["data"]) if "data" in table else ()
         if not fields and not self.faults:
             self.fault(table.get("data", root), "data names no field; there is nothing to audit")
-        return Config(dsn, fields, tick=tick, **texts, **switches)  # type: ignore[arg-type]
+        return Config(dsn, fields, tick=tick, keep=keep, prometheus=port, **texts, **switches)  # type: ignore[arg-type]
 
     def fields(self, node: Node) -> tuple[Field, ...]:
         if node.empty():
@@ -121,8 +134,15 @@ class _Reader:
         if "tolerance" in table:
             tolerance = self.tolerance(table["tolerance"], f"{where}.tolerance", kind)
         stale = self.seconds(table["stale_after"], f"{where}.stale_after") if "stale_after" in table else None
-        samples = self.samples(table.get("samples"), node, where)
-        return Field(name, kind, owner, samples, replicas, tolerance, stale)
+        counts = kind == MESSAGES
+        for key in VALUED if counts else COUNTED:
+            if key in table:
+                self.fault(table[key], f"{where}.{key}: a field of type {kind} has none; remove it")
+        samples = 2 if counts else self.samples(table.get("samples"), node, where)
+        looks = self.whole(table["looks"], f"{where}.looks", 1, 1000) if "looks" in table else 1
+        bucket = self.whole_seconds(table["bucket"], f"{where}.bucket") if "bucket" in table else 60
+        settle = self.seconds(table["settle"], f"{where}.settle") if "settle" in table else 60.0
+        return Field(name, kind, owner, samples, replicas, tolerance, stale, looks, bucket, settle)
 
     def kind(self, node: Node | None, field: Node, where: str) -> str:
         kinds = ", ".join(KINDS[:-1]) + f" or {KINDS[-1]}"
@@ -152,11 +172,7 @@ class _Reader:
                 field, f"{where}.samples is missing; write how many values must be constant, 2 or more"
             )
             return 2
-        text = node.text or ""
-        if not text.isdecimal() or not text.isascii() or not 2 <= int(text[:9]) <= 10_000:
-            self.fault(node, f"{where}.samples={node.text!r} must be a whole number from 2 to 10000")
-            return 2
-        return int(text)
+        return self.whole(node, f"{where}.samples", 2, 10_000)
 
     def replicas(self, node: Node, where: str, kind: str) -> dict[str, Decimal]:
         """Of a list of tables with one name each, or of one table; of a name in two items the last counts."""
@@ -175,14 +191,14 @@ class _Reader:
         table = self.table(node, where, ("offset",))
         if "offset" not in table:
             return Decimal(0)
-        if kind == STRING:
-            self.fault(table["offset"], f"{where}.offset: a string has no offset; remove it")
+        if kind not in NUMBERS:
+            self.fault(table["offset"], f"{where}.offset: {_A[kind]} no offset; remove it")
         return self.number(table["offset"], f"{where}.offset")
 
     def tolerance(self, node: Node, where: str, kind: str) -> Tolerance:
         text = (node.text or "").strip()
         if kind == STRING:
-            self.fault(node, f"{where}: a string has no tolerance; remove it")
+            self.fault(node, f"{where}: {_A[kind]} no tolerance; remove it")
         percent = text.endswith("%")
         amount = self.number(Node(node.line, text.removesuffix("%").strip()), where)
         if amount < 0:
@@ -226,6 +242,20 @@ class _Reader:
             self.fault(node, f"{where}={node.text or ''!r} is no number")
             return Decimal(0)
         return read
+
+    def whole(self, node: Node, where: str, least: int, most: int) -> int:
+        text = node.text or ""
+        if not text.isdecimal() or not text.isascii() or not least <= int(text[:9]) <= most:
+            self.fault(node, f"{where}={node.text!r} must be a whole number from {least} to {most}")
+            return least
+        return int(text)
+
+    def whole_seconds(self, node: Node, where: str) -> int:
+        read = self.seconds(node, where)
+        if read < 1 or read != int(read):
+            self.fault(node, f"{where}={node.text!r} must be whole seconds, like 60s")
+            return 60
+        return int(read)
 
     def seconds(self, node: Node, where: str) -> float:
         return self.either(node, 60.0, lambda: duration(node.text or "", where))

@@ -4,6 +4,8 @@ Each holder of a field has a window of its newest values.  A report puts its val
 reporter's window, and into each other holder's window that holder's own newest value again; so
 windows of ``samples`` values are the last ``samples`` reports of the field, by whomever.  Two
 windows are compared when both are full and neither changes any more.
+
+A field of messages has no windows: see buckets.py.
 """
 
 from __future__ import annotations
@@ -17,11 +19,24 @@ from decimal import Context, Decimal
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from idemp.audit.messages import DIFFERENT, EVERYBODY, LARGEST, SYNCHRONIZED, UNKNOWN, Status, Unfit, number
+from idemp.audit.buckets import Buckets, Pair
+from idemp.audit.messages import (
+    DIFFERENT,
+    EVERYBODY,
+    LARGEST,
+    SYNCHRONIZED,
+    UNKNOWN,
+    Status,
+    TallyReport,
+    Unfit,
+    number,
+)
 from idemp.errors import BadMessage
 
 NUMBERS = ("int", "float", "decimal")
 STRING = "string"
+MESSAGES = "messages"
+"""Not a value: which messages a service has handled."""
 
 Value = Decimal | str
 
@@ -49,7 +64,8 @@ class Field(NamedTuple):
     """What is audited.  replicas: service -> the offset that is added to its values.
 
     samples: values in a window, 2 or more.  stale_after: seconds that a holder may be silent; None
-    lets it be silent for ever.
+    lets it be silent for ever.  looks: in how many judgements in a row a status must be new before it is.
+    bucket, settle: of messages, seconds in a bucket, and after its end until what differs is broken.
     """
 
     name: str
@@ -59,6 +75,9 @@ class Field(NamedTuple):
     replicas: Mapping[str, Decimal]
     tolerance: Tolerance = Tolerance()
     stale_after: float | None = None
+    looks: int = 1
+    bucket: int = 60
+    settle: float = 60.0
 
     def holders(self) -> list[str]:
         """The owner first."""
@@ -108,7 +127,8 @@ class Row(NamedTuple):
     """A part of what the judge knows, to be kept: ``text`` replaces what was kept under ``name``."""
 
     name: str
-    text: str
+    text: str | None
+    """None: to be forgotten."""
 
 
 class Judge:
@@ -116,7 +136,7 @@ class Judge:
 
     now: on a clock that never jumps, in seconds.  publish_unknown: a service none of whose fields can
     be compared is told to be `UNKNOWN`; else what was known last stands.  owner_reports: an owner is told
-    of too, as the worst of its replicas.
+    of too, as the worst of its replicas.  keep: seconds that buckets are remembered.
     """
 
     def __init__(
@@ -126,17 +146,28 @@ class Judge:
         *,
         publish_unknown: bool = False,
         owner_reports: bool = True,
+        keep: float = 86400.0,
     ) -> None:
         self._fields = {each.name.lower(): each for each in fields}
         self._publish_unknown, self._owner_reports = publish_unknown, owner_reports
-        self._windows = {(each.name, who): _Window(now) for each in fields for who in each.holders()}
+        self._holders = {(each.name, who) for each in fields for who in each.holders()}
+        valued = [each for each in fields if each.kind != MESSAGES]
+        self._windows = {(each.name, who): _Window(now) for each in valued for who in each.holders()}
+        self._pairs = {
+            (each.name, who): Pair(each.name, each.owner, who, each.bucket, each.settle)
+            for each in fields
+            if each.kind == MESSAGES
+            for who in each.replicas
+        }
+        self.buckets = Buckets([*self._pairs.values()], now, keep)
+        self._new: dict[tuple[str, str], tuple[int, int]] = {}
         self._verdicts: dict[tuple[str, str], Verdict] = {}
         self._told: dict[str, int] = {}
         self._changed: dict[str, None] = {}
 
     def services(self) -> set[str]:
         """Everybody who holds a field."""
-        return {who for _, who in self._windows}
+        return {who for _, who in self._holders}
 
     # ---------------------------------------------------------------- reports
 
@@ -148,6 +179,8 @@ class Judge:
         field = self._fields.get(name.lower())
         if field is None:
             raise BadMessage(f"no field {name!r} is audited")
+        if field.kind == MESSAGES:
+            raise BadMessage(f"{field.name!r} is counted in messages, and has no value")
         window = self._windows.get((field.name, service))
         if window is None:
             raise BadMessage(f"{service!r} holds no {field.name!r}: it is neither its owner nor a replica")
@@ -157,6 +190,10 @@ class Judge:
             held = self._windows[field.name, other].values
             if other != service and held:
                 self._put(field, other, held[-1])
+
+    def tally(self, report: TallyReport, now: float, at: float) -> None:
+        """As `report`; message types that are no field are nobody's business."""
+        self.buckets.report(report, now, at)
 
     def _put(self, field: Field, service: str, value: Value) -> None:
         held = self._windows[field.name, service].values
@@ -168,11 +205,13 @@ class Judge:
         """From now on reports arrive again: silence before counts for nobody."""
         for window in self._windows.values():
             window.heard = max(window.heard, now)
+        self.buckets.listening(now)
 
     # ---------------------------------------------------------------- judgement
 
     def tick(self, now: float, wall: float) -> list[Status]:
         """Judge everything; what is to be told, because it has changed.  wall: seconds since 1970."""
+        self.buckets.forget(wall)
         for field in self._fields.values():
             for replica in field.replicas:
                 self._judge(field, replica, now, wall)
@@ -187,14 +226,24 @@ class Judge:
             for replica in field.replicas:
                 yield field, replica, self._verdicts.get((field.name, replica), _UNSEEN)
 
+    def pairs(self, name: str) -> list[Pair]:
+        """Who is compared in a field of messages; none if it is no such field."""
+        return [pair for pair in self._pairs.values() if pair.field.lower() == name.lower()]
+
     def reported(self, name: str, service: str) -> tuple[Value | None, float | None]:
         """What a holder said last, and when, in seconds since 1970."""
-        window = self._windows[name, service]
+        window = self._windows.get((name, service))
+        if window is None:
+            return None, None
         return (window.values[-1] if window.values else None), window.at
 
     def _judge(self, field: Field, replica: str, now: float, wall: float) -> None:
         before = self._verdicts.get((field.name, replica), _UNSEEN)
-        found = self._compared(field, replica, now)
+        if field.kind == MESSAGES:
+            found = self._counted(field, replica, now, wall)
+        else:
+            found = self._compared(field, replica, now)
+        found = self._steady(field, replica, before, found)
         known = found.status
         if self._publish_unknown:
             known = None if found.state is State.STALE else known
@@ -205,6 +254,28 @@ class Judge:
         if after != before:
             self._verdicts[field.name, replica] = after
             self._changed[_name("verdict", field.name, replica)] = None
+
+    def _steady(self, field: Field, replica: str, before: Verdict, found: Verdict) -> Verdict:
+        """A status that is new must be found ``looks`` times in a row."""
+        place = field.name, replica
+        if found.status is None or found.status == before.status:
+            self._new.pop(place, None)
+            return found
+        status, times = self._new.get(place, (found.status, 0))
+        times = times + 1 if status == found.status else 1
+        if times >= field.looks:
+            self._new.pop(place, None)
+            return found
+        self._new[place] = found.status, times
+        why = f": {found.reason}" if found.reason else ""
+        reason = f"{found.state} in {times} of {field.looks} looks{why}"
+        return Verdict(State.SETTLING, reason, 0.0, before.status, found.expected, found.actual)
+
+    def _counted(self, field: Field, replica: str, now: float, wall: float) -> Verdict:
+        found = self.buckets.compared(self._pairs[field.name, replica], now, wall, field.stale_after)
+        state, status = _OF_BUCKETS[found.finding]
+        expected, actual = (None if n is None else Decimal(n) for n in (found.expected, found.actual))
+        return Verdict(state, found.reason, 0.0, status, expected, actual)
 
     def _compared(self, field: Field, replica: str, now: float) -> Verdict:
         """Of this moment alone."""
@@ -272,7 +343,12 @@ class Judge:
     def changes(self) -> list[Row]:
         """What has changed since the last call."""
         changed, self._changed = self._changed, {}
-        return [Row(name, json.dumps(self._kept(*json.loads(name)))) for name in changed]
+        rows = [Row(name, json.dumps(self._kept(*json.loads(name)))) for name in changed]
+        counted, self.buckets.changed = self.buckets.changed, {}
+        for about in counted:
+            kept = self.buckets.kept(*about)
+            rows.append(Row(_name(*about), None if kept is None else json.dumps(kept)))
+        return rows
 
     def _kept(self, kind: str, *about: str) -> Any:
         match kind:
@@ -294,18 +370,18 @@ class Judge:
         unused = []
         for row in rows:
             kind, *about = json.loads(row.name)
-            text = json.loads(row.text)
+            text = json.loads(row.text or "null")
             match kind, about:
                 case "window", [name, who] if (name, who) in self._windows:
                     self._restore_window(self._fields[name.lower()], who, text)
-                case "verdict", [name, who] if (name, who) in self._windows:
+                case "verdict", [name, who] if (name, who) in self._holders:
                     kinds = self._fields[name.lower()].kind
                     state, reason, since, status, *compared = text
                     expected, actual = (_read(kinds, value) for value in compared)
                     self._verdicts[name, who] = Verdict(State(state), reason, since, status, expected, actual)
                 case "told", [who] if who in self.services():
                     self._told[who] = text
-                case _:
+                case _ if not self.buckets.restore(kind, about, text):
                     unused.append(row.name)
         return unused
 
@@ -317,6 +393,14 @@ class Judge:
         window.values = [value for value in values if value is not None][-field.samples :]
 
 
+_OF_BUCKETS = {
+    "same": (State.OK, SYNCHRONIZED),
+    "differs": (State.BROKEN, DIFFERENT),
+    "unsure": (State.STALE, None),
+    "settling": (State.SETTLING, None),
+    "silent": (State.STALE, DIFFERENT),
+    "unheard": (State.STALE, None),
+}
 _UNSEEN = Verdict(State.STALE, "it was not judged yet", 0.0)
 
 

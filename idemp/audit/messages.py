@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from idemp.audit.tally import Tally
 from idemp.errors import BadMessage
 from idemp.message import MAX_BODY
 
@@ -46,13 +47,7 @@ class Report(NamedTuple):
     @classmethod
     def decode(cls, body: bytes) -> Report:
         """The report in ``body``, its two names in any case of letters.  Raises `BadMessage`."""
-        told = _object(body)
-        service, data = told.get("service"), told.get("data")
-        if not isinstance(service, str):
-            raise BadMessage('the report names no service; write it like {"service": "sales", "data": {...}}')
-        if not isinstance(data, dict):
-            raise BadMessage('the report has no data; write it like {"service": "sales", "data": {...}}')
-        return cls(service, data)
+        return _report(_object(body))
 
 
 class Status(NamedTuple):
@@ -76,6 +71,81 @@ class Status(NamedTuple):
         raise BadMessage('this is no status; one reads {"service":"sales","status":2}')
 
 
+class TallyReport(NamedTuple):
+    """A process of ``service`` tells its closed buckets that have changed.
+
+    instance: its name, the same after a restart; number: of the report, growing.  born: when it began to
+    count; started: when it began for the last time.  length: seconds in a bucket.  through: all its buckets
+    that end before are told, and those that are in no report are empty.  ended: it counts no more for now.
+    first: nothing was told before.  Times in seconds since 1970.
+    """
+
+    service: str
+    instance: str
+    number: int
+    born: float
+    started: float
+    length: int
+    through: float
+    ended: bool
+    first: bool
+    tallies: Mapping[str, Mapping[int, Tally]]
+    """Message type -> where the bucket begins -> what is in it."""
+
+    def encode(self) -> bytes:
+        """As JSON; checksums are hexadecimal text."""
+        told = {kind: written(tallies) for kind, tallies in self.tallies.items()}
+        return json.dumps({**self._asdict(), "tallies": told}, separators=(",", ":")).encode()
+
+
+def written(tallies: Mapping[int, Tally]) -> list[list[Any]]:
+    """For JSON."""
+    return [[place, each.count, f"{each.checksum:032x}", each.unsure] for place, each in tallies.items()]
+
+
+def tallied(rows: Any) -> dict[int, Tally]:
+    """What `written` wrote.  Raises `ValueError` or `TypeError`."""
+    return {
+        _whole(place): Tally(_whole(count), int(checksum, 16), _whole(unsure))
+        for place, count, checksum, unsure in rows
+    }
+
+
+def decoded(body: bytes) -> Report | TallyReport:
+    """Either kind of report.  Raises `BadMessage`."""
+    told = _object(body)
+    if "tallies" not in told:
+        return _report(told)
+    try:
+        return TallyReport(
+            _text(told["service"]),
+            _text(told["instance"]),
+            _whole(told["number"]),
+            float(told["born"]),
+            float(told["started"]),
+            _whole(told["length"]),
+            float(told["through"]),
+            told["ended"] is True,
+            told["first"] is True,
+            {kind: tallied(rows) for kind, rows in told["tallies"].items()},
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BadMessage(f"this is no report of tallies: {type(error).__name__}: {error}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is no name")
+    return value
+
+
+def _whole(value: Any) -> int:
+    whole = int(value) if isinstance(value, int | Decimal) else None
+    if whole is None or whole != value or abs(whole) >= 2**63:
+        raise ValueError(f"{value!r} is no whole number")
+    return whole
+
+
 def number(text: str) -> Decimal | Unfit:
     """Exactly what ``text`` says in decimal; `Unfit` if that is too large, too small or no number."""
     shown = text if len(text) <= 40 else f"{text[:40]}..."
@@ -88,6 +158,15 @@ def number(text: str) -> Decimal | Unfit:
     if len(read.as_tuple().digits) > LARGEST or abs(read.adjusted()) > LARGEST:
         return Unfit(f"{shown} is too long a number: {LARGEST} digits are allowed")
     return read
+
+
+def _report(told: Mapping[str, Any]) -> Report:
+    service, data = told.get("service"), told.get("data")
+    if not isinstance(service, str):
+        raise BadMessage('the report names no service; write it like {"service": "sales", "data": {...}}')
+    if not isinstance(data, dict):
+        raise BadMessage('the report has no data; write it like {"service": "sales", "data": {...}}')
+    return Report(service, data)
 
 
 def _object(body: bytes) -> dict[str, Any]:

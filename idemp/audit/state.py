@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from idemp.embedded import check_durable, check_place
+from idemp.embedded import alone, check_durable, check_place
 from idemp.errors import ConfigError, StoreUnavailable
 
 PATIENCE = 10.0
 """Seconds that a transaction waits for those of others."""
+REMEMBERED = 100_000
+"""Ids of reports that are remembered, so that one that comes again is known."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS row (name TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS unsent
     (number INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS count (name TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS taken (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS audit (id TEXT NOT NULL, looked REAL, tick REAL);
 """
 
@@ -36,7 +39,7 @@ class AuditState:
         if reading and not Path(path).exists():
             raise ConfigError(f"there is no file {path}: has `idemp audit run` been started here?")
         check_place(path)
-        self._lock = None if reading else _locked(path)
+        self._lock = None if reading else alone(path, "another auditor is using", "state")
         with self._explained():
             self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
             try:
@@ -88,19 +91,25 @@ class AuditState:
 
     def save(
         self,
-        rows: Sequence[tuple[str, str]],
+        rows: Sequence[tuple[str, str | None]],
         reports: Sequence[bytes] = (),
         *,
         at: float = 0.0,
         counts: Mapping[str, int] | None = None,
+        taken: Sequence[str] = (),
         tick: float | None = None,
     ) -> None:
         """All of it durably, or nothing: rows replace those of their name, reports wait to be sent.
 
-        at: now, in seconds since 1970.  counts: added to.  tick: seconds to the next look, if this was one.
+        A row without text is forgotten.  at: now, in seconds since 1970.  counts: added to.  taken: ids of
+        what came.  tick: seconds to the next look, if this was one.
         """
+        kept = [(name, text) for name, text in rows if text is not None]
+        gone = [(name,) for name, text in rows if text is None]
         with self._transaction():
-            self._db.executemany("INSERT OR REPLACE INTO row VALUES (?, ?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO row VALUES (?, ?)", kept)
+            self._db.executemany("DELETE FROM row WHERE name = ?", gone)
+            self._db.executemany("INSERT OR IGNORE INTO taken (id) VALUES (?)", [(id,) for id in taken])
             self._db.executemany(
                 "INSERT INTO unsent (body, at) VALUES (?, ?)", [(body, at) for body in reports]
             )
@@ -109,7 +118,15 @@ class AuditState:
                 list((counts or {}).items()),
             )
             if tick is not None:
+                newest = "(SELECT max(number) FROM taken)"
+                self._db.execute(f"DELETE FROM taken WHERE number <= {newest} - ?", (REMEMBERED,))
                 self._db.execute("UPDATE audit SET looked = ?, tick = ?", (at, tick))
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Those of ``ids`` that were taken before."""
+        ask = "SELECT id FROM taken WHERE id IN (SELECT value FROM json_each(?))"
+        with self._explained():
+            return {id for (id,) in self._db.execute(ask, (json.dumps(ids),))}
 
     def forget(self, names: Sequence[str]) -> None:
         """Rows that nobody asks for any more."""
@@ -152,19 +169,3 @@ class AuditState:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _locked(path: str) -> int:
-    """Mine until it is closed, or this process is gone.  Raises `ConfigError` if it is another's."""
-    try:
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{path}.lock cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise ConfigError(
-            f"another auditor is using {path}; stop it, or name another file as state"
-        ) from None
-    return lock

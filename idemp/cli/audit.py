@@ -6,22 +6,29 @@ import base64
 import binascii
 import json
 import logging
+import math
 import os
+import re
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import click
 
-from idemp.audit.auditor import Auditor, described, judge_of
+from idemp.audit.auditor import Auditor, Shown, described, judge_of
+from idemp.audit.buckets import Pair, moment
 from idemp.audit.config import Config, configured
-from idemp.audit.judge import Judge, Row, State, Verdict, shown
+from idemp.audit.explain import Asker, Difference, NoAnswer, differences
+from idemp.audit.judge import MESSAGES, Judge, Row, State, Verdict, shown
 from idemp.audit.state import AuditState
+from idemp.audit.tallies import Tallies
 from idemp.cli.keys import age
-from idemp.cli.options import about, escaped, json_option
+from idemp.cli.options import Duration, about, escaped, json_option, key
 from idemp.errors import ConfigError
+from idemp.metrics import Lamp, PrometheusLamps, StatsdLamps
 from idemp.transports import open_transport
 
 FILES = ("config.json", "config.yaml", "config.yml")
@@ -37,21 +44,25 @@ def audit() -> None:
 @audit.command()
 @click.argument("file", metavar="[CONFIG.YAML]", required=False)
 @json_option
-def run(file: str | None, as_json: bool) -> None:
+@click.option("--influx", is_flag=True, help="For Telegraf: each judgement on stdout as InfluxDB has it.")
+def run(file: str | None, as_json: bool, influx: bool) -> None:
     """Audit until stopped, as CONFIG.YAML says.
 
     Without a file: the environment variable CONFIG, which is the file in base64, else config.json,
     config.yaml or config.yml of this folder.  DEBUG, if it is set at all, logs every report.
     """
+    if as_json and influx:
+        raise click.UsageError("--json and --influx both write to stdout; choose one.")
     config = settings(file)
     if logging.root.level > logging.INFO:
         logging.getLogger("idemp").setLevel(logging.DEBUG if "DEBUG" in os.environ else logging.INFO)
     with about("dsn"):
         transport = open_transport(config.dsn)
-    with closing(transport), closing(_state(config)) as state:
+    board = _Board(config.tick, influx)
+    with closing(transport), closing(_state(config)) as state, _lamps(config, board):
         with about("dsn"):
             transport.connect()
-        auditor = Auditor(transport, config, state, say=_line if as_json else None)
+        auditor = Auditor(transport, config, state, say=_line if as_json else None, show=board.show)
         auditor.run(ready=lambda: _ready(config, as_json))
 
 
@@ -86,6 +97,61 @@ def status(file: str | None, as_json: bool) -> int:
             f"{counts.get('reports', 0)} reports, {rejected} rejected, {unsent} statuses unsent{next_check}"
         )
     return 0 if all(verdict.state is State.OK for *_, verdict in found) else 1
+
+
+@audit.command()
+@click.argument("field")
+@click.argument("file", metavar="[CONFIG.YAML]", required=False)
+@click.option("--wait", type=Duration(), default="10s", show_default=True, help="How long who is asked has.")
+@json_option
+def explain(field: str, file: str | None, wait: float, as_json: bool) -> int:
+    """Name the messages in which the copies of FIELD differ; exit code 1 if there are any.
+
+    Asks the services over the broker.  FIELD is of type messages.
+    """
+    config = settings(file)
+    with closing(_state(config, reading=True)) as state:
+        judge = judge_of(config, 0.0)
+        judge.restore([Row(*row) for row in state.rows()])
+    pairs = judge.pairs(field)
+    if not pairs:
+        raise ConfigError(_no_messages(config, field))
+    with about("dsn"):
+        transport = open_transport(config.dsn)
+    with closing(transport):
+        with about("dsn"):
+            transport.connect()
+            asker = Asker(transport, config.exchange, patience=wait)
+        found = [(pair, each) for pair in pairs for each in _asked(pair, judge, asker)]
+    if as_json:
+        click.echo(
+            json.dumps({"field": pairs[0].field, "differences": [_difference(*each) for each in found]})
+        )
+    else:
+        _explain(pairs, found)
+    return 1 if found else 0
+
+
+@audit.command()
+@click.argument("tallies", metavar="FILE")
+@click.argument("kind", metavar="TYPE")
+@click.argument("id", type=key)
+@click.argument("times", type=click.IntRange(min=0))
+@click.option("--length", type=Duration(), default="60s", show_default=True, help="Of the file's buckets.")
+@click.option(
+    "--at", type=float, help="When it was published, in seconds since 1970, if FILE has no such id."
+)
+def correct(tallies: str, kind: str, id: str, times: int, length: float, at: float | None) -> None:
+    """Say how often the effect of a message is there, after it was mended by hand.
+
+    FILE is the one in which the service counts.  A service that runs tells the auditor by itself.
+    """
+    if not Path(tallies).exists():
+        raise ConfigError(f"there is no file {tallies}; name the one that the service's Tallies were given")
+    counted = Tallies(tallies, length=int(length), alone=False)
+    with closing(counted):
+        before, _ = counted.correct(kind, id, times, at)
+    click.echo(f"{escaped(id)} counts {times} times; before it were {before}")
 
 
 # ------------------------------------------------------------------ settings
@@ -123,6 +189,72 @@ def _state(config: Config, *, reading: bool = False) -> AuditState:
         return AuditState(config.state, reading=reading)
 
 
+# ------------------------------------------------------------------ what is published
+
+
+class _Board:
+    """The last judgement, for those who show it from other threads."""
+
+    def __init__(self, tick: float, influx: bool) -> None:
+        self._tick, self._influx = tick, influx
+        self._last: tuple[float | None, Sequence[Shown]] = None, ()
+
+    def show(self, looked: float, found: Sequence[Shown]) -> None:
+        """Take a judgement."""
+        self._last = looked, found
+        if self._influx:
+            for each in found:
+                click.echo(line_protocol(looked, *each))
+
+    def lamps(self) -> tuple[float | None, list[Lamp]]:
+        """How it stands now; stale if the auditor is stuck."""
+        looked, found = self._last
+        since = None if looked is None else (looked, self._tick)
+        lamps = []
+        for field, owner, replica, verdict in found:
+            state = _honest(verdict, since, time.time()).state
+            lamps.append(Lamp(field, owner, replica, str(state), _float(verdict.difference)))
+        return looked, lamps
+
+
+@contextmanager
+def _lamps(config: Config, board: _Board) -> Iterator[None]:
+    states = [str(state) for state in State]
+    with ExitStack() as opened:
+        if config.statsd:
+            with about("statsd"):
+                opened.enter_context(closing(StatsdLamps(config.statsd, states, board.lamps)))
+        if config.prometheus is not None:
+            with about("prometheus"):
+                opened.enter_context(closing(PrometheusLamps(config.prometheus, states, board.lamps)))
+        yield
+
+
+def line_protocol(looked: float, field: str, owner: str, replica: str, verdict: Verdict) -> str:
+    """InfluxDB's: a measurement with tags, fields, and the time in nanoseconds."""
+    tags = "".join(
+        f",{name}={_tag(value)}" for name, value in (("field", field), ("owner", owner), ("replica", replica))
+    )
+    fields = [f'state="{verdict.state}"']
+    if verdict.status is not None:
+        fields.append(f"status={verdict.status}i")
+    if (apart := _float(verdict.difference)) is not None:
+        fields.append(f"difference={apart!r}")
+    return f"idemp_audit{tags} {','.join(fields)} {int(looked * 1000) * 1_000_000}"
+
+
+def _float(value: Decimal | None) -> float | None:
+    """As time series have it; None if it is too large for them."""
+    read = None if value is None else float(value)
+    return None if read is None or math.isinf(read) else read
+
+
+def _tag(value: str) -> str:
+    """No line of its own; what separates tags is escaped."""
+    plain = " ".join(value.split()).rstrip("\\") or "_"
+    return re.sub(r"([,= ])", r"\\\1", plain)
+
+
 # ------------------------------------------------------------------ what is shown
 
 
@@ -131,6 +263,56 @@ def _ready(config: Config, as_json: bool) -> None:
         _line({"event": "ready", "queue": config.consumer_queue, "exchange": config.exchange})
     else:
         click.echo(f"audit: taking reports from {config.consumer_queue}; Ctrl-C ends it", err=True)
+
+
+def _no_messages(config: Config, field: str) -> str:
+    kinds = {each.name.lower(): each.kind for each in config.fields}
+    if field.lower() in kinds:
+        return f"{field} is of type {kinds[field.lower()]}; only a field of type messages has ids to name"
+    counted = [each.name for each in config.fields if each.kind == MESSAGES]
+    return f"no field {field!r} is audited; of type messages are: {', '.join(counted) or 'none'}"
+
+
+def _asked(pair: Pair, judge: Judge, asker: Asker) -> Iterator[Difference]:
+    """Of the buckets that are not settling any more."""
+    for who in (pair.owner, pair.replica):
+        if not judge.buckets.asked(who):
+            raise NoAnswer(f"{who} has never reported a tally, so it cannot be asked")
+    lower, upper = judge.buckets.told(pair)
+    between = lower, min(upper, time.time() - pair.settle)
+    return differences(pair, judge.buckets.asked, asker, between)
+
+
+def _difference(pair: Pair, found: Difference) -> dict[str, Any]:
+    return {
+        "owner": pair.owner,
+        "replica": pair.replica,
+        "start": found.start,
+        "length": pair.length,
+        "expected": found.expected.count,
+        "actual": found.actual.count,
+        "missing": found.missing,
+        "extra": found.extra,
+        "unsure": found.unsure,
+    }
+
+
+def _explain(pairs: Sequence[Pair], found: Sequence[tuple[Pair, Difference]]) -> None:
+    """The ids as they can be given to other commands."""
+    for pair in pairs:
+        if not any(each is pair for each, _ in found):
+            click.echo(f"{pair.field} of {pair.replica}: every closed bucket is that of {pair.owner}")
+    for pair, each in found:
+        counts = f"{each.actual.count} messages, {pair.owner} has {each.expected.count}"
+        where = f"bucket {moment(each.start)}, {pair.length} s"
+        click.echo(f"{pair.field} of {pair.replica}, {where}: {counts}")
+        for what, ids in (("missing", each.missing), ("extra", each.extra)):
+            for id, n in ids.items():
+                click.echo(f"  {what}  {escaped(id)}" + (f"  {n} times" if n > 1 else ""))
+        for id in each.unsure:
+            click.echo(f"  unsure   {escaped(id)}")
+    if any(each.missing for _, each in found):
+        click.echo("look a missing one up in the service's store: idemp get --store URL HANDLER/ID")
 
 
 def _line(told: Mapping[str, Any]) -> None:

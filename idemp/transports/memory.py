@@ -108,7 +108,15 @@ class MemoryTransport:
             broker.changed.notify_all()
         self._forget()
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
+    def declare(
+        self,
+        queue: str,
+        exchange: str = "",
+        binding: str = "#",
+        *,
+        kind: str = "topic",
+        expires: float | None = None,
+    ) -> None:
         """Make ``queue`` and bind it."""
         broker = self._open()
         with broker.changed:

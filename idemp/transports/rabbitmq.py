@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -94,10 +94,18 @@ class RabbitMQTransport:
             link.lose(error)
             link.check()
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
-        """Make ``queue`` without arguments, so that one that was made so before is welcome."""
+    def declare(
+        self,
+        queue: str,
+        exchange: str = "",
+        binding: str = "#",
+        *,
+        kind: str = "topic",
+        expires: float | None = None,
+    ) -> None:
+        """Make ``queue`` without other arguments, so that one that was made so before is welcome."""
         with self._connected() as link:
-            link.declare(queue, exchange, binding, kind)
+            link.declare(queue, exchange, binding, kind, expires)
 
     def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """Start deliveries from ``queue``; they end from the one before."""
@@ -339,15 +347,18 @@ class _Link:
         self.check()  # a lost connection closes its channels too
         return answers[0].method if answers else None
 
-    def declare(self, queue: str, exchange: str, binding: str, kind: str) -> None:
-        """Without arguments; a quorum queue that somebody made is as good."""
-        refusal = self._declare(queue, exchange, binding, kind, {})
-        if "x-queue-type" in refusal and not self._declare(queue, exchange, binding, kind, _QUORUM):
+    def declare(self, queue: str, exchange: str, binding: str, kind: str, expires: float | None) -> None:
+        """Without other arguments; a quorum queue that somebody made is as good."""
+        ours = {} if expires is None else {"x-expires": math.ceil(expires * 1000)}
+        refusal = self._declare(queue, exchange, binding, kind, ours)
+        if "x-queue-type" in refusal and not self._declare(queue, exchange, binding, kind, _QUORUM | ours):
             return
         if refusal:
             raise ConfigError(f"{self._where} refuses to declare queue {queue!r}: {refusal}")
 
-    def _declare(self, queue: str, exchange: str, binding: str, kind: str, arguments: dict[str, str]) -> str:
+    def _declare(
+        self, queue: str, exchange: str, binding: str, kind: str, arguments: Mapping[str, Any]
+    ) -> str:
         """The broker's refusal, or "".  On a channel of its own, which a refusal closes."""
         channel = self._channel()
         refusals: list[str] = []

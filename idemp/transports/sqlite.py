@@ -157,7 +157,15 @@ class SqliteTransport:
             raise type(self._link.lost)(str(self._link.lost))  # another each time: a traceback grows
         return self._link
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
+    def declare(
+        self,
+        queue: str,
+        exchange: str = "",
+        binding: str = "#",
+        *,
+        kind: str = "topic",
+        expires: float | None = None,
+    ) -> None:
         """Make ``queue`` and bind it."""
         self._connected().declare(queue, exchange, binding)
 

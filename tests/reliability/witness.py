@@ -175,9 +175,17 @@ class WitnessedTransport:
             {"f": verb, "type": "info", "op": op, "k": id} for verb, op, id in copies.values()
         )
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
+    def declare(
+        self,
+        queue: str,
+        exchange: str = "",
+        binding: str = "#",
+        *,
+        kind: str = "topic",
+        expires: float | None = None,
+    ) -> None:
         """See `Transport`."""
-        self._inner.declare(queue, exchange, binding, kind=kind)
+        self._inner.declare(queue, exchange, binding, kind=kind, expires=expires)
 
     def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
         """See `Transport`."""

@@ -64,6 +64,7 @@ SERVERS = {
     "statsd": Server(
         program="statsd", package="npm", npm=True, places=(str(FROM_NPM / "node_modules/.bin"),)
     ),
+    "prometheus": Server(program="prometheus", package="prometheus"),
     # No servers: it saves and restores one's data; it makes the disk of one stand still.
     "etcdctl": Server(program="etcdctl", package="etcd-client"),
     "strace": Server(program="strace", package="strace"),

@@ -1,0 +1,671 @@
+"""The audit of messages: tallies in buckets of time, between processes that share a broker and no file."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp.audit.buckets import Buckets, Pair
+from idemp.audit.judge import Field, Judge, Row, State
+from idemp.audit.messages import Status, TallyReport, decoded
+from idemp.audit.tallies import Tallies
+from idemp.audit.tally import ANY, Tally, hashed, together
+from idemp.errors import BadMessage, ConfigError, PermanentFailure
+from idemp.message import Properties
+from idemp.ports import Delivery, Publication, Ran
+from idemp.transports import publish
+from tests.servers import RabbitMQ
+from tests.service import Program, finished, until
+
+PATIENCE = 30.0
+LENGTH = 2
+SERVICE = """
+import sys
+from idemp import Consumer, idempotent, open_store, open_transport
+from idemp.audit import Tallier
+from idemp.audit.tallies import Tallies
+
+url, service, folder, exchange, once = sys.argv[1:6]
+tallies = Tallies(f"{folder}/{service}-tallies.db", length=2)
+audit = Tallier(tallies, open_transport(url), exchange=exchange, every=0.2)
+consumer = Consumer(
+    open_transport(url), service=f"{exchange}-{service}", exchange=f"{exchange}-events", audit=audit
+)
+consumer.service = service
+
+def new_order(message):
+    with open(f"{folder}/{service}-effects", "a") as effects:
+        effects.write(message.id + "\\n")
+
+if once == "once":
+    new_order = idempotent(open_store(f"sqlite:///{folder}/{service}.db"), name="new_order")(new_order)
+consumer.on("new_order")(new_order)
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+# ------------------------------------------------------------------ the checksum
+
+
+@given(st.lists(st.text()), st.integers(0, 2**32))
+def test_the_order_and_the_process_do_not_matter(ids: list[str], seed: int) -> None:
+    """Shuffled and counted in two places it is the same."""
+    whole = Tally()
+    for id in ids:
+        whole = whole.plus(hashed(id))
+    chance = random.Random(seed)
+    parts = [Tally(), Tally()]
+    for id in chance.sample(ids, len(ids)):
+        place = chance.randrange(2)
+        parts[place] = parts[place].plus(hashed(id))
+    assert together(parts) == whole
+
+
+@given(st.sets(st.text(), min_size=2), st.integers(1, 4))
+def test_one_lost_and_one_doubled_is_not_the_same(ids: set[str], times: int) -> None:
+    """Nor is one that came three times in the place of two others, which an exclusive or would not see."""
+    lost, doubled, *_ = sorted(ids)
+    whole = Tally()
+    for id in ids:
+        whole = whole.plus(hashed(id))
+    other = whole.plus(hashed(lost), -1).plus(hashed(doubled))
+    assert other.count == whole.count
+    assert not other.same(whole)
+    assert other.plus(hashed(lost)).plus(hashed(doubled), -1).same(whole)
+    assert not whole.plus(hashed(doubled), 2 * times).same(whole.plus(hashed(lost), 2 * times))
+
+
+@given(st.lists(st.sampled_from("abcd")), st.lists(st.sampled_from("abcd")), st.data())
+def test_what_may_be_the_same(one: list[str], other: list[str], data: st.DataObject) -> None:
+    """Never refused when it is, whichever of the unsure took effect once more."""
+    unsure = [data.draw(st.integers(0, 3)) for _ in range(2)]
+    more = [data.draw(st.lists(st.sampled_from("abcd"), max_size=n)) for n in unsure]
+    tallies = []
+    for ids, n in zip((one, other), unsure, strict=True):
+        tally = Tally(unsure=n)
+        for id in ids:
+            tally = tally.plus(hashed(id))
+        tallies.append(tally)
+    if sorted(one + more[0]) == sorted(other + more[1]):
+        assert tallies[0].may_be(tallies[1])
+    if not any(unsure):
+        assert tallies[0].may_be(tallies[1]) == (sorted(one) == sorted(other))
+    assert tallies[0].may_be(tallies[1]) == tallies[1].may_be(tallies[0])
+
+
+# ------------------------------------------------------------------ the judge
+
+S, B = "S", "B"
+ORDERS = Field("orders", "messages", S, 2, {B: 0}, bucket=10, settle=30.0, stale_after=100.0)  # type: ignore[dict-item]
+
+
+class Two:
+    """A judge of two services, told by their own files, and their clock."""
+
+    def __init__(self, folder: Path, field: Field = ORDERS) -> None:
+        self.now = 1000.0
+        self.judge = Judge([field], self.now, owner_reports=False)
+        self.files = {
+            who: Tallies(str(folder / who), length=10, wall=lambda: self.now) for who in field.holders()
+        }
+
+    def ran(self, who: str, *ids: str, at: float | None = None, **how: bool) -> None:
+        at = self.now if at is None else at
+        self.files[who].add([Ran("orders", id, at, **how) for id in ids])
+
+    def report(self, who: str, *, arrives: bool = True, ended: bool = False) -> TallyReport:
+        file = self.files[who]
+        changed = file.changed(ending=ended)
+        told = TallyReport(
+            who, file.instance, changed.number, file.born, file.started, file.length, changed.through, ended,
+            changed.first, changed.tallies,
+        )  # fmt: skip
+        report = decoded(told.encode())
+        assert report == told
+        if arrives:
+            file.told(changed.versions)
+            self.judge.tally(told, self.now, self.now)
+        return told
+
+    def found(self) -> tuple[list[Status], State, str]:
+        told = self.judge.tick(self.now, self.now)
+        [(_, _, verdict)] = self.judge.verdicts()
+        return told, verdict.state, verdict.reason
+
+    def all_reports(self, now: float) -> tuple[list[Status], State, str]:
+        self.now = now
+        for who in self.files:
+            self.report(who)
+        return self.found()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Two]:
+    built = Two(tmp_path)
+    yield built
+    for file in built.files.values():
+        file.close()
+
+
+def test_a_counter_that_always_moves_is_judged(two: Two) -> None:
+    """Bucket by closed bucket; what is under way in the open one does not matter."""
+    assert two.found()[1:] == (State.STALE, "S has never reported; B has never reported")
+    assert two.all_reports(1001.0)[1:] == (State.SETTLING, "no bucket is closed yet")
+    for now in range(1002, 1040):
+        two.now = float(now)
+        two.ran(S, f"id-{now}")
+        if now > 1002:
+            two.ran(B, f"id-{now - 1}", at=now - 1.0)
+        if now == 1021:  # the bucket up to 1020 is the same, the one from 1020 on is open
+            assert two.all_reports(1021.0)[:2] == ([Status(B, 2), Status("all", 2)], State.OK)
+    assert two.all_reports(1041.0)[:2] == ([], State.SETTLING)
+    two.ran(B, "id-1039", at=1039.0)
+    assert two.all_reports(1052.0)[:2] == ([], State.OK)
+
+
+def test_a_lost_one_and_a_doubled_one_are_broken(two: Two) -> None:
+    """After the time to settle, not before; mended it is green again."""
+    two.all_reports(1001.0)
+    two.now = 1010.0
+    two.ran(S, "a", "b", "c")
+    two.ran(B, "a", "b", "b")
+    assert two.all_reports(1021.0)[1] is State.SETTLING
+    assert two.all_reports(1050.0)[1] is State.SETTLING
+    told, state, reason = two.all_reports(1051.0)
+    assert (told, state) == ([Status(B, 0), Status("all", 0)], State.BROKEN)
+    assert reason == "B has as many messages as S, 3, but not the same: bucket 1970-01-01T00:16:50Z, 10 s"
+    two.ran(B, "c", at=1010.0)
+    two.ran(B, "c", at=1010.0)
+    two.all_reports(1052.0)
+    assert "B has 5 messages, and S has 3" in two.all_reports(1082.0)[2]
+    assert two.files[B].correct("orders", "b", 1) == (2, 1010)
+    assert two.files[B].correct("orders", "c", 1) == (2, 1010)
+    assert two.all_reports(1083.0)[:2] == ([Status(B, 2), Status("all", 2)], State.OK)
+
+
+def test_a_report_that_is_lost_is_no_difference(two: Two) -> None:
+    """Until who counts has told all, its bucket is not judged; what was not confirmed is told again."""
+    two.all_reports(1001.0)
+    two.now = 1010.0
+    two.ran(S, "a")
+    two.ran(B, "a")
+    two.now = 1060.0
+    two.report(S)
+    lost = two.report(B, arrives=False)
+    assert two.found()[1] is State.SETTLING
+    assert two.report(B).tallies == lost.tallies
+    assert two.found()[1] is State.OK
+    two.judge.tally(lost, two.now, two.now)  # it came after all, late
+    two.judge.tally(lost, two.now, two.now)
+    assert two.found()[1] is State.OK
+
+
+def test_silence_of_one_who_counts(two: Two) -> None:
+    """Is noticed; an orderly end is none."""
+    two.all_reports(1001.0)
+    two.all_reports(1021.0)
+    two.now = 1100.0
+    two.report(S)
+    assert two.found()[1] is State.OK
+    two.now = 1122.0
+    two.report(S)
+    told, state, reason = two.found()
+    assert (told, state) == ([Status(B, 0), Status("all", 0)], State.STALE)
+    assert reason.startswith("B (")
+    two.report(B, ended=True)
+    assert two.all_reports(1123.0)[1] is State.OK
+
+
+def test_who_comes_back_has_time_to_catch_up(two: Two) -> None:
+    """What waited in its queue while it was away is no difference until then."""
+    two.all_reports(1001.0)
+    two.now = 1010.0
+    two.ran(S, "a")
+    two.all_reports(1021.0)
+    two.now = 1090.0
+    two.report(S)
+    path = two.files[B].path
+    two.files[B].close()
+    two.files[B] = Tallies(path, length=10, wall=lambda: two.now)
+    assert two.all_reports(1091.0)[1] is State.SETTLING
+    assert two.all_reports(1120.0)[1] is State.BROKEN
+
+
+def test_what_nobody_can_say_is_never_equal(two: Two) -> None:
+    """A handler that ran again after a kill: what is unsure is not green, nor red for it alone."""
+    two.all_reports(1001.0)
+    two.now = 1010.0
+    two.ran(S, "a", "b")
+    two.ran(B, "a")
+    two.ran(B, "b", unsure=True)
+    _, state, reason = two.all_reports(1060.0)
+    assert (state, "1 may have taken effect once more" in reason) == (State.STALE, True)
+    two.ran(S, *(f"x{n}" for n in range(5)), at=1012.0)
+    assert two.all_reports(1061.0)[1] is State.SETTLING
+    assert two.all_reports(1091.0)[1] is State.BROKEN
+
+
+def test_what_was_counted_before_the_kill_is_known(two: Two) -> None:
+    """A resolver finds the effect, or the handler runs again: the file says which it was."""
+    two.ran(B, "a", "b")
+    two.ran(B, "a", found=True)
+    two.ran(B, "b", unsure=True)
+    two.ran(B, "c", found=True)
+    assert two.files[B].ids("orders", 1000, range(256), "", 10) == (
+        [("a", 1, 0), ("b", 2, 0), ("c", 1, 1)],
+        False,
+    )
+
+
+def test_buckets_of_before_are_nobodys(tmp_path: Path) -> None:
+    """A replica that began later, and an auditor that lost its state, judge what they can know."""
+    two = Two(tmp_path)
+    two.now = 1010.0
+    two.ran(S, "a")
+    two.all_reports(1021.0)
+    fresh = Judge([ORDERS], 1021.0, owner_reports=False)
+    two.judge = fresh
+    two.now = 1022.0
+    two.ran(B, "late", at=1011.0)
+    assert two.all_reports(1023.0)[1] is State.SETTLING
+    assert two.all_reports(1100.0)[1] is State.OK
+
+
+def test_a_restart_of_the_auditor_changes_nothing(two: Two) -> None:
+    """A judge made anew from what was kept says the same, at each step."""
+    kept: dict[str, str] = {}
+    for step in range(40):
+        two.now += 3.0
+        two.ran(S, f"s{step}")
+        if step % 7:
+            two.ran(B, f"s{step}")
+        for who in (S, B):
+            two.report(who)
+        fresh = Judge([ORDERS], two.now, owner_reports=False)
+        for row in two.judge.changes():
+            if row.text is None:
+                del kept[row.name]
+            else:
+                kept[row.name] = row.text
+        assert fresh.restore([Row(*row) for row in kept.items()]) == []
+        fresh.listening(two.now)
+        assert two.judge.tick(two.now, two.now) == fresh.tick(two.now, two.now)
+        assert list(two.judge.verdicts()) == list(fresh.verdicts())
+
+
+def test_a_flap_is_no_change(tmp_path: Path) -> None:
+    """With looks: 2 a status is told when it is found twice in a row."""
+    two = Two(tmp_path, ORDERS._replace(looks=2))
+    two.all_reports(1001.0)
+    assert two.all_reports(1021.0)[1:] == (State.SETTLING, "ok in 1 of 2 looks")
+    assert two.found()[:2] == ([Status(B, 2), Status("all", 2)], State.OK)
+    two.ran(S, "a", at=1012.0)
+    two.all_reports(1030.0)
+    told, state, reason = two.all_reports(1060.0)
+    assert (told, state) == ([], State.SETTLING)
+    assert reason.startswith("broken in 1 of 2 looks: B has 0 messages, and S has 1")
+    two.ran(B, "a", at=1012.0)
+    assert two.all_reports(1061.0)[:2] == ([], State.OK)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"length": 60}, "60 s long at B, and 10 s"),
+        ({"through": 5000.0}, "which is not yet"),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused(two: Two, change: dict[str, Any], part: str) -> None:
+    """With a reason, and without a trace."""
+    two.ran(B, "a")
+    two.now = 1021.0
+    report = two.report(B, arrives=False)
+    with pytest.raises(BadMessage, match=part):
+        two.judge.tally(report._replace(**change), two.now, two.now)
+    assert two.judge.changes() == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"service":"B","tallies":{}}',
+        b'{"service":"B","instance":"i","number":1.5,"born":0,"started":0,"length":1,"through":0,"ended":false,'
+        b'"first":true,"tallies":{}}',
+        b'{"service":"B","instance":"i","number":1,"born":0,"started":0,"length":1,"through":0,"ended":false,'
+        b'"first":true,"tallies":{"a":[[1,2,"no hexadecimal",0]]}}',
+        b'{"service":"B","instance":"i","number":1,"born":NaN,"started":0,"length":1,"through":0,"ended":false,'
+        b'"first":true,"tallies":[1]}',
+    ],
+)
+def test_what_is_no_report_of_tallies(body: bytes) -> None:
+    """Says so."""
+    with pytest.raises(BadMessage, match="no report of tallies"):
+        decoded(body)
+
+
+# ------------------------------------------------------------------ the file
+
+
+def test_a_power_loss_is_never_equal(tmp_path: Path) -> None:
+    """Of buckets begun before one, nobody can say any more what was counted; a kill changes nothing."""
+    path = str(tmp_path / "tallies.db")
+    now = 1000.0
+    first = Tallies(path, length=10, wall=lambda: now)
+    first.add([Ran("orders", "a", 1000.0)])
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE meta SET boot = 'another'")
+        db.commit()
+    first._let_go()  # as a kill does
+    now = 1015.0
+    with closing(Tallies(path, length=10, wall=lambda: now)) as second:
+        second.add([Ran("orders", "b", 1020.0)])
+        assert {place: each.unsure for place, each in second.buckets("orders").items()} == {
+            1000: ANY,
+            1020: 0,
+        }
+    with closing(Tallies(path, length=10)) as third:
+        assert third.buckets("orders")[1000].unsure == ANY
+
+
+def test_the_file_has_one_process_and_one_length(tmp_path: Path) -> None:
+    """Else a sentence."""
+    path = str(tmp_path / "tallies.db")
+    with closing(Tallies(path)), pytest.raises(ConfigError, match="another process counts in"):
+        Tallies(path)
+    with pytest.raises(ConfigError, match="has buckets of 60 s, not of 10 s"):
+        Tallies(path, length=10)
+    (tmp_path / "text").write_text("no database " * 100)
+    with pytest.raises(ConfigError, match="no SQLite file"):
+        Tallies(str(tmp_path / "text"))
+
+
+def test_what_is_old_is_forgotten(two: Two) -> None:
+    """In the file and in the judge."""
+    two.all_reports(1001.0)
+    two.ran(S, *(f"id-{n}" for n in range(100)), at=1010.0)
+    two.all_reports(1060.0)
+    two.files[S].forget(2000.0)
+    assert two.files[S].buckets("orders") == {}
+    assert two.files[S].ids("orders", 1010, range(256), "", 10) == ([], False)
+    two.judge.changes()
+    two.now = 1060.0 + 2 * 86400
+    assert two.found()[1] is State.STALE
+    assert {row.text for row in two.judge.changes() if "tally" in row.name or "instance" in row.name} == {
+        None
+    }
+
+
+def test_buckets_alone_know_who_never_reported() -> None:
+    """Both are named."""
+    found = Buckets([Pair("orders", S, B, 10, 0.0)], 0.0, 100.0).compared(
+        Pair("orders", S, B, 10, 0.0), 0.0, 0.0, None
+    )
+    assert found.finding == "unheard"
+
+
+# ------------------------------------------------------------------ what a consumer counts
+
+
+class Counting:
+    """A tallier that only remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.runs: list[Ran] = []
+
+    def start(self, service: str) -> None:
+        self.calls.append(f"start {service}")
+
+    def ran(self, runs: Sequence[Ran]) -> None:
+        self.runs += runs
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+def test_a_consumer_counts_what_took_effect(tmp_path: Path, unique: str) -> None:
+    """Once for each run that returned, in a transaction or not; what is skipped or raises is not counted."""
+    audit = Counting()
+    store = open_store(f"sqlite:///{tmp_path}/seen.db")
+    with closing(store), closing(open_transport(f"memory://{unique}")) as transport:
+        consumer = Consumer(transport, service="s", audit=audit)
+        for kind in ("once", "inside", "plain", "bad"):
+
+            def handle(message: Message) -> None:
+                if message.type == "bad":
+                    raise PermanentFailure("no")
+
+            if kind != "plain":
+                handle = idempotent(store, name=kind, transaction=kind == "inside")(handle)
+            consumer.on(kind)(handle)
+        ready = threading.Event()
+        thread = threading.Thread(target=lambda: consumer.run(ready=ready.set))
+        thread.start()
+        assert ready.wait(PATIENCE)
+        kinds = ("once", "inside", "plain", "bad", "once", "inside", "plain")
+        sent = [Message(f"{kind}-1", kind) for kind in kinds]
+        with closing(open_transport(f"memory://{unique}")) as publisher:
+            publish(
+                publisher,
+                [Publication(each.encode(), each.properties(), "events", each.type) for each in sent],
+            )
+        until(lambda: len(audit.runs) >= 4, lambda: audit.runs)
+        consumer.stop()
+        thread.join(PATIENCE)
+    counted = sorted((run.type, run.id, run.unsure, run.found) for run in audit.runs)
+    assert counted == [
+        ("inside", "inside-1", False, False),
+        ("once", "once-1", False, False),
+        ("plain", "plain-1", False, False),
+        ("plain", "plain-1", False, False),
+    ]
+    assert all(run.at is not None and abs(run.at - time.time()) < 60 for run in audit.runs)
+    assert audit.calls == ["start s", "stop"]
+
+
+# ------------------------------------------------------------------ with services on a broker
+
+
+class Shop:
+    """A broker, an auditor, and services that count."""
+
+    def __init__(self, url: str, folder: Path, name: str, settle: float) -> None:
+        self.url, self.folder, self.name = url, folder, name
+        self.file = folder / "config.yaml"
+        self.programs: list[Program] = []
+        self.last, self.settle = 0.0, settle
+        self.file.write_text(f"""
+dsn: {url}
+exchange: {name}
+consumer_queue: {name}_in
+report_queue: {name}_out
+state: {folder}/audit.db
+tick: 100ms
+data:
+  new_order: {{type: messages, owner: shop, bucket: {LENGTH}s, settle: {settle:g}s, replicas: [billing: ]}}
+""")
+
+    def start(self, *arguments: str, ready: str) -> Program:
+        said = self.folder / f"said-{len(self.programs)}"
+        self.programs.append(Program(said, arguments, {}))
+        self.programs[-1].wait_for(ready)
+        return self.programs[-1]
+
+    def auditor(self) -> Program:
+        return self.start("-m", "idemp", "audit", "run", str(self.file), ready="taking reports")
+
+    def service(self, name: str, once: str = "once") -> Program:
+        where = self.url, name, str(self.folder), self.name, once
+        return self.start("-c", SERVICE, *where, ready="ready")
+
+    def queue(self, service: str) -> str:
+        return f"{self.name}-{service}-queue"
+
+    def events(self, n: int) -> list[Publication]:
+        """Of one second."""
+        now = self.last = float(int(time.time()))
+        messages = [Message(uuid4().hex, "new_order", {"n": number}) for number in range(n)]
+        return [
+            Publication(
+                each.encode(),
+                Properties(message_id=each.id, type=each.type, timestamp=now),
+                f"{self.name}-events",
+                "new_order",
+            )
+            for each in messages
+        ]
+
+    def publish(self, publications: Sequence[Publication], to: str = "") -> None:
+        moved = [each._replace(exchange="", routing_key=to) if to else each for each in publications]
+        with closing(open_transport(self.url)) as transport:
+            publish(transport, moved)
+
+    def lose(self, service: str, n: int) -> list[str]:
+        """The first ``n`` messages of its queue; their ids."""
+        found: list[Delivery] = []
+        with closing(open_transport(self.url)) as transport:
+            transport.consume(self.queue(service), n)
+            end = time.monotonic() + PATIENCE
+            while len(found) < n and time.monotonic() < end:
+                found += [each for each in transport.poll(0.5) if isinstance(each, Delivery)]
+            transport.ack([each.tag for each in found])
+        return [json.loads(each.body)["id"] for each in found]
+
+    def state(self) -> dict[str, Any]:
+        done = finished("-m", "idemp", "audit", "status", str(self.file), "--json")
+        assert done.returncode in (0, 1), done
+        [field] = json.loads(done.stdout)["fields"]
+        return dict(field)
+
+    def becomes(self, state: str) -> dict[str, Any]:
+        until(lambda: self.state()["state"] == state, self.state)
+        return self.state()
+
+    def explained(self) -> tuple[int, list[dict[str, Any]]]:
+        done = finished("-m", "idemp", "audit", "explain", "new_order", str(self.file), "--json")
+        assert done.returncode in (0, 1), done
+        return done.returncode, json.loads(done.stdout)["differences"]
+
+    def reached(self, service: str, n: int) -> bool:
+        return len(set(self.effects(service))) >= n
+
+    def settled(self) -> bool:
+        """Whether all that was published is in buckets that are judged for good."""
+        return time.time() > self.last + LENGTH + self.settle + 1 and str(self.state()["state"]) != "settling"
+
+    def told(self) -> list[Status]:
+        """The statuses that were told."""
+        found: list[Status] = []
+        with closing(open_transport(self.url)) as transport:
+            transport.consume(f"{self.name}_out", 1000)
+            while came := [each for each in transport.poll(1.0) if isinstance(each, Delivery)]:
+                found += [Status.decode(each.body) for each in came]
+        return found
+
+    def effects(self, service: str) -> list[str]:
+        file = self.folder / f"{service}-effects"
+        return file.read_text().split() if file.exists() else []
+
+
+@contextmanager
+def shop(url: str, folder: Path, name: str, *, settle: float = 1.0) -> Iterator[Shop]:
+    built = Shop(url, folder, name, settle)
+    try:
+        yield built
+    finally:
+        for program in built.programs:
+            program.stop(signal.SIGKILL)
+
+
+def test_n3_three_lost_and_three_doubled_are_named(amqp_url: str, tmp_path: Path, unique: str) -> None:
+    """Count equal, checksum not, exactly 3 + 3 ids; green when they are sent again and taken back."""
+    with shop(amqp_url, tmp_path, unique) as room:
+        room.auditor()
+        room.service("shop")
+        billing = room.service("billing", "at least once")
+        room.becomes("ok")
+        assert room.explained() == (0, [])
+        assert billing.stop() == 0
+        events = room.events(60)
+        room.publish(events[:3])
+        lost = room.lose("billing", 3)
+        room.publish(events[3:])
+        doubled = [each.properties.message_id for each in events[-3:]]
+        room.publish(events[-3:], to=room.queue("billing"))
+        room.service("billing", "at least once")
+        seen = room.becomes("broken")
+        assert (seen["expected"], seen["actual"]) == ("60", "60")
+        assert "billing has as many messages as shop, 60, but not the same" in seen["reason"]
+        code, [found] = room.explained()
+        assert code == 1
+        assert found["missing"] == dict.fromkeys(sorted(lost), 1)
+        assert found["extra"] == dict.fromkeys(sorted(filter(None, doubled)), 1)
+        assert found["unsure"] == []
+        assert found["start"] == int(events[0].properties.timestamp or 0) // LENGTH * LENGTH
+
+        people = finished("-m", "idemp", "audit", "explain", "new_order", str(room.file))
+        assert people.returncode == 1
+        assert people.stdout.count("\n  missing  ") == people.stdout.count("\n  extra  ") == 3
+
+        room.publish(
+            [each for each in events if each.properties.message_id in lost], to=room.queue("billing")
+        )
+        tallies = str(tmp_path / "billing-tallies.db")
+        for id in filter(None, doubled):
+            done = finished(
+                *("-m", "idemp", "audit", "correct", tallies, "new_order", id, "1", "--length", f"{LENGTH}s")
+            )
+            assert done.stdout == f"{id} counts 1 times; before it were 2\n", done
+        room.becomes("ok")
+        assert room.explained() == (0, [])
+
+
+def test_kill_9_of_services_auditor_and_broker(own_rabbitmq: RabbitMQ, tmp_path: Path, unique: str) -> None:
+    """The effects are the witness: what a kill doubled is named and never ok, and nothing else is broken.
+
+    The time to settle is longer than a start takes and a dead session is waited for.
+    """
+    with shop(own_rabbitmq.url, tmp_path, unique, settle=20.0) as room:
+        auditor = room.auditor()
+        services = {name: room.service(name) for name in ("shop", "billing")}
+        room.becomes("ok")
+        for step, name in enumerate(("billing", "shop", "billing", "shop")):
+            reached = len(room.effects(name)) + 40
+            room.publish(room.events(150))
+            until(partial(room.reached, name, reached), partial(room.effects, name))
+            services[name].stop(signal.SIGKILL)
+            if step == 1:
+                auditor.stop(signal.SIGKILL)
+                auditor = room.auditor()
+            if step == 2:
+                own_rabbitmq.kill()
+                own_rabbitmq.start()
+                auditor.wait_for("the broker is back")
+            services[name] = room.service(name)
+        for name in services:
+            until(partial(room.reached, name, 600), partial(room.effects, name))
+        until(room.settled, room.state)
+        counted = {name: Counter(room.effects(name)) for name in services}
+        doubled = {id for each in counted.values() for id, n in each.items() if n > 1}
+        seen, (_, found) = room.state(), room.explained()
+        named = {id for each in found for id in (*each["extra"], *each["missing"], *each["unsure"])}
+        assert doubled <= named
+        assert not doubled or seen["state"] != "ok", seen
+        assert {id for each in found for id in (*each["extra"], *each["missing"])} <= doubled
+        assert doubled or 0 not in {told.status for told in room.told()}
