@@ -427,19 +427,22 @@ class _Shell:
 
     def _host(self, store: Store, hall: queue.SimpleQueue[Sequence[Begun] | None]) -> None:
         try:
-            while items := hall.get():
-                jobs = [self._job(flight, begin) for flight, begin in items]
-                verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
-                flights = [flight for flight, _ in items]
-                self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
+            with asyncio.Runner() as runner:
+                while items := hall.get():
+                    jobs = [self._job(flight, begin, runner) for flight, begin in items]
+                    verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
+                    flights = [flight for flight, _ in items]
+                    self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
         except StoreUnavailable as error:
             log.error("the store did not come back in the grace time: %s", error)
         except BaseException as error:
             self.post(_Broken(error))
 
-    def _job(self, flight: Flight, begin: Callable[[], Protocol]) -> Job:
+    def _job(self, flight: Flight, begin: Callable[[], Protocol], runner: asyncio.Runner) -> Job:
         assert flight.route is not None
         function, policy = flight.route.function, flight.policy
+        if flight.route.is_async:
+            function = _blocking(function, runner)
         letters: list[Publication] = []
 
         def context(claim: Claimed, connection: Any = None) -> Context:

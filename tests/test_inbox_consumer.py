@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from idemp import Consumer, Message, context, idempotent, open_store, open_trans
 from idemp.message import Properties
 from idemp.pipeline import Acknowledge, Delivered, Disconnected, Pipeline, Route, Tell, Transact, Transacted
 from idemp.policy import make_policy
-from idemp.ports import Claimed, Delivery, Free, Get, Parked, Publication
+from idemp.ports import Claimed, Delivery, Done, Free, Get, Parked, Publication
 from idemp.protocol import NotRun, Ok, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,6 +172,27 @@ def test_a_commit_that_one_spoils_is_made_without_it(bench: Bench) -> None:
         until(lambda: bench.depth("s-queue.dead") == 1)
     assert bench.effects() == [str(n) for n in range(8) if n != 3]
     assert isinstance(bench.store.apply([Get("s.t/3")])[0], Parked)
+
+
+def test_async_handlers_in_a_consumer(bench: Bench) -> None:
+    """In order, as the others; one that raises loses its own effect only."""
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True)
+    async def handle(message: Message) -> None:
+        write(message)
+        await asyncio.sleep(0)
+        if message.id == "3" and context().attempt == 1:
+            raise ValueError("not yet")
+
+    bench.publish([str(n) for n in range(8)] * 2)
+    with bench.running():
+        bench.reach(8)
+        until(lambda: bench.depth("s-queue") == 0)
+    assert bench.effects() == [str(n) for n in range(8)]
+    done = bench.store.apply([Get("s.t/3")])[0]
+    assert isinstance(done, Done)
+    assert done.attempt == 2
 
 
 def test_a_stop_gives_back_what_has_not_begun(bench: Bench) -> None:
