@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import tenacity
@@ -341,6 +341,7 @@ class _Shell:
         self.unasked: dict[int, tuple[Store, list[Op]]] = {}
         self._lanes: dict[int, queue.SimpleQueue[Sequence[Op] | None]] = {}
         self._halls: dict[int, queue.SimpleQueue[Sequence[Begun] | None]] = {}
+        self._dangerous = threading.Lock()
         self._jobs: queue.SimpleQueue[Sequence[tuple[Flight, Run | Ask]] | None] = queue.SimpleQueue()
         self._workers = workers
         for number in range(workers):
@@ -430,7 +431,9 @@ class _Shell:
             with asyncio.Runner() as runner:
                 while items := hall.get():
                     jobs = [self._job(flight, begin, runner) for flight, begin in items]
-                    verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
+                    # Of those that may kill the process, one store's at a time: an attempt counts for each.
+                    with self._dangerous if any(job.again for job in jobs) else nullcontext():
+                        verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
                     flights = [flight for flight, _ in items]
                     self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
         except StoreUnavailable as error:
@@ -461,7 +464,8 @@ class _Shell:
         def ask_it(claim: Claimed) -> Any:
             return ask(policy, context(claim), (flight.message,), {})
 
-        return Job(flight.key, begin, call, ask_it, HELD, letters)
+        again = flight.delivery.redelivered
+        return Job(flight.key, begin, call, ask_it, HELD, policy.attempts, letters, again=again)
 
     # ---------------------------------------------------------------- handlers
 

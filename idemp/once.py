@@ -286,6 +286,7 @@ def _transacted(function: Callable[..., Any], policy: Policy, key: str, args: An
         handle,
         lambda claim: ask(policy, Context(key, claim.token, claim.attempt), args, kwargs),
         policy.wait if policy.on_busy == "wait" else 0.0,
+        policy.attempts,
         letters,
     )
     while True:

@@ -263,6 +263,55 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     assert bench.sql("SELECT 1 FROM effect GROUP BY id HAVING count(*) > 1") == []
 
 
+_POISON = """
+import os, signal, sys
+from idemp import Consumer, context, idempotent, open_store, open_transport
+url, broker = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service="s")
+
+@consumer.on("t")
+@idempotent(open_store(url), name="s.t", transaction=True, attempts=3)
+def handle(message):
+    context().connection.execute(f"INSERT INTO effect VALUES ('{message.id}')")
+    if message.id == "07":
+        os._exit(7)
+    if message.id == "12":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+def test_what_kills_its_process_each_time_is_set_aside(bench: Bench, tmp_path: Path) -> None:
+    """After the policy's attempts, with its reason; its neighbours take effect once, and none is parked."""
+    broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
+    with closing(open_transport(broker)) as transport:
+        transport.declare("s-queue", "events")
+    ids = [f"{n:02}" for n in range(20)]
+    poison = {"07", "12"}
+    send(broker, ids)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ends: list[int] = []
+    with closing(open_transport(broker)) as looking:
+        while looking.depth("s-queue.dead") < len(poison):
+            command = [sys.executable, "-c", _POISON, bench.url, broker]
+            with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as service:
+                until(lambda: service.poll() is not None or looking.depth("s-queue.dead") == len(poison))
+                service.terminate()
+            ends.append(service.returncode)
+            assert len(ends) < 12, ends
+        until(lambda: looking.depth("s-queue") == 0)
+
+    # The first death is nobody's; the second may be either's, in a batch; from then on each dies alone.
+    assert ends.count(7) + ends.count(-signal.SIGKILL) <= 1 + 3 + 3, ends
+    assert ends[-1] == 0, ends
+    assert bench.effects() == [each for each in ids if each not in poison]
+    for each in poison:
+        parked = bench.store.apply([Get(f"s.t/{each}")])[0]
+        assert isinstance(parked, Parked)
+        assert parked.reason == "attempts used up: 3 began, none is known to have ended"
+
+
 # ------------------------------------------------------------------ the pipeline's part
 
 
