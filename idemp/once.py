@@ -91,7 +91,8 @@ class Context(msgspec.Struct, frozen=True):
     replayed: the handler did not run; this is the first answer again.
     message: the message, in a consumer.
     connection: with ``transaction=True``, the driver's connection with the open transaction.
-    letters: there, what was published so far.
+    letters: what was published so far, where that can be.  send: how it goes out at once, and what stands
+    for it; None where it goes with the transaction.
     """
 
     key: str
@@ -100,7 +101,8 @@ class Context(msgspec.Struct, frozen=True):
     replayed: bool = False
     message: Message | None = None
     connection: Any = None
-    letters: list[Publication] | None = None
+    letters: list[Any] | None = None
+    send: Callable[[Publication], Any] | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -110,24 +112,27 @@ class Context(msgspec.Struct, frozen=True):
     def publish(
         self, type: str, args: Any, *, exchange: str = "events", routing_key: str | None = None
     ) -> str:
-        """Let a message go out if, and only if, this handler's transaction commits; its id.
+        """Publish a message that follows from this call; its id.
 
-        The id is made of the key and the number of the message, the same in every attempt.
-        routing_key: the type, if left out.  Raises `ConfigError` without ``transaction=True``, and
-        `BadMessage` for what no consumer would take.
+        With ``transaction=True`` it goes out if, and only if, the transaction commits.  Without, in a
+        consumer, it is sent at once, and the call is done only when the broker has it safe; what was sent
+        by an attempt that raised or died stays sent.  The id is made of the key and the number of the
+        message, the same in every attempt, so that a receiver with a store skips the repeat.
+        routing_key: the type, if left out.  Raises `ConfigError` in a direct call without a transaction,
+        and `BadMessage` for what no consumer would take.
         """
         if self.letters is None:
             raise ConfigError(
-                "publish() needs a handler with transaction=True; publish by yourself, with an id that is"
-                " made of context().idempotency_key"
+                "publish() needs a handler with transaction=True, or one with @idempotent in a consumer;"
+                " elsewhere publish by yourself, with an id that is made of context().idempotency_key"
             )
         id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
         cause = None if self.message is None else self.message.correlation_id or self.message.id
         message = Message(id, type, args, correlation_id=cause)
         body, properties = message.encode(), message.properties(app_id="idemp")
         decode(body, properties)
-        route = type if routing_key is None else routing_key
-        self.letters.append(Publication(body, properties, exchange, route))
+        letter = Publication(body, properties, exchange, type if routing_key is None else routing_key)
+        self.letters.append(letter if self.send is None else self.send(letter))
         return id
 
 

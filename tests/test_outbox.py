@@ -9,18 +9,30 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from idemp import ConfigError, Message, Relay, context, idempotent, open_store, open_transport, publish
+from idemp import (
+    ConfigError,
+    Consumer,
+    Message,
+    Relay,
+    context,
+    idempotent,
+    open_store,
+    open_transport,
+    publish,
+)
 from idemp.errors import TransportUnavailable
-from idemp.ports import Delivery, Publication
+from idemp.ports import Delivery, Done, Get, Parked, Publication, Sent
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -143,17 +155,144 @@ def test_a_letter_that_no_queue_takes_stays(store: Any, unique: str) -> None:
         assert relay.turn() == 1
 
 
-def test_without_a_transaction_it_is_refused(store: Any) -> None:
+def test_a_direct_call_without_a_transaction_cannot_publish(store: Any) -> None:
     """In one sentence; and a store without an outbox has no relay."""
 
     @idempotent(store, name="app.order", key="order")
     def order(order: str) -> None:
         context().publish("billed", {})
 
-    with pytest.raises(ConfigError, match="needs a handler with transaction=True"):
+    with pytest.raises(ConfigError, match="needs a handler with transaction=True, or one with @idempotent"):
         order("A")
     with closing(open_store("memory://")) as other, pytest.raises(ConfigError, match="has no outbox"):
         Relay(other, open_transport("memory://x"))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ at once, without a transaction
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def broker(request: pytest.FixtureRequest, unique: str) -> str:
+    return f"memory://{unique}" if request.param == "memory" else request.getfixturevalue("amqp_url")
+
+
+@contextmanager
+def consuming(*consumers: Consumer) -> Iterator[None]:
+    """All of them, each in a thread, until the end."""
+    with ThreadPoolExecutor(len(consumers)) as pool:
+        ready = [threading.Event() for _ in consumers]
+        running = [pool.submit(each.run, ready=on.set) for each, on in zip(consumers, ready, strict=True)]
+        try:
+            for on, run in zip(ready, running, strict=True):
+                until(lambda on=on, run=run: on.is_set() or run.done())  # type: ignore[misc]
+            yield
+        finally:
+            for each in consumers:
+                each.stop()
+        for run in running:
+            run.result(30)
+
+
+def send(url: str, exchange: str, ids: list[str]) -> None:
+    messages = [Message(each, "order", {"order": each}) for each in ids]
+    with closing(open_transport(url)) as transport:
+        publish(transport, [Publication(m.encode(), m.properties(), exchange, "order") for m in messages])
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_at_once_under_ids_that_never_change(broker: str, unique: str, kind: str) -> None:
+    """What an attempt that raised had sent is sent again with the same id, and its receiver skips it."""
+    sender, receiver = f"{unique}-a", f"{unique}-b"
+    ids: dict[str, list[list[str]]] = {}
+    got: list[tuple[str, str]] = []
+    with ExitStack() as stack:
+        store, theirs = (stack.enter_context(closing(open_store("memory://"))) for _ in range(2))
+        ours, other = (stack.enter_context(closing(open_transport(broker))) for _ in range(2))
+        first = Consumer(ours, service=sender, exchange=sender, backoff=0.05)
+        second = Consumer(other, service=receiver, exchange=receiver)
+
+        def handle(message: Message) -> None:
+            sent = [context().publish("billed", {"n": n}, exchange=receiver) for n in range(2)]
+            ids.setdefault(message.id, []).append(sent)
+            if context().attempt == 1 and message.id < "05":
+                raise ValueError("not yet")
+
+        async def handle_async(message: Message) -> None:
+            handle(message)
+
+        first.on("order")(idempotent(store, name="a")(handle if kind == "def" else handle_async))
+
+        @second.on("billed")
+        @idempotent(theirs, name="b")
+        def bill(message: Message) -> None:
+            got.append((message.id, str(message.correlation_id)))
+
+        with consuming(first, second):
+            send(broker, sender, [f"{n:02}" for n in range(10)])
+            until(lambda: len(got) >= 20)
+            until(lambda: sum(map(len, ids.values())) == 15)
+            until(lambda: other.depth(f"{receiver}-queue") == 0 if broker.startswith("memory") else True)
+    assert all(attempts[0] == attempts[-1] for attempts in ids.values())
+    assert sorted(got) == sorted((each, key) for key, attempts in ids.items() for each in attempts[0])
+
+
+def test_what_no_queue_takes_fails_the_handler(broker: str, unique: str) -> None:
+    """It is done only when all that it published is safe: it is tried again, and then set aside."""
+    with closing(open_store("memory://")) as store, closing(open_transport(broker)) as ours:
+        consumer = Consumer(ours, service=unique, exchange=unique, backoff=0.05)
+
+        @consumer.on("order")
+        @idempotent(store, name="a", attempts=2)
+        def handle(message: Message) -> None:
+            where = f"{unique}-nowhere" if message.id == "1" else f"{unique}-out"
+            context().publish("billed", {}, exchange=where)
+
+        with closing(open_transport(broker)) as transport:
+            transport.declare(f"{unique}-got", f"{unique}-out")
+            with consuming(consumer):
+                send(broker, unique, [f"{n}" for n in range(3)])
+                until(lambda: transport.depth(f"{unique}-queue.dead") == 1)
+                until(lambda: transport.depth(f"{unique}-got") == 2)
+        parked = store.apply([Get("a/1")])[0]
+        assert isinstance(parked, Parked)
+        assert parked.reason.startswith("attempts used up (2): Unroutable: what the handler published")
+        assert all(isinstance(state, Done) for state in store.apply([Get("a/0"), Get("a/2")]))
+
+
+def test_a_connection_lost_before_the_confirm(unique: str) -> None:
+    """The handler is not done; it runs again and repeats the same id."""
+    broker = f"memory://{unique}"
+    ids: list[str] = []
+    with closing(open_store("memory://")) as store, closing(open_transport(broker)) as ours:
+        deaf: Any = ours
+        real = deaf.poll
+
+        def poll(timeout: float) -> list[Any]:
+            events: list[Any] = real(timeout)
+            if len(ids) == 1 and any(isinstance(event, Sent) for event in events):
+                raise TransportUnavailable("lost")
+            return events
+
+        deaf.poll = poll
+        consumer = Consumer(ours, service="a", exchange="in", backoff=0.05)
+
+        @consumer.on("order")
+        @idempotent(store, name="a")
+        def handle(message: Message) -> None:
+            ids.append(context().publish("billed", {}, exchange="out"))
+
+        with closing(open_transport(broker)) as transport:
+            transport.declare("got", "out")
+            with consuming(consumer):
+                send(broker, "in", ["A"])
+                until(lambda: isinstance(store.apply([Get("a/A")])[0], Done))
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+    first, second = came(broker, "got", 2)
+    assert first.body == second.body
+
+
+# ------------------------------------------------------------------ the relay
 
 
 def test_the_command_empties_an_outbox(new_database: Callable[[str], str], tmp_path: Path) -> None:
