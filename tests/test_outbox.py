@@ -6,16 +6,18 @@ import json
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -32,7 +34,8 @@ from idemp import (
     publish,
 )
 from idemp.errors import TransportUnavailable
-from idemp.ports import Delivery, Done, Get, Parked, Publication, Sent
+from idemp.ports import Delivery, Done, Get, Inbox, Parked, Publication, Sent
+from tests.servers.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -312,6 +315,126 @@ def test_the_command_empties_an_outbox(new_database: Callable[[str], str], tmp_p
         order("lost", "nowhere")
         assert relay_once(url, broker) == (1, {"sent": 0, "left": 1})
     assert len(came(broker, "q", 5)) == 5
+
+
+def test_the_backlog_is_told(
+    new_database: Callable[[str], str], tmp_path: Path, amqp_url: str, unique: str
+) -> None:
+    """By `idemp stats`, and by a running relay to statsd and to whoever scrapes it."""
+    url, port = new_database("app"), free_port()
+    with closing(open_store(url)) as store, socket.socket(type=socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(30)
+
+        @idempotent(store, name="app.order", key="order", transaction=True)
+        def order(order: str) -> None:
+            context().publish("billed", {}, exchange=f"{unique}-nowhere")
+
+        for n in range(3):
+            order(f"{n}")
+        told = idemp("stats", "--store", url, "--json")
+        assert json.loads(told.stdout)["outbox"]["letters"] == 3
+        assert json.loads(told.stdout)["outbox"]["age"] >= 0
+        assert "3 wait in the outbox, the oldest for " in idemp("stats", "--store", url).stdout
+
+        command = [sys.executable, "-m", "idemp", "relay", "--store", url, "--transport", amqp_url]
+        command += ["--statsd", f"127.0.0.1:{statsd.getsockname()[1]}", "--metrics-port", f"{port}"]
+        with subprocess.Popen([*command, "--service", "app"], env=ENV, cwd=ROOT) as relay:
+            lines: list[bytes] = []
+            while b"app_outbox_letters:3|g" not in lines:
+                lines += statsd.recv(9000).split(b"\n")
+            assert any(line.startswith(b"app_outbox_age:") and line.endswith(b"|g") for line in lines)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
+                text = page.read().decode()
+            relay.terminate()
+        assert relay.returncode == 0
+    assert 'idemp_level{service="app",what="outbox_letters"} 3.0' in text
+    assert 'idemp_level{service="app",what="outbox_age"}' in text
+
+
+def test_a_wrong_metrics_setting_is_one_sentence(tmp_path: Path) -> None:
+    """Which names it; and so is a store without an outbox."""
+    url, broker = f"sqlite:///{tmp_path}/app.db", f"sqlite:///{tmp_path}/queues.db"
+    with closing(open_store(url)) as store:
+        store.apply([])
+    told = idemp("relay", "--store", url, "--transport", broker, "--statsd", "nowhere:x")
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert "--statsd (IDEMP_STATSD)" in told.stderr
+    told = idemp("relay", "--store", "memory://", "--transport", broker)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert "has no outbox" in told.stderr
+
+
+def idemp(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "idemp", *words]
+    return subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+_DYING_RELAY = """
+import os, signal, sys
+from idemp import Relay, open_store, open_transport
+from idemp.ports import Delivery, Sent
+url, broker, after = sys.argv[1:]
+store, transport = open_store(url), open_transport(broker)
+confirmed = 0
+real = store.sent
+
+def sent(numbers):  # the broker has confirmed these, and nobody has been told yet
+    global confirmed
+    confirmed += len(numbers)
+    if confirmed > int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(numbers)
+
+store.sent = sent
+Relay(store, transport).run()
+"""
+
+
+def test_a_relay_killed_between_confirm_and_mark(
+    new_database: Callable[[str], str], amqp_url: str, unique: str
+) -> None:
+    """On a real broker: nothing is lost, of each key the order holds, and a receiver skips the repeats."""
+    url = new_database("app")
+    receiver = f"{unique}-b"
+    got: list[tuple[str, int]] = []
+    with (
+        closing(open_store(url)) as store,
+        closing(open_store("memory://")) as theirs,
+        closing(open_transport(amqp_url)) as transport,
+    ):
+        consumer = Consumer(transport, service=receiver, exchange=receiver)
+
+        @consumer.on("billed")
+        @idempotent(theirs, name="b")
+        def bill(message: Message) -> None:
+            got.append((message.args["order"], message.args["n"]))
+
+        @idempotent(store, name="app.order", key="order", transaction=True)
+        def order(order: str) -> None:
+            for n in range(5):
+                context().publish("billed", {"order": order, "n": n}, exchange=receiver)
+
+        with closing(open_transport(amqp_url)) as broker:
+            broker.declare(f"{receiver}-queue", receiver)
+        orders = [f"{n}" for n in range(10)]
+        for each in orders:
+            order(each)
+        for after in (0, 10, 20):  # it dies with ten that are confirmed and not marked
+            command = [sys.executable, "-c", _DYING_RELAY, url, amqp_url, f"{after}"]
+            done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        assert cast(Inbox, store).backlog().letters == 50 - 10 - 20
+        with closing(open_transport(amqp_url)) as broker:
+            until(lambda: broker.depth(f"{receiver}-queue") == 10 + 20 + 30)
+        assert relay_once(url, amqp_url) == (0, {"sent": 20, "left": 0})
+        with consuming(consumer):
+            until(lambda: len(got) >= 50)
+            with closing(open_transport(amqp_url)) as broker:
+                until(lambda: broker.depth(f"{receiver}-queue") == 0)
+    assert len(got) == 50
+    for each in orders:
+        assert [n for key, n in got if key == each] == list(range(5))
 
 
 def relay_once(store: str, broker: str) -> tuple[int, Any]:
