@@ -341,6 +341,33 @@ def test_a_handler_must_not_end_the_transaction(database: Database, word: str) -
     assert database.effects() == (["A"] if word == "COMMIT" else [])
 
 
+def test_the_backend_dies_in_the_commit(postgresql: PostgreSQL) -> None:
+    """Nothing of it is there, and it runs again: seen once by whoever called."""
+    database = Database(postgresql.database())
+    database.sql("CREATE SEQUENCE commits")
+    database.sql(
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF nextval('commits') < 3"
+        " THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NULL; END $$"
+    )
+    database.sql(
+        "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON effect DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION die()"
+    )
+    ran: list[int] = []
+    with closing(database.store):
+
+        @idempotent(database.store, name="app.order", key="order", transaction=True)
+        def order(order: str) -> int:
+            write(order)
+            ran.append(context().attempt)
+            return len(ran)
+
+        assert order("A") == 3
+        assert order("A") == 3
+    assert ran == [1, 1, 1]
+    assert database.effects() == ["A"]
+
+
 def test_a_handler_finds_its_own_settings(postgresql: PostgreSQL) -> None:
     """How the store looks keys up, and how long it waits, is not for the handler's statements."""
     database = Database(postgresql.database())

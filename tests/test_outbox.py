@@ -510,3 +510,71 @@ def test_a_chain_of_three_services_with_kill_9(new_database: Callable[[str], str
         until(lambda: count("c") >= len(orders), 120)
     for name in chain:
         assert sorted(row[0] for row in sql(urls[name], "SELECT id FROM ledger")) == orders, name
+
+
+# ------------------------------------------------------------------ the same without transactions
+
+_PLAIN_SERVICE = """
+import sqlite3, sys
+from idemp import Consumer, context, idempotent, open_store, open_transport
+name, following, url, broker, path = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service=name, exchange=name, prefetch=20)
+ledger = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+
+@consumer.on("order")
+@idempotent(open_store(url), name=name, attempts=50)
+def handle(message):
+    ledger.execute("INSERT INTO ledger VALUES (?, ?)", [message.args["order"], context().attempt])
+    if following:
+        context().publish("order", message.args, exchange=following)
+
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+@pytest.mark.parametrize("kind", ["etcd", "redis"])
+def test_a_chain_without_transactions_with_kill_9(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, unique: str
+) -> None:
+    """Nothing is lost; what is there twice was in doubt in between, and its publications are not doubled."""
+    server, broker = request.getfixturevalue(kind), f"sqlite:///{tmp_path}/queues.db?visibility=1s"
+    chain = {"a": "b", "b": "c", "c": ""}
+    urls = {
+        name: f"{server.url}{unique}-{name}" if kind == "etcd" else str(server.database()) for name in chain
+    }
+    ledgers = {name: f"sqlite:///{tmp_path}/{name}.db" for name in chain}
+    orders = [f"{n:04}" for n in range(400)]
+    with closing(open_transport(broker)) as transport:
+        for name in chain:
+            sql(ledgers[name], "CREATE TABLE ledger (id TEXT, attempt INT)")
+            transport.declare(f"{name}-queue", name)
+    send(broker, "a", [*orders, *orders[::7]])
+
+    def count(name: str) -> int:
+        return int(sql(ledgers[name], "SELECT count(DISTINCT id) FROM ledger")[0][0])
+
+    @contextmanager
+    def run(name: str) -> Iterator[subprocess.Popen[bytes]]:
+        words = [name, chain[name], f"{urls[name]}?session=1s", broker, ledgers[name][len("sqlite:///") :]]
+        with subprocess.Popen(
+            [sys.executable, "-c", _PLAIN_SERVICE, *words], env=ENV, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process
+            process.kill()
+
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(run(name)) for name in chain}
+        for victim in (*chain, *chain):
+            before = count(victim)
+            until(lambda victim=victim, before=before: count(victim) > min(before, len(orders) - 1))  # type: ignore[misc]
+            running[victim].send_signal(signal.SIGKILL)
+            running[victim] = stack.enter_context(run(victim))
+        until(lambda: count("c") >= len(orders), 120)
+    for name in chain:
+        rows = sql(ledgers[name], "SELECT id, attempt FROM ledger ORDER BY rowid")
+        assert sorted({order for order, _ in rows}) == orders, name
+        again = [attempt for n, (order, attempt) in enumerate(rows) if order in {o for o, _ in rows[:n]}]
+        assert all(attempt > 1 for attempt in again), name  # it was taken over from a session that died
+        assert len(set(rows)) == len(rows), name  # and each attempt began once
