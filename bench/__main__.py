@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench import audit, decorator, growth, latency, picture
+from bench import audit, decorator, growth, inbox, latency, picture
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
 
@@ -63,6 +63,14 @@ def factors(
         ratios = "  ".join(f"{value:5.2f} x {over.split(': ')[1]}" for over, value in each["ratios"].items())
         click.echo(f"{name:34} {each['median']:9.0f}/s  ({each['low']:.0f} to {each['high']:.0f})  {ratios}")
     _keep(file, {"messages": messages, "cells": found})
+
+
+@main.command("inbox")
+@click.option("--messages", default=10_000, show_default=True, help="Messages in a round.")
+@click.option("--rounds", default=3, show_default=True)
+def inboxes(messages: int, rounds: int) -> None:
+    """The inbox beside a consumer that inserts and commits message by message."""
+    inbox.measure(messages, rounds)
 
 
 def _chosen(every: Sequence[Cell], only: str) -> list[Cell]:

@@ -39,7 +39,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     def window(self) -> int:
         """The prefetch in force."""
-        return self.prefetch or (PREFETCH if self.contender in ("plain", "seed") else FAR)
+        return self.prefetch or (PREFETCH if self.contender in ("plain", "seed", "insert") else FAR)
 
 
 class Cell(NamedTuple):

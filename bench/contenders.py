@@ -2,6 +2,8 @@
 
     plain       pika as people write it: prefetch, acknowledge each message
     ceiling     pika at its best: acknowledge a hundred at a time; remembers nothing
+    insert      as plain, with a row and a commit for each message
+    inbox       idemp with transaction=True, and the same row
     seed        the way of the service before idemp, made safe: one etcd put a message, then its ack
     the others  idemp with that store: claimed and done durably, each id once
 
@@ -12,19 +14,22 @@ acknowledged, in seconds of the system's steady clock, so that several of them c
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
 import msgspec
 import pika
+import psycopg
 
 from bench.cells import IDEMP, Setting
-from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp import Consumer, Message, context, idempotent, open_store, open_transport
 from idemp.ports import Delivery, Transport
 from idemp.stores.etcd_client import Client
 
@@ -131,6 +136,34 @@ def seed(job: Job) -> Span:
         client.close()
 
 
+INSERT = "INSERT INTO effect VALUES ('{}')"
+
+
+@contextmanager
+def database(url: str) -> Iterator[Any]:
+    """A connection to the database that a store's URL names, which commits durably."""
+    url = url.partition("?")[0]
+    if url.startswith("sqlite"):
+        connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+    else:
+        connection = psycopg.connect(url)
+    with closing(connection):
+        yield connection
+
+
+def insert(job: Job) -> Span:
+    """A row and a commit for each message, then its acknowledgement."""
+    with database(job.store) as connection:
+
+        def handle(body: bytes) -> None:
+            connection.execute(INSERT.format(json.loads(body)["id"]))
+            connection.commit()
+
+        return plain(job, handle=handle)
+
+
 # ------------------------------------------------------------------ idemp
 
 
@@ -158,8 +191,8 @@ class Watched:
         return getattr(self._inner, name)
 
 
-def idemp(job: Job) -> Span:
-    """The product, with its defaults but the prefetch."""
+def idemp(job: Job, *, inbox: bool = False) -> Span:
+    """The product, with its defaults but the prefetch.  inbox: each inserts a row, in a transaction."""
     span, setting = Span(job), job.setting
     store = open_store(job.store)
     store.apply([])
@@ -174,8 +207,10 @@ def idemp(job: Job) -> Span:
     pause = setting.milliseconds / 1000
 
     @consumer.on("new_order")
-    @idempotent(store, name="bench.new_order")
+    @idempotent(store, name="bench.new_order", transaction=inbox)
     def handle(message: Message) -> None:
+        if inbox:
+            context().connection.execute(INSERT.format(message.id))
         if pause:
             time.sleep(pause)
 
@@ -207,6 +242,10 @@ def main(text: str) -> None:
         span = plain(job, every=100)
     elif name == "seed":
         span = seed(job)
+    elif name == "insert":
+        span = insert(job)
+    elif name == "inbox":
+        span = idemp(job, inbox=True)
     elif name in IDEMP:
         span = idemp(job)
     else:

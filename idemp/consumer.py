@@ -16,15 +16,24 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
-from idemp.errors import ConfigError, IdempError, StoreUnavailable, TransportUnavailable, Unavailable
+from idemp.errors import (
+    ConfigError,
+    IdempError,
+    StoreUnavailable,
+    TransportUnavailable,
+    Unavailable,
+    Unroutable,
+)
 from idemp.inbox import HELD, Job
 from idemp.once import Context, ask, policy_of, run, run_in, running, transact_in
 from idemp.pipeline import (
+    SEND_AGAIN,
     Acknowledge,
     Apply,
     Cancel,
@@ -77,12 +86,28 @@ REPORT = 1.0
 """Seconds between two summary lines."""
 TOGETHER = 256
 """Operations that are worth a batch, also while more follows at once."""
+CONFIRM = 30.0
+"""Seconds that the broker has to confirm what a handler published."""
 _HAND_BACK = 0.005
 _LOOK = 0.02
 
 
 Begun = tuple[Flight, Callable[[], Protocol]]
 """A flight, and what begins its protocol."""
+
+
+class _Letter(NamedTuple):
+    """What a handler published, and the broker's word on it, when it comes."""
+
+    publication: Publication
+    word: Future[Sent]
+
+
+class _Published(NamedTuple):
+    """A handler returned, and is done when all that it published is safe."""
+
+    came: Returned
+    letters: Sequence[_Letter]
 
 
 class _Broken(NamedTuple):
@@ -230,15 +255,18 @@ class Consumer:
                 self._perform(pipeline.step(Disconnected(), self._clock.steady()), shell, report)
                 shell.ask_now()  # what has ended is recorded while the broker is away
                 shell.numbers.clear()
+                shell.unsent(str(error))
                 connected = self._connect_again()
 
     def _turn(self, pipeline: Pipeline, shell: _Shell, report: _Report, now: float, connected: bool) -> None:
         """Take what came, from the broker and from the threads, and do what follows."""
         due = pipeline.due()
         wait = POLL if due is None else min(POLL, max(0.0, due - now))
+        if shell.outgoing:
+            self._publish(shell, connected)
         came: list[Delivery | Sent] = []
         if connected:
-            came = self._transport.poll(0.0 if shell.inbox or shell.unasked else wait)
+            came = self._transport.poll(0.0 if shell.inbox or shell.unasked or shell.outgoing else wait)
         elif not (shell.inbox or shell.unasked):
             self._clock.sleep(_LOOK)  # stopping: what runs is still waited for and recorded
         now = self._clock.steady()
@@ -247,6 +275,10 @@ class Consumer:
         deliveries = [event for event in came if type(event) is Delivery]
         if deliveries:
             self._perform(pipeline.step(Delivered(deliveries, self._clock.wall()), now), shell, report)
+        if shell.published:
+            for word in came:
+                if type(word) is Sent and (letter := shell.published.pop(word.number, None)) is not None:
+                    letter.set_result(word)
         confirmed = [(flight, event.error, event.unroutable) for event in came if type(event) is Sent
                      if (flight := shell.numbers.pop(event.number, None)) is not None]  # fmt: skip
         if confirmed:
@@ -263,6 +295,17 @@ class Consumer:
         if due is not None and due <= now:
             self._perform(pipeline.step(Tick(), now), shell, report)
         report.maybe(now)
+
+    def _publish(self, shell: _Shell, connected: bool) -> None:
+        """Send what handlers publish.  What is not sent, because it cannot be, is told so at once."""
+        if not connected:
+            shell.unsent("the connection is lost")
+            return
+        letters = [shell.outgoing.popleft() for _ in range(len(shell.outgoing))]
+        shell.published.update((-n, future) for n, (_, future) in enumerate(letters, 1))  # if it raises
+        numbers = self._transport.send([letter for letter, _ in letters])
+        for n, number in enumerate(numbers, 1):
+            shell.published[number] = shell.published.pop(-n)
 
     def _perform(self, commands: Sequence[Command], shell: _Shell, report: _Report) -> None:
         for command in commands:
@@ -372,12 +415,15 @@ class _Shell:
     ) -> None:
         self.inbox: deque[Event | _Broken] = deque()
         self.numbers: dict[int, Flight] = {}
+        self.outgoing: deque[_Letter] = deque()
+        self.published: dict[int, Future[Sent]] = {}
         self._service, self._meter = service, meter
         self._stopping, self._given_up = stopping, given_up
         self._wake = transport.wake
         self.unasked: dict[int, tuple[Store, list[Op]]] = {}
         self._lanes: dict[int, queue.SimpleQueue[Sequence[Op] | None]] = {}
         self._halls: dict[int, queue.SimpleQueue[Sequence[Begun] | None]] = {}
+        self._dangerous = threading.Lock()
         self._jobs: queue.SimpleQueue[Sequence[tuple[Flight, Run | Ask]] | None] = queue.SimpleQueue()
         self._workers = workers
         for number in range(workers):
@@ -391,12 +437,31 @@ class _Shell:
     def end(self) -> None:
         """Let the threads go when they are done."""
         self.ask_now()
+        self.unsent("the consumer has ended")
         for lane in self._lanes.values():
             lane.put(None)
         for hall in self._halls.values():
             hall.put(None)
         for _ in range(self._workers):
             self._jobs.put(None)
+
+    # ---------------------------------------------------------------- what handlers publish
+
+    def publish(self, publication: Publication) -> _Letter:
+        """From a handler: let it go out at once."""
+        letter = _Letter(publication, Future())
+        self.outgoing.append(letter)
+        self._wake()
+        return letter
+
+    def unsent(self, why: str) -> None:
+        """Nobody knows what became of what was published; who published it is to do it again."""
+        waiting = [*self.published.values()]
+        self.published.clear()
+        while self.outgoing:
+            waiting.append(self.outgoing.popleft().word)
+        for future in waiting:
+            future.set_exception(TransportUnavailable(f"what the handler published may be lost: {why}"))
 
     # ---------------------------------------------------------------- stores
 
@@ -464,19 +529,24 @@ class _Shell:
 
     def _host(self, store: Store, hall: queue.SimpleQueue[Sequence[Begun] | None]) -> None:
         try:
-            while items := hall.get():
-                jobs = [self._job(flight, begin) for flight, begin in items]
-                verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
-                flights = [flight for flight, _ in items]
-                self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
+            with asyncio.Runner() as runner:
+                while items := hall.get():
+                    jobs = [self._job(flight, begin, runner) for flight, begin in items]
+                    # Of those that may kill the process, one store's at a time: an attempt counts for each.
+                    with self._dangerous if any(job.again for job in jobs) else nullcontext():
+                        verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
+                    flights = [flight for flight, _ in items]
+                    self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
         except StoreUnavailable as error:
             log.error("the store did not come back in the grace time: %s", error)
         except BaseException as error:
             self.post(_Broken(error))
 
-    def _job(self, flight: Flight, begin: Callable[[], Protocol]) -> Job:
+    def _job(self, flight: Flight, begin: Callable[[], Protocol], runner: asyncio.Runner) -> Job:
         assert flight.route is not None
         function, policy = flight.route.function, flight.policy
+        if flight.route.is_async:
+            function = _blocking(function, runner)
         letters: list[Publication] = []
 
         def context(claim: Claimed, connection: Any = None) -> Context:
@@ -495,7 +565,8 @@ class _Shell:
         def ask_it(claim: Claimed) -> Any:
             return ask(policy, context(claim), (flight.message,), {})
 
-        return Job(flight.key, begin, call, ask_it, HELD, letters)
+        again = flight.delivery.redelivered
+        return Job(flight.key, begin, call, ask_it, HELD, policy.attempts, letters, again=again)
 
     # ---------------------------------------------------------------- handlers
 
@@ -526,24 +597,66 @@ class _Shell:
             now = time.perf_counter()
             self._meter.time(f"{self._service}_handler", now - began)
             if now - last > _HAND_BACK:
-                self.post(Worked(results))
+                self._hand_back(results)
                 results, last = [], now
         if results:
-            self.post(Worked(results))
+            self._hand_back(results)
+
+    def _hand_back(self, results: list[tuple[Flight, Any]]) -> None:
+        safe = [(flight, self._safe(came) if type(came) is _Published else came) for flight, came in results]
+        self.post(Worked(safe))
+
+    def _safe(self, published: _Published) -> Returned | Raised:
+        """What the handler returned, or why what it published is not safe."""
+        try:
+            for letter in published.letters:
+                self._wait_for(letter)
+        except (TransportUnavailable, Unroutable) as error:
+            return Raised(error)
+        return published.came
+
+    def _wait_for(self, letter: _Letter) -> None:
+        """Until it is safe.  What the broker did not take is sent again, unless that would not help."""
+        until = time.perf_counter() + CONFIRM
+        while True:
+            try:
+                sent = letter.word.result(max(0.0, until - time.perf_counter()))
+            except TimeoutError:
+                why = f"what the handler published was not confirmed within {CONFIRM:g} s"
+                raise TransportUnavailable(why) from None
+            if not sent.error:
+                return
+            if sent.unroutable:
+                raise Unroutable(f"what the handler published: {sent.error}")
+            if self._given_up.wait(SEND_AGAIN) or time.perf_counter() > until:
+                raise TransportUnavailable(f"what the handler published: {sent.error}")
+            letter = self.publish(letter.publication)
 
     def _run(self, flight: Flight, step: Run | Ask, runner: asyncio.Runner) -> Any:
         assert flight.route is not None
         function, policy, awaited = flight.route
-        current = Context(flight.key, step.claim.token, step.claim.attempt, message=flight.message)
+        claim = step.claim
         if self._stopping.is_set() and type(step) is Run:
             return NotStarted()
         if awaited:
             function = _blocking(function, runner)
         if policy is None:
+            current = Context(flight.key, claim.token, claim.attempt, message=flight.message)
             return _run_unguarded(function, current, flight.message)
-        if type(step) is Run:
-            return run(policy, function, current, (flight.message,), {})
-        return ask(policy, current, (flight.message,), {})
+        if type(step) is Ask:
+            current = Context(flight.key, claim.token, claim.attempt, message=flight.message)
+            return ask(policy, current, (flight.message,), {})
+        letters: list[_Letter] = []
+        current = Context(
+            flight.key,
+            claim.token,
+            claim.attempt,
+            message=flight.message,
+            letters=letters,
+            send=self.publish,
+        )
+        came = run(policy, function, current, (flight.message,), {})
+        return _Published(came, letters) if letters and type(came) is Returned else came
 
 
 def _gathered(lane: queue.SimpleQueue[Sequence[Op] | None]) -> list[Op]:

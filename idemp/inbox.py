@@ -12,17 +12,23 @@ the handler writes, so that nobody ever sees a claim of it and nothing of it is 
 
 Many calls share one transaction, each with a savepoint.  A handler that raises loses its own writes only,
 and its attempt is recorded with the rest.
+
+A call that kills its process would leave no attempt, for that rolls back too.  So of one whose message was
+delivered before, each attempt is counted in a transaction of its own that commits first: as if it had raised.
+They share a transaction once more; those that were counted before, or have one attempt left, go alone.
+Then only the guilty one uses up its attempts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from idemp.errors import IdempError, KeyBusy, PermanentFailure
-from idemp.ports import Claimed, Done, Get, Inbox, Publication, Reply, Transaction
+from idemp.ports import Claim, Claimed, Done, Get, Inbox, Publication, Release, Reply, State, Transaction
 from idemp.protocol import Ask, Await, Deferred, Protocol, Raised, Returned, Run, Skipped, Verdict
 
 HELD = 5.0
@@ -33,12 +39,15 @@ SAME = 0.001
 """Seconds between which no other transaction can have had its turn: a next one waits for longer."""
 
 
-class Job(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Job:
     """One call.  ``begin`` makes its protocol, anew for each transaction that it is tried in.
 
     run: calls the handler with its claim and the transaction's connection: `Returned`, `Raised` or
     `NotStarted`.  ask: calls the resolver.  wait: seconds for a key that another transaction holds.
     letters: where what the handler publishes gathers while it runs.
+    attempts: the policy's.  again: it may have killed who ran it before.  counted: the attempt that was
+    counted before it began; 0 for none.
     """
 
     key: str
@@ -46,7 +55,10 @@ class Job(NamedTuple):
     run: Callable[[Claimed, Any], Any]
     ask: Callable[[Claimed], Any]
     wait: float
-    letters: list[Publication]
+    attempts: int
+    letters: list[Publication] = field(default_factory=list)
+    again: bool = False
+    counted: int = 0
 
 
 class _Ended(NamedTuple):
@@ -57,11 +69,48 @@ class _Ended(NamedTuple):
 
 
 def transact(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
-    """All of ``jobs`` in one transaction, in order; a verdict each, durable.
+    """All of ``jobs`` in one transaction, in order, but for those that go alone; a verdict each, durable.
 
     Each is tried alone if together they cannot be.  Raises `StoreUnavailable`: then calling again tells
     what became of them.
     """
+    alone = _count(store, [job for job in jobs if job.again], crowd=len(jobs) > 1)
+    apart = set(alone)
+    together = [job for job in jobs if job not in apart]
+    verdicts = dict(zip((job.key for job in together), _together(store, together), strict=True))
+    for job in alone:
+        verdicts[job.key] = transact(store, [job])[0]
+    return [verdicts[job.key] for job in jobs]
+
+
+def _count(store: Inbox, jobs: Sequence[Job], *, crowd: bool) -> list[Job]:
+    """Count the attempts that begin now, durably; those that are to go alone, and are not counted yet."""
+
+    def work(transaction: Transaction) -> list[Job]:
+        alone: list[Job] = []
+        claims = transaction.apply([Claim(job.key) for job in jobs])
+        for job, claim in zip(jobs, claims, strict=True):
+            if not isinstance(claim, Claimed):
+                continue
+            before = claim.attempt - 1
+            if not (job.counted and job.counted == before):  # else a lost reply said so
+                job.counted = 0
+                if crowd and (1 <= before < job.attempts or job.attempts == 1):
+                    alone.append(job)
+                elif before < job.attempts:
+                    job.counted = claim.attempt
+            transaction.apply([Release(job.key, claim.token, job.counted or before)])
+        return alone
+
+    try:
+        return store.transaction(work, HELD) if jobs else []
+    except KeyBusy:
+        return []  # it is not free, so it does not begin either
+
+
+def _together(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
+    if not jobs:
+        return []
     wait = jobs[0].wait if len(jobs) == 1 else HELD
     try:
         return _transact(store, jobs, wait, None)
@@ -77,7 +126,7 @@ def transact(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
         # The commit was refused for what the handler had done, as by a constraint that is checked then.
         if len(jobs) == 1:
             return _transact(store, jobs, wait, error)
-    return [verdict for job in jobs for verdict in transact(store, [job])]
+    return [verdict for job in jobs for verdict in _together(store, [job])]
 
 
 def _transact(store: Inbox, jobs: Sequence[Job], wait: float, refused: Exception | None) -> list[Verdict]:
@@ -117,6 +166,14 @@ def _work(transaction: Transaction, jobs: Sequence[Job], refused: Exception | No
     return [_Ended(call.verdict, mark) for call, mark in zip(calls, marks, strict=True) if call.verdict]
 
 
+def _counted(job: Job) -> Protocol:
+    """Its protocol, in which the attempt that was counted is this one."""
+    claim: State = yield Claim(job.key)
+    if isinstance(claim, Claimed):
+        yield Release(job.key, claim.token, max(0, claim.attempt - 2))
+    return (yield from job.begin())
+
+
 class _Call:
     """A job on its way through one transaction."""
 
@@ -124,7 +181,7 @@ class _Call:
         self.verdict: Verdict | None = None
         self.step: Any = None
         self._job, self._transaction, self._refused = job, transaction, refused
-        self._steps = job.begin()
+        self._steps = _counted(job) if job.counted else job.begin()
         self.advance(None)
 
     def asks(self) -> bool:

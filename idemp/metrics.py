@@ -6,6 +6,7 @@
     idemp_audit.<field>.<replica>.<state>            a gauge for each state, 1 or 0
     idemp_audit.<field>.<replica>.difference         a gauge
     idemp_audit.looked                               when the auditor last judged, in seconds since 1970
+    <service>_outbox_letters, _outbox_age            of a relay: how many wait, and the oldest for how long
 
 statsd gets the names as they are, from counters that are summed in the process and sent once a second.
 Prometheus gets their parts as labels.
@@ -52,6 +53,11 @@ class Meters:
         for meter in self._meters:
             meter.time(name, seconds)
 
+    def level(self, name: str, value: float) -> None:
+        """See `idemp.ports.Meter`."""
+        for meter in self._meters:
+            meter.level(name, value)
+
     def close(self) -> None:
         """See `idemp.ports.Meter`."""
         for meter in self._meters:
@@ -59,7 +65,7 @@ class Meters:
 
 
 class PrometheusMeter:
-    """``idemp_messages_total`` and ``idemp_duration_seconds`` of ``service``, at ``/metrics`` of ``port``.
+    """``idemp_messages_total``, ``idemp_duration_seconds``, ``idemp_level`` of ``service`` at ``/metrics``.
 
     Whoever scrapes comes from elsewhere: it listens on every address of this machine.
     """
@@ -81,6 +87,9 @@ class PrometheusMeter:
             ("service", "step"),
             buckets=_BUCKETS,
             registry=registry,
+        )
+        self._levels = library.Gauge(
+            "idemp_level", "What there is now: letters, seconds.", ("service", "what"), registry=registry
         )
         self._service = service
         # Looking a child up by its labels takes longer than counting.
@@ -106,6 +115,10 @@ class PrometheusMeter:
             step = name.removeprefix(self._prefix)
             timer = self._timers[name] = self._durations.labels(self._service, step)
         timer.observe(seconds)
+
+    def level(self, name: str, value: float) -> None:
+        """See `idemp.ports.Meter`."""
+        self._levels.labels(self._service, name.removeprefix(self._prefix)).set(value)
 
     def close(self) -> None:
         """Let go of the port."""
@@ -227,7 +240,7 @@ class PrometheusLamps:
 
 
 class StatsdMeter:
-    """Counters ``name:n|c`` and timers ``name:ms|ms`` over UDP to ``host:port``.
+    """Counters ``name:n|c``, timers ``name:ms|ms`` and gauges ``name:n|g`` over UDP to ``host:port``.
 
     A statsd that is down, or a name that does not resolve, costs nothing but a log line.
     """
@@ -242,6 +255,7 @@ class StatsdMeter:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._times: defaultdict[str, list[float]] = defaultdict(list)
+        self._levels: dict[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._send_regularly, name="idemp-statsd", daemon=True)
         self._thread.start()
@@ -256,6 +270,11 @@ class StatsdMeter:
         with self._lock:
             if len(self._times[name]) < _SAMPLES:
                 self._times[name].append(seconds * 1000)
+
+    def level(self, name: str, value: float) -> None:
+        """See `idemp.ports.Meter`."""
+        with self._lock:
+            self._levels[name] = value
 
     def close(self) -> None:
         """Send what is left and end the sender."""
@@ -286,12 +305,15 @@ class StatsdMeter:
         with self._lock:
             counts, self._counts = self._counts, Counter()
             times, self._times = self._times, defaultdict(list)
+            levels, self._levels = self._levels, {}
         pipe = client.pipeline()
         for name, n in counts.items():
             pipe.incr(name, n)
         for name, observed in times.items():
             for milliseconds in observed:
                 pipe.timing(name, milliseconds)
+        for name, value in levels.items():
+            pipe.gauge(name, value)
         pipe.send()
 
 

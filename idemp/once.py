@@ -7,12 +7,14 @@ one for ``def`` and one for ``async def``.  The consumer has a third, in batches
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
@@ -75,6 +77,8 @@ R = TypeVar("R")
 _IDS = uuid.UUID("6b1f7c52-6f3b-5d0e-9d0a-6d1f4f0e6a11")
 # Waiting duplicates must not take the threads that the ones they wait for need.
 _waiters = ThreadPoolExecutor(64, "idemp-wait")
+# A transaction's thread waits for the loop that runs its handler, and for other transactions.
+_transactions = ThreadPoolExecutor(64, "idemp-transaction")
 
 
 # ------------------------------------------------------------------ what a handler can know
@@ -87,7 +91,8 @@ class Context(msgspec.Struct, frozen=True):
     replayed: the handler did not run; this is the first answer again.
     message: the message, in a consumer.
     connection: with ``transaction=True``, the driver's connection with the open transaction.
-    letters: there, what was published so far.
+    letters: what was published so far, where that can be.  send: how it goes out at once, and what stands
+    for it; None where it goes with the transaction.
     """
 
     key: str
@@ -96,7 +101,8 @@ class Context(msgspec.Struct, frozen=True):
     replayed: bool = False
     message: Message | None = None
     connection: Any = None
-    letters: list[Publication] | None = None
+    letters: list[Any] | None = None
+    send: Callable[[Publication], Any] | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -106,24 +112,27 @@ class Context(msgspec.Struct, frozen=True):
     def publish(
         self, type: str, args: Any, *, exchange: str = "events", routing_key: str | None = None
     ) -> str:
-        """Let a message go out if, and only if, this handler's transaction commits; its id.
+        """Publish a message that follows from this call; its id.
 
-        The id is made of the key and the number of the message, the same in every attempt.
-        routing_key: the type, if left out.  Raises `ConfigError` without ``transaction=True``, and
-        `BadMessage` for what no consumer would take.
+        With ``transaction=True`` it goes out if, and only if, the transaction commits.  Without, in a
+        consumer, it is sent at once, and the call is done only when the broker has it safe; what was sent
+        by an attempt that raised or died stays sent.  The id is made of the key and the number of the
+        message, the same in every attempt, so that a receiver with a store skips the repeat.
+        routing_key: the type, if left out.  Raises `ConfigError` in a direct call without a transaction,
+        and `BadMessage` for what no consumer would take.
         """
         if self.letters is None:
             raise ConfigError(
-                "publish() needs a handler with transaction=True; publish by yourself, with an id that is"
-                " made of context().idempotency_key"
+                "publish() needs a handler with transaction=True, or one with @idempotent in a consumer;"
+                " elsewhere publish by yourself, with an id that is made of context().idempotency_key"
             )
         id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
         cause = None if self.message is None else self.message.correlation_id or self.message.id
         message = Message(id, type, args, correlation_id=cause)
         body, properties = message.encode(), message.properties(app_id="idemp")
         decode(body, properties)
-        route = type if routing_key is None else routing_key
-        self.letters.append(Publication(body, properties, exchange, route))
+        letter = Publication(body, properties, exchange, type if routing_key is None else routing_key)
+        self.letters.append(letter if self.send is None else self.send(letter))
         return id
 
 
@@ -185,7 +194,8 @@ def idempotent(
     codec: how results are kept; None keeps none, and a repeated call gets None.
     transaction: on SQLite and PostgreSQL: the handler writes on ``context().connection``, in the store's
         database, and its writes and the record commit together or not at all.  It must not end that
-        transaction, and may be called again when the server rolled it back.
+        transaction, and may be called again when the server rolled it back.  In ``async def`` the
+        connection is the same, which blocks the loop while a statement of it runs.
 
     The decorated function keeps its signature, has the `Policy` as ``.policy``, and raises what the
     handler raises, or `KeyBusy`, `KeyParked`, `FingerprintConflict`, `ClaimLost`, `SessionLost`,
@@ -219,9 +229,10 @@ def _wrap(function: Callable[P, R], policy: Policy) -> Callable[P, R]:
 
     @functools.wraps(function)
     async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return await _call_async(function, policy, args, kwargs)
+        return await awaited(function, policy, args, kwargs)
 
     direct = _call_in_transaction if policy.transaction else _call
+    awaited = _call_async_in_transaction if policy.transaction else _call_async
     wrapper = cast(Callable[P, R], call_async if is_async(function) else call)
     wrapper.policy = policy  # type: ignore[attr-defined]
     return wrapper
@@ -263,6 +274,10 @@ def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
 
 def _call_in_transaction(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     key = policy.key(args, kwargs)
+    return _answer(policy, key, _transacted(function, policy, key, args, kwargs))
+
+
+def _transacted(function: Callable[..., Any], policy: Policy, key: str, args: Any, kwargs: Any) -> Verdict:
     patience = _Patience(policy, key, Clock())
     letters: list[Publication] = []
 
@@ -276,6 +291,7 @@ def _call_in_transaction(function: Callable[..., Any], policy: Policy, args: Any
         handle,
         lambda claim: ask(policy, Context(key, claim.token, claim.attempt), args, kwargs),
         policy.wait if policy.on_busy == "wait" else 0.0,
+        policy.attempts,
         letters,
     )
     while True:
@@ -284,7 +300,7 @@ def _call_in_transaction(function: Callable[..., Any], policy: Policy, args: Any
             busy = policy.store.apply([Get(key)])[0]
             if patience.wait(busy.token if isinstance(busy, Busy) else 0):
                 continue
-        return _answer(policy, key, verdict)
+        return verdict
 
 
 def transact_in(policy: Policy, jobs: Sequence[Job]) -> list[Verdict]:
@@ -410,6 +426,54 @@ async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, k
                 event = await loop.run_in_executor(_waiters, patience.wait, busy.token)
             case _:
                 event = await _apply_async(policy.store, step)
+
+
+async def _call_async_in_transaction(
+    function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any
+) -> Any:
+    """The transaction is a thread's; the handler runs here, on the caller's loop, while that thread waits.
+
+    Being cancelled cancels the handler; the transaction has ended when this returns.
+    """
+    key = policy.key(args, kwargs)
+    visit = _Visit(function, asyncio.get_running_loop())
+    call = functools.partial(_transacted, visit, policy, key, args, kwargs)
+    future = visit.loop.run_in_executor(_transactions, contextvars.copy_context().run, call)
+    try:
+        verdict = await asyncio.shield(future)
+    except asyncio.CancelledError:
+        visit.cancel()
+        await asyncio.gather(future, return_exceptions=True)
+        raise
+    return _answer(policy, key, verdict)
+
+
+class _Visit:
+    """An ``async def`` as a function for another thread, which runs it on ``loop``."""
+
+    def __init__(self, function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._function = function
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._running: Future[Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            if self._cancelled:
+                raise asyncio.CancelledError
+            self._running = asyncio.run_coroutine_threadsafe(self._function(*args, **kwargs), self.loop)
+        try:
+            return self._running.result()
+        except CancelledError:
+            raise asyncio.CancelledError from None
+
+    def cancel(self) -> None:
+        """From the loop: end the handler, or do not begin it."""
+        with self._lock:
+            self._cancelled = True
+            if self._running is not None:
+                self._running.cancel()
 
 
 async def run_async(

@@ -196,11 +196,6 @@ def make_policy(
             f"transaction=True: {name} and its store must share a database;"
             " open the store with sqlite:///app.db or postgresql://host/database"
         )
-    if transaction and is_async(function):
-        raise ConfigError(
-            f"transaction=True: {name} is async, and the transaction's connection is not; write it with def,"
-            " and call it with asyncio.to_thread"
-        )
     if key is None:
         _takes_message(function, name)
     return Policy(

@@ -467,6 +467,10 @@ class Meter(Protocol):
         """One observation of a duration."""
         ...
 
+    def level(self, name: str, value: float) -> None:
+        """How much of something there is now."""
+        ...
+
     def close(self) -> None:
         """Send what is left."""
         ...
@@ -479,6 +483,9 @@ class NoMeter:
         """See `Meter`."""
 
     def time(self, name: str, seconds: float) -> None:
+        """See `Meter`."""
+
+    def level(self, name: str, value: float) -> None:
         """See `Meter`."""
 
     def close(self) -> None:

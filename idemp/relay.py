@@ -39,7 +39,8 @@ class Relay:
     """From the outbox of ``store`` to ``transport``, which must be nobody else's.
 
     Counts ``<service>_relayed`` and ``<service>_relay_refused``; times ``<service>_relay``, how long
-    letters had waited when they were safe, and ``<service>_relay_age``, how long the oldest waits now.
+    letters had waited when they were safe; tells the levels ``<service>_outbox_letters``, how many wait
+    now, and ``<service>_outbox_age``, for how many seconds the oldest has.
     """
 
     def __init__(
@@ -141,4 +142,6 @@ class Relay:
         now = self._clock.steady()
         if now - self._reported >= REPORT:
             self._reported = now
-            self._meter.time(f"{self._service}_relay_age", self.backlog().age)
+            letters, age = self.backlog()
+            self._meter.level(f"{self._service}_outbox_letters", letters)
+            self._meter.level(f"{self._service}_outbox_age", age)

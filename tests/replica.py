@@ -32,6 +32,9 @@ class Counts:
     def time(self, name: str, seconds: float) -> None:
         """Not of interest here."""
 
+    def level(self, name: str, value: float) -> None:
+        """Not of interest here."""
+
     def close(self) -> None:
         """Nothing to send."""
 

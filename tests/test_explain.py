@@ -35,6 +35,10 @@ def small(order_id):
 def big(message):
     pass
 
+@idempotent(sqlite, name="orders.booked", transaction=True)
+def booked(message):
+    pass
+
 def every_time(message):
     pass
 
@@ -87,6 +91,18 @@ def test_a_handler_in_memory(folder: Path) -> None:
     assert "a restart forgets it, so the message comes again and runs again" in found["crashes"]
     assert "a duplicate of one that runs raises KeyBusy" in found["policy"]
     assert "KeyError park at once" in found["policy"]
+
+
+def test_a_handler_with_a_transaction(folder: Path) -> None:
+    """It is never in doubt; what else it does, and what it publishes, is said."""
+    found = told(folder, "booked")
+    assert "Exactly once for what it writes on context().connection, for all processes" in found["guarantee"]
+    assert "may happen again" in found["guarantee"]
+    assert "before the commit: nothing of it is left" in found["crashes"]
+    assert "in doubt" not in found["crashes"]
+    assert "kills its process each time" in found["crashes"]
+    assert "into the outbox, in the same transaction" in found["publishing"]
+    assert "sends at once, in a consumer" in told(folder, "new_order")["publishing"]
 
 
 def test_a_handler_on_etcd_without_an_etcd(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -340,6 +341,33 @@ def test_a_handler_must_not_end_the_transaction(database: Database, word: str) -
     assert database.effects() == (["A"] if word == "COMMIT" else [])
 
 
+def test_the_backend_dies_in_the_commit(postgresql: PostgreSQL) -> None:
+    """Nothing of it is there, and it runs again: seen once by whoever called."""
+    database = Database(postgresql.database())
+    database.sql("CREATE SEQUENCE commits")
+    database.sql(
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF nextval('commits') < 3"
+        " THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NULL; END $$"
+    )
+    database.sql(
+        "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON effect DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION die()"
+    )
+    ran: list[int] = []
+    with closing(database.store):
+
+        @idempotent(database.store, name="app.order", key="order", transaction=True)
+        def order(order: str) -> int:
+            write(order)
+            ran.append(context().attempt)
+            return len(ran)
+
+        assert order("A") == 3
+        assert order("A") == 3
+    assert ran == [1, 1, 1]
+    assert database.effects() == ["A"]
+
+
 def test_a_handler_finds_its_own_settings(postgresql: PostgreSQL) -> None:
     """How the store looks keys up, and how long it waits, is not for the handler's statements."""
     database = Database(postgresql.database())
@@ -505,6 +533,80 @@ def test_killed(database: Database, where: str) -> None:
     assert database.effects() == ["A"]
 
 
+# ------------------------------------------------------------------ async def
+
+
+def test_async_effect_and_record_commit_together(database: Database) -> None:
+    """On the caller's loop, many at once; duplicates wait for the first and get its answer."""
+    ran: list[str] = []
+
+    @idempotent(database.store, name="app.order", key="order", transaction=True)
+    async def order(order: str) -> str:
+        assert threading.get_ident() == here
+        await asyncio.sleep(0)
+        write(order)
+        await asyncio.sleep(0)
+        ran.append(order)
+        return f"{order} of {asyncio.current_task() is not None}"
+
+    async def many() -> list[str]:
+        return await asyncio.gather(*(order(f"{n % 10}") for n in range(30)))
+
+    here = threading.get_ident()
+    assert asyncio.run(many()) == [f"{n % 10} of True" for n in range(30)]
+    assert sorted(ran) == database.effects() == [f"{n}" for n in range(10)]
+
+
+def test_async_what_raises_leaves_its_attempt_and_no_effect(database: Database) -> None:
+    """And `context()` afterwards tells of the latest call that was made here."""
+
+    @idempotent(database.store, name="app.order", key="order", transaction=True)
+    async def order(order: str) -> int:
+        write(order)
+        await asyncio.sleep(0)
+        if context().attempt == 1:
+            raise ValueError("not yet")
+        return 7
+
+    async def twice() -> None:
+        with pytest.raises(ValueError, match="not yet"):
+            await order("A")
+        assert database.effects() == []
+        assert database.state("app.order/A") == Free(1)
+        assert await order("A") == 7
+        assert await order("A") == 7
+        assert context().replayed
+
+    asyncio.run(twice())
+    assert database.effects() == ["A"]
+
+
+def test_async_cancelled_in_the_handler_nothing_is_left(database: Database) -> None:
+    """The transaction has ended when the caller is told: its keys and rows are nobody's."""
+    began = asyncio.Event()
+    patience = [3600.0]
+
+    @idempotent(database.store, name="app.order", key="order", transaction=True)
+    async def order(order: str) -> None:
+        write(order)
+        began.set()
+        await asyncio.sleep(patience[0])
+
+    async def cancel() -> None:
+        task = asyncio.create_task(order("A"))
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert database.effects() == []
+        assert database.state("app.order/A") == Free(1)
+        patience[0] = 0.0
+        await order("A")
+
+    asyncio.run(cancel())
+    assert database.effects() == ["A"]
+
+
 # ------------------------------------------------------------------ what cannot be
 
 
@@ -517,14 +619,8 @@ def test_a_store_without_transactions_refuses() -> None:
         idempotent(store, name="app.order", key="order", transaction=True)(lambda order: None)
 
 
-def test_async_and_blocks_are_refused(database: Database) -> None:
-    """A connection that blocks is no use to a loop; a block cannot be run again."""
-
-    async def order(order: str) -> None:
-        raise AssertionError
-
-    with pytest.raises(ConfigError, match="is async"):
-        idempotent(database.store, name="app.order", key="order", transaction=True)(order)
+def test_a_block_is_refused(database: Database) -> None:
+    """It cannot be run again."""
     with (
         pytest.raises(ConfigError, match="a block cannot be run again"),
         once(database.store, "app.order", "A", transaction=True),

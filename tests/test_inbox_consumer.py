@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from idemp import Consumer, Message, context, idempotent, open_store, open_trans
 from idemp.message import Properties
 from idemp.pipeline import Acknowledge, Delivered, Disconnected, Pipeline, Route, Tell, Transact, Transacted
 from idemp.policy import make_policy
-from idemp.ports import Claimed, Delivery, Free, Get, Parked, Publication
+from idemp.ports import Claimed, Delivery, Done, Free, Get, Parked, Publication
 from idemp.protocol import NotRun, Ok, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +174,27 @@ def test_a_commit_that_one_spoils_is_made_without_it(bench: Bench) -> None:
     assert isinstance(bench.store.apply([Get("s.t/3")])[0], Parked)
 
 
+def test_async_handlers_in_a_consumer(bench: Bench) -> None:
+    """In order, as the others; one that raises loses its own effect only."""
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True)
+    async def handle(message: Message) -> None:
+        write(message)
+        await asyncio.sleep(0)
+        if message.id == "3" and context().attempt == 1:
+            raise ValueError("not yet")
+
+    bench.publish([str(n) for n in range(8)] * 2)
+    with bench.running():
+        bench.reach(8)
+        until(lambda: bench.depth("s-queue") == 0)
+    assert bench.effects() == [str(n) for n in range(8)]
+    done = bench.store.apply([Get("s.t/3")])[0]
+    assert isinstance(done, Done)
+    assert done.attempt == 2
+
+
 def test_a_stop_gives_back_what_has_not_begun(bench: Bench) -> None:
     """What ran is committed; the rest is free, with no attempt, and comes again."""
     began = threading.Event()
@@ -239,6 +261,55 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     assert kills >= 3
     assert bench.effects() == ids
     assert bench.sql("SELECT 1 FROM effect GROUP BY id HAVING count(*) > 1") == []
+
+
+_POISON = """
+import os, signal, sys
+from idemp import Consumer, context, idempotent, open_store, open_transport
+url, broker = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service="s")
+
+@consumer.on("t")
+@idempotent(open_store(url), name="s.t", transaction=True, attempts=3)
+def handle(message):
+    context().connection.execute(f"INSERT INTO effect VALUES ('{message.id}')")
+    if message.id == "07":
+        os._exit(7)
+    if message.id == "12":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+def test_what_kills_its_process_each_time_is_set_aside(bench: Bench, tmp_path: Path) -> None:
+    """After the policy's attempts, with its reason; its neighbours take effect once, and none is parked."""
+    broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
+    with closing(open_transport(broker)) as transport:
+        transport.declare("s-queue", "events")
+    ids = [f"{n:02}" for n in range(20)]
+    poison = {"07", "12"}
+    send(broker, ids)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ends: list[int] = []
+    with closing(open_transport(broker)) as looking:
+        while looking.depth("s-queue.dead") < len(poison):
+            command = [sys.executable, "-c", _POISON, bench.url, broker]
+            with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as service:
+                until(lambda: service.poll() is not None or looking.depth("s-queue.dead") == len(poison))
+                service.terminate()
+            ends.append(service.returncode)
+            assert len(ends) < 12, ends
+        until(lambda: looking.depth("s-queue") == 0)
+
+    # The first death is nobody's; the second may be either's, in a batch; from then on each dies alone.
+    assert ends.count(7) + ends.count(-signal.SIGKILL) <= 1 + 3 + 3, ends
+    assert ends[-1] == 0, ends
+    assert bench.effects() == [each for each in ids if each not in poison]
+    for each in poison:
+        parked = bench.store.apply([Get(f"s.t/{each}")])[0]
+        assert isinstance(parked, Parked)
+        assert parked.reason == "attempts used up: 3 began, none is known to have ended"
 
 
 # ------------------------------------------------------------------ the pipeline's part

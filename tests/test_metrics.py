@@ -277,4 +277,5 @@ def test_no_meter_counts_nothing() -> None:
     meter = NoMeter()
     meter.count("a")
     meter.time("b", 1.0)
+    meter.level("c", 2.0)
     meter.close()

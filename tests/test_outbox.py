@@ -6,21 +6,36 @@ import json
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
 
-from idemp import ConfigError, Message, Relay, context, idempotent, open_store, open_transport, publish
+from idemp import (
+    ConfigError,
+    Consumer,
+    Message,
+    Relay,
+    context,
+    idempotent,
+    open_store,
+    open_transport,
+    publish,
+)
 from idemp.errors import TransportUnavailable
-from idemp.ports import Delivery, Publication
+from idemp.ports import Delivery, Done, Get, Inbox, Parked, Publication, Sent
+from tests.servers.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -143,17 +158,144 @@ def test_a_letter_that_no_queue_takes_stays(store: Any, unique: str) -> None:
         assert relay.turn() == 1
 
 
-def test_without_a_transaction_it_is_refused(store: Any) -> None:
+def test_a_direct_call_without_a_transaction_cannot_publish(store: Any) -> None:
     """In one sentence; and a store without an outbox has no relay."""
 
     @idempotent(store, name="app.order", key="order")
     def order(order: str) -> None:
         context().publish("billed", {})
 
-    with pytest.raises(ConfigError, match="needs a handler with transaction=True"):
+    with pytest.raises(ConfigError, match="needs a handler with transaction=True, or one with @idempotent"):
         order("A")
     with closing(open_store("memory://")) as other, pytest.raises(ConfigError, match="has no outbox"):
         Relay(other, open_transport("memory://x"))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ at once, without a transaction
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def broker(request: pytest.FixtureRequest, unique: str) -> str:
+    return f"memory://{unique}" if request.param == "memory" else request.getfixturevalue("amqp_url")
+
+
+@contextmanager
+def consuming(*consumers: Consumer) -> Iterator[None]:
+    """All of them, each in a thread, until the end."""
+    with ThreadPoolExecutor(len(consumers)) as pool:
+        ready = [threading.Event() for _ in consumers]
+        running = [pool.submit(each.run, ready=on.set) for each, on in zip(consumers, ready, strict=True)]
+        try:
+            for on, run in zip(ready, running, strict=True):
+                until(lambda on=on, run=run: on.is_set() or run.done())  # type: ignore[misc]
+            yield
+        finally:
+            for each in consumers:
+                each.stop()
+        for run in running:
+            run.result(30)
+
+
+def send(url: str, exchange: str, ids: list[str]) -> None:
+    messages = [Message(each, "order", {"order": each}) for each in ids]
+    with closing(open_transport(url)) as transport:
+        publish(transport, [Publication(m.encode(), m.properties(), exchange, "order") for m in messages])
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_at_once_under_ids_that_never_change(broker: str, unique: str, kind: str) -> None:
+    """What an attempt that raised had sent is sent again with the same id, and its receiver skips it."""
+    sender, receiver = f"{unique}-a", f"{unique}-b"
+    ids: dict[str, list[list[str]]] = {}
+    got: list[tuple[str, str]] = []
+    with ExitStack() as stack:
+        store, theirs = (stack.enter_context(closing(open_store("memory://"))) for _ in range(2))
+        ours, other = (stack.enter_context(closing(open_transport(broker))) for _ in range(2))
+        first = Consumer(ours, service=sender, exchange=sender, backoff=0.05)
+        second = Consumer(other, service=receiver, exchange=receiver)
+
+        def handle(message: Message) -> None:
+            sent = [context().publish("billed", {"n": n}, exchange=receiver) for n in range(2)]
+            ids.setdefault(message.id, []).append(sent)
+            if context().attempt == 1 and message.id < "05":
+                raise ValueError("not yet")
+
+        async def handle_async(message: Message) -> None:
+            handle(message)
+
+        first.on("order")(idempotent(store, name="a")(handle if kind == "def" else handle_async))
+
+        @second.on("billed")
+        @idempotent(theirs, name="b")
+        def bill(message: Message) -> None:
+            got.append((message.id, str(message.correlation_id)))
+
+        with consuming(first, second):
+            send(broker, sender, [f"{n:02}" for n in range(10)])
+            until(lambda: len(got) >= 20)
+            until(lambda: sum(map(len, ids.values())) == 15)
+            until(lambda: other.depth(f"{receiver}-queue") == 0 if broker.startswith("memory") else True)
+    assert all(attempts[0] == attempts[-1] for attempts in ids.values())
+    assert sorted(got) == sorted((each, key) for key, attempts in ids.items() for each in attempts[0])
+
+
+def test_what_no_queue_takes_fails_the_handler(broker: str, unique: str) -> None:
+    """It is done only when all that it published is safe: it is tried again, and then set aside."""
+    with closing(open_store("memory://")) as store, closing(open_transport(broker)) as ours:
+        consumer = Consumer(ours, service=unique, exchange=unique, backoff=0.05)
+
+        @consumer.on("order")
+        @idempotent(store, name="a", attempts=2)
+        def handle(message: Message) -> None:
+            where = f"{unique}-nowhere" if message.id == "1" else f"{unique}-out"
+            context().publish("billed", {}, exchange=where)
+
+        with closing(open_transport(broker)) as transport:
+            transport.declare(f"{unique}-got", f"{unique}-out")
+            with consuming(consumer):
+                send(broker, unique, [f"{n}" for n in range(3)])
+                until(lambda: transport.depth(f"{unique}-queue.dead") == 1)
+                until(lambda: transport.depth(f"{unique}-got") == 2)
+        parked = store.apply([Get("a/1")])[0]
+        assert isinstance(parked, Parked)
+        assert parked.reason.startswith("attempts used up (2): Unroutable: what the handler published")
+        assert all(isinstance(state, Done) for state in store.apply([Get("a/0"), Get("a/2")]))
+
+
+def test_a_connection_lost_before_the_confirm(unique: str) -> None:
+    """The handler is not done; it runs again and repeats the same id."""
+    broker = f"memory://{unique}"
+    ids: list[str] = []
+    with closing(open_store("memory://")) as store, closing(open_transport(broker)) as ours:
+        deaf: Any = ours
+        real = deaf.poll
+
+        def poll(timeout: float) -> list[Any]:
+            events: list[Any] = real(timeout)
+            if len(ids) == 1 and any(isinstance(event, Sent) for event in events):
+                raise TransportUnavailable("lost")
+            return events
+
+        deaf.poll = poll
+        consumer = Consumer(ours, service="a", exchange="in", backoff=0.05)
+
+        @consumer.on("order")
+        @idempotent(store, name="a")
+        def handle(message: Message) -> None:
+            ids.append(context().publish("billed", {}, exchange="out"))
+
+        with closing(open_transport(broker)) as transport:
+            transport.declare("got", "out")
+            with consuming(consumer):
+                send(broker, "in", ["A"])
+                until(lambda: isinstance(store.apply([Get("a/A")])[0], Done))
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+    first, second = came(broker, "got", 2)
+    assert first.body == second.body
+
+
+# ------------------------------------------------------------------ the relay
 
 
 def test_the_command_empties_an_outbox(new_database: Callable[[str], str], tmp_path: Path) -> None:
@@ -173,6 +315,126 @@ def test_the_command_empties_an_outbox(new_database: Callable[[str], str], tmp_p
         order("lost", "nowhere")
         assert relay_once(url, broker) == (1, {"sent": 0, "left": 1})
     assert len(came(broker, "q", 5)) == 5
+
+
+def test_the_backlog_is_told(
+    new_database: Callable[[str], str], tmp_path: Path, amqp_url: str, unique: str
+) -> None:
+    """By `idemp stats`, and by a running relay to statsd and to whoever scrapes it."""
+    url, port = new_database("app"), free_port()
+    with closing(open_store(url)) as store, socket.socket(type=socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(30)
+
+        @idempotent(store, name="app.order", key="order", transaction=True)
+        def order(order: str) -> None:
+            context().publish("billed", {}, exchange=f"{unique}-nowhere")
+
+        for n in range(3):
+            order(f"{n}")
+        told = idemp("stats", "--store", url, "--json")
+        assert json.loads(told.stdout)["outbox"]["letters"] == 3
+        assert json.loads(told.stdout)["outbox"]["age"] >= 0
+        assert "3 wait in the outbox, the oldest for " in idemp("stats", "--store", url).stdout
+
+        command = [sys.executable, "-m", "idemp", "relay", "--store", url, "--transport", amqp_url]
+        command += ["--statsd", f"127.0.0.1:{statsd.getsockname()[1]}", "--metrics-port", f"{port}"]
+        with subprocess.Popen([*command, "--service", "app"], env=ENV, cwd=ROOT) as relay:
+            lines: list[bytes] = []
+            while b"app_outbox_letters:3|g" not in lines:
+                lines += statsd.recv(9000).split(b"\n")
+            assert any(line.startswith(b"app_outbox_age:") and line.endswith(b"|g") for line in lines)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
+                text = page.read().decode()
+            relay.terminate()
+        assert relay.returncode == 0
+    assert 'idemp_level{service="app",what="outbox_letters"} 3.0' in text
+    assert 'idemp_level{service="app",what="outbox_age"}' in text
+
+
+def test_a_wrong_metrics_setting_is_one_sentence(tmp_path: Path) -> None:
+    """Which names it; and so is a store without an outbox."""
+    url, broker = f"sqlite:///{tmp_path}/app.db", f"sqlite:///{tmp_path}/queues.db"
+    with closing(open_store(url)) as store:
+        store.apply([])
+    told = idemp("relay", "--store", url, "--transport", broker, "--statsd", "nowhere:x")
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert "--statsd (IDEMP_STATSD)" in told.stderr
+    told = idemp("relay", "--store", "memory://", "--transport", broker)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert "has no outbox" in told.stderr
+
+
+def idemp(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "idemp", *words]
+    return subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+_DYING_RELAY = """
+import os, signal, sys
+from idemp import Relay, open_store, open_transport
+from idemp.ports import Delivery, Sent
+url, broker, after = sys.argv[1:]
+store, transport = open_store(url), open_transport(broker)
+confirmed = 0
+real = store.sent
+
+def sent(numbers):  # the broker has confirmed these, and nobody has been told yet
+    global confirmed
+    confirmed += len(numbers)
+    if confirmed > int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(numbers)
+
+store.sent = sent
+Relay(store, transport).run()
+"""
+
+
+def test_a_relay_killed_between_confirm_and_mark(
+    new_database: Callable[[str], str], amqp_url: str, unique: str
+) -> None:
+    """On a real broker: nothing is lost, of each key the order holds, and a receiver skips the repeats."""
+    url = new_database("app")
+    receiver = f"{unique}-b"
+    got: list[tuple[str, int]] = []
+    with (
+        closing(open_store(url)) as store,
+        closing(open_store("memory://")) as theirs,
+        closing(open_transport(amqp_url)) as transport,
+    ):
+        consumer = Consumer(transport, service=receiver, exchange=receiver)
+
+        @consumer.on("billed")
+        @idempotent(theirs, name="b")
+        def bill(message: Message) -> None:
+            got.append((message.args["order"], message.args["n"]))
+
+        @idempotent(store, name="app.order", key="order", transaction=True)
+        def order(order: str) -> None:
+            for n in range(5):
+                context().publish("billed", {"order": order, "n": n}, exchange=receiver)
+
+        with closing(open_transport(amqp_url)) as broker:
+            broker.declare(f"{receiver}-queue", receiver)
+        orders = [f"{n}" for n in range(10)]
+        for each in orders:
+            order(each)
+        for after in (0, 10, 20):  # it dies with ten that are confirmed and not marked
+            command = [sys.executable, "-c", _DYING_RELAY, url, amqp_url, f"{after}"]
+            done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        assert cast(Inbox, store).backlog().letters == 50 - 10 - 20
+        with closing(open_transport(amqp_url)) as broker:
+            until(lambda: broker.depth(f"{receiver}-queue") == 10 + 20 + 30)
+        assert relay_once(url, amqp_url) == (0, {"sent": 20, "left": 0})
+        with consuming(consumer):
+            until(lambda: len(got) >= 50)
+            with closing(open_transport(amqp_url)) as broker:
+                until(lambda: broker.depth(f"{receiver}-queue") == 0)
+    assert len(got) == 50
+    for each in orders:
+        assert [n for key, n in got if key == each] == list(range(5))
 
 
 def relay_once(store: str, broker: str) -> tuple[int, Any]:
@@ -248,3 +510,71 @@ def test_a_chain_of_three_services_with_kill_9(new_database: Callable[[str], str
         until(lambda: count("c") >= len(orders), 120)
     for name in chain:
         assert sorted(row[0] for row in sql(urls[name], "SELECT id FROM ledger")) == orders, name
+
+
+# ------------------------------------------------------------------ the same without transactions
+
+_PLAIN_SERVICE = """
+import sqlite3, sys
+from idemp import Consumer, context, idempotent, open_store, open_transport
+name, following, url, broker, path = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service=name, exchange=name, prefetch=20)
+ledger = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+
+@consumer.on("order")
+@idempotent(open_store(url), name=name, attempts=50)
+def handle(message):
+    ledger.execute("INSERT INTO ledger VALUES (?, ?)", [message.args["order"], context().attempt])
+    if following:
+        context().publish("order", message.args, exchange=following)
+
+consumer.run(ready=lambda: print("ready", flush=True))
+"""
+
+
+@pytest.mark.parametrize("kind", ["etcd", "redis"])
+def test_a_chain_without_transactions_with_kill_9(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, unique: str
+) -> None:
+    """Nothing is lost; what is there twice was in doubt in between, and its publications are not doubled."""
+    server, broker = request.getfixturevalue(kind), f"sqlite:///{tmp_path}/queues.db?visibility=1s"
+    chain = {"a": "b", "b": "c", "c": ""}
+    urls = {
+        name: f"{server.url}{unique}-{name}" if kind == "etcd" else str(server.database()) for name in chain
+    }
+    ledgers = {name: f"sqlite:///{tmp_path}/{name}.db" for name in chain}
+    orders = [f"{n:04}" for n in range(400)]
+    with closing(open_transport(broker)) as transport:
+        for name in chain:
+            sql(ledgers[name], "CREATE TABLE ledger (id TEXT, attempt INT)")
+            transport.declare(f"{name}-queue", name)
+    send(broker, "a", [*orders, *orders[::7]])
+
+    def count(name: str) -> int:
+        return int(sql(ledgers[name], "SELECT count(DISTINCT id) FROM ledger")[0][0])
+
+    @contextmanager
+    def run(name: str) -> Iterator[subprocess.Popen[bytes]]:
+        words = [name, chain[name], f"{urls[name]}?session=1s", broker, ledgers[name][len("sqlite:///") :]]
+        with subprocess.Popen(
+            [sys.executable, "-c", _PLAIN_SERVICE, *words], env=ENV, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process
+            process.kill()
+
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(run(name)) for name in chain}
+        for victim in (*chain, *chain):
+            before = count(victim)
+            until(lambda victim=victim, before=before: count(victim) > min(before, len(orders) - 1))  # type: ignore[misc]
+            running[victim].send_signal(signal.SIGKILL)
+            running[victim] = stack.enter_context(run(victim))
+        until(lambda: count("c") >= len(orders), 120)
+    for name in chain:
+        rows = sql(ledgers[name], "SELECT id, attempt FROM ledger ORDER BY rowid")
+        assert sorted({order for order, _ in rows}) == orders, name
+        again = [attempt for n, (order, attempt) in enumerate(rows) if order in {o for o, _ in rows[:n]}]
+        assert all(attempt > 1 for attempt in again), name  # it was taken over from a session that died
+        assert len(set(rows)) == len(rows), name  # and each attempt began once

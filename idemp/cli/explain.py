@@ -76,6 +76,7 @@ def _one(name: str, policy: Policy | None, rate: float | None) -> Explained:
         ("crashes", _crashes(policy)),
         ("memory", _memory(policy)),
         ("policy", _policy(policy)),
+        ("publishing", _publishing(policy)),
     ]
     if rate is not None:
         parts.append(("cost", _cost(policy, rate)))
@@ -111,7 +112,16 @@ def _guarantee(policy: Policy) -> list[str]:
         "memory": "in this process only: a restart forgets everything",
         "sqlite": "for all processes of this host; it survives kill -9 and power loss",
         "etcd": "for all hosts; it survives whatever a majority of etcd survives",
+        "postgresql": "for all hosts; it survives what the database survives",
+        "redis": "for all hosts; it survives kill -9 of the server, and a failover may lose the latest",
     }.get(kind, "as its store promises")
+    if policy.transaction:
+        return [
+            f"Exactly once for what it writes on context().connection, {where}.",
+            "Those writes and the record are one transaction: both commit, or neither does.",
+            "Whatever else it does, like a mail, may happen again: it runs again when the server rolls back.",
+            "While one transaction holds a key, its duplicates wait, and are skipped after it.",
+        ]
     return [
         f"Effectively once, {where}.",
         "Once its return is recorded it is never run again for that key within the retention.",
@@ -121,6 +131,14 @@ def _guarantee(policy: Policy) -> list[str]:
 
 
 def _crashes(policy: Policy) -> list[str]:
+    if policy.transaction:
+        return [
+            "before the commit: nothing of it is left; the message comes again and runs",
+            "after the commit, before the acknowledgement: the message comes again and is skipped",
+            "the commit's reply is lost: a new transaction finds it done, or free, and nothing is guessed",
+            "the message kills its process each time: once it was delivered before, each attempt is counted,"
+            " and after the last it is parked",
+        ]
     doubt = {
         "retry": "it runs again, so an effect without a key of its own may happen twice",
         "park": "it is parked for a person (idemp doubt), and does not run again by itself",
@@ -181,6 +199,19 @@ def _policy(policy: Policy) -> list[str]:
             if policy.read_fingerprint
             else ""
         ),
+    ]
+
+
+def _publishing(policy: Policy) -> list[str]:
+    if policy.transaction:
+        return [
+            "context().publish() puts a message into the outbox, in the same transaction.",
+            "idemp relay, or a Relay in the process, sends it and waits until the broker has it safe.",
+            "A relay that dies in between sends it again, under the same id.",
+        ]
+    return [
+        "context().publish() sends at once, in a consumer; the record waits until the broker has it safe.",
+        "What an attempt that raised or died has sent stays sent; the next repeats it, under the same id.",
     ]
 
 

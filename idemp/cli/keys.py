@@ -7,7 +7,7 @@ import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import click
 
@@ -15,7 +15,7 @@ from idemp import deeds
 from idemp.cli import options
 from idemp.cli.options import Duration, escaped, json_option, store_at, store_option
 from idemp.deeds import DEEDS, WORDS, described
-from idemp.ports import Doubt, Free, Get, Parked, State, Store
+from idemp.ports import Doubt, Free, Get, Inbox, Parked, State, Store
 
 PAGE = 20_000
 """Keys that are asked for at a time, where all are wanted."""
@@ -120,7 +120,7 @@ def get(key: str, store: str, as_json: bool) -> int:
 @store_option
 @json_option
 def stats(store: str, as_json: bool) -> None:
-    """Count what a store knows: keys by handler and state, the oldest that wait for a person, deeds."""
+    """Count what a store knows: keys by handler and state, who waits for a person, deeds, the outbox."""
     everything = Filter("", frozenset(WORDS))
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     waiting: list[float] = []
@@ -131,6 +131,7 @@ def stats(store: str, as_json: bool) -> None:
                 waiting.append(state.at)
         recorded = sum(1 for _ in deeds.read(opened))
         kept = opened.retention
+        outbox = cast(Inbox, opened).backlog() if callable(getattr(opened, "backlog", None)) else None
     now = time.time()
     oldest = round(now - min(waiting)) if waiting else None
     total = sum(counts.values(), Counter[str]())
@@ -138,6 +139,7 @@ def stats(store: str, as_json: bool) -> None:
         handlers = {name: dict(found) for name, found in sorted(counts.items())}
         whole = {"keys": total.total(), "states": dict(total), "handlers": handlers}
         whole |= {"oldest_waiting": oldest, "retention": kept, "deeds": recorded}
+        whole |= {"outbox": outbox._asdict() if outbox else None}
         click.echo(json.dumps(whole))
         return
     shown = [word for word in WORDS.values() if total[word]]
@@ -146,6 +148,8 @@ def stats(store: str, as_json: bool) -> None:
         click.echo(f"{escaped(name):<32}{cells or '        no keys'}")
     if oldest is not None:
         click.echo(f"{len(waiting)} wait for a person, the oldest for {age(oldest)}: see idemp doubt")
+    if outbox is not None and outbox.letters:
+        click.echo(f"{outbox.letters} wait in the outbox, the oldest for {age(outbox.age)}: see idemp relay")
     click.echo(f"done is remembered for {age(kept)}; {recorded} deeds are recorded")
 
 

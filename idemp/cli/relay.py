@@ -4,24 +4,58 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import ExitStack, closing
 from typing import Any, cast
 
 import click
 
-from idemp.cli.options import json_option, store_at, store_option, transport_at, transport_option
-from idemp.ports import Inbox
+from idemp.cli.options import about, json_option, store_at, store_option, transport_at, transport_option
+from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
+from idemp.ports import Inbox, Meter
 from idemp.relay import Relay
 
 
 @click.command()
 @click.option("--once", is_flag=True, help="End when the outbox is empty, or nothing of it can be sent.")
+@click.option("--service", default="relay", show_default=True, help="Its name in the metrics.")
+@click.option(
+    "--statsd", metavar="HOST:PORT", envvar="IDEMP_STATSD", show_envvar=True, help="Metrics go there."
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    envvar="IDEMP_METRICS_PORT",
+    show_envvar=True,
+    help="Metrics are at /metrics of it.",
+)
 @store_option
 @transport_option
 @json_option
-def relay(store: str, transport: str, once: bool, as_json: bool) -> None:
-    """Publish what handlers with transaction=True put into the store's outbox, until stopped."""
-    with store_at(store) as opened, transport_at(transport) as broker:
-        working = Relay(cast(Inbox, opened), broker)
+def relay(
+    store: str,
+    transport: str,
+    once: bool,
+    service: str,
+    statsd: str | None,
+    metrics_port: int | None,
+    as_json: bool,
+) -> None:
+    """Publish what handlers with transaction=True put into the store's outbox, until stopped.
+
+    Metrics tell how much waits in it (SERVICE_outbox_letters), and for how long (SERVICE_outbox_age).
+    """
+    with ExitStack() as stack:
+        opened = stack.enter_context(store_at(store))
+        broker = stack.enter_context(transport_at(transport))
+        meters: list[Meter] = []
+        if statsd:
+            with about("--statsd (IDEMP_STATSD)"):
+                meters.append(stack.enter_context(closing(StatsdMeter(statsd))))
+        if metrics_port:
+            with about("--metrics-port (IDEMP_METRICS_PORT)"):
+                meters.append(stack.enter_context(closing(PrometheusMeter(service, metrics_port))))
+        working = Relay(cast(Inbox, opened), broker, service=service, meter=Meters(*meters))
         sent = 0
         if once:
             while (turn := working.turn()) > 0:

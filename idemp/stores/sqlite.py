@@ -111,6 +111,9 @@ _OUTBOX = (
     " (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT, at REAL, letter BLOB)"
 )
 
+_HAS_OUTBOX = "SELECT 1 FROM sqlite_master WHERE name = 'outbox'"
+_SENT = "DELETE FROM outbox WHERE number IN (SELECT value FROM json_each(?))"
+
 Connect = Callable[..., sqlite3.Connection]
 
 
@@ -140,19 +143,19 @@ class SqliteStore(SessionStore):
     def letters(self, limit: int) -> list[Letter]:
         """See `idemp.ports.Inbox`."""
         query = "SELECT number, key, at, letter FROM outbox ORDER BY number LIMIT ?"
-        rows = self._session_here().outbox(query, [limit])
+        rows = self._session_here().letters(query, [limit])
         return [Letter(number, _unescape(key), at, unpack(blob)) for number, key, at, blob in rows]
 
     def sent(self, numbers: Sequence[int]) -> None:
         """See `idemp.ports.Inbox`."""
-        query = "DELETE FROM outbox WHERE number IN (SELECT value FROM json_each(?))"
-        self._session_here().outbox(query, [_json(list(numbers))])
+        self._session_here().sent(numbers)
 
     def backlog(self) -> Backlog:
         """See `idemp.ports.Inbox`."""
         session = self._session_here()
-        [(letters, oldest)] = session.outbox("SELECT count(*), min(at) FROM outbox", [])
-        return Backlog(letters, max(0.0, session.now() - oldest) if letters else 0.0)
+        for letters, oldest in session.letters("SELECT count(*), min(at) FROM outbox", []):
+            return Backlog(letters, max(0.0, session.now() - oldest) if letters else 0.0)
+        return Backlog(0, 0.0)
 
     def _session_here(self) -> _Session:
         session = self._mine()
@@ -434,14 +437,26 @@ class _Session(Confirmed):
             self._changed.notify_all()
         return result
 
-    def outbox(self, query: str, values: Sequence[Any]) -> list[Any]:
-        """Ask or change the outbox, durably."""
+    def letters(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """What a query of the outbox finds; nothing where there has never been one."""
+        with self._reading:
+            if self._ended.is_set():
+                raise Closed("this store was closed")
+            try:
+                if self._reader.execute(_HAS_OUTBOX).fetchone() is None:
+                    return []
+                return self._reader.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreUnavailable(f"{self._path}: {error}") from error
+
+    def sent(self, numbers: Sequence[int]) -> None:
+        """See `idemp.ports.Inbox`."""
         with self.group.paused():
             if self._ended.is_set():
                 raise Closed("this store was closed")
             try:
                 self._writer.execute(_OUTBOX)
-                return self._writer.execute(query, values).fetchall()
+                self._writer.execute(_SENT, [_json(list(numbers))])
             except sqlite3.Error as error:
                 raise StoreUnavailable(f"{self._path}: {error}") from error
 
