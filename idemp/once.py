@@ -168,6 +168,7 @@ def idempotent(
     permanent: type[BaseException] | tuple[type[BaseException], ...] = (),
     codec: Codec | None = JSON,
     transaction: bool = False,
+    replay: str = "safe",
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function, ``def`` or ``async def``, take effect once per key.
 
@@ -186,6 +187,8 @@ def idempotent(
     transaction: on SQLite and PostgreSQL: the handler writes on ``context().connection``, in the store's
         database, and its writes and the record commit together or not at all.  It must not end that
         transaction, and may be called again when the server rolled it back.
+    replay: whether `idemp replay` may bring a message back to this handler: ``"safe"``, ``"confirm"`` (only
+        if a person confirmed it), ``"never"``; a consumer rejects the others.
 
     The decorated function keeps its signature, has the `Policy` as ``.policy``, and raises what the
     handler raises, or `KeyBusy`, `KeyParked`, `FingerprintConflict`, `ClaimLost`, `SessionLost`,
@@ -206,10 +209,17 @@ def idempotent(
             permanent=permanent,
             codec=codec,
             transaction=transaction,
+            replay=replay,
         )
         return _wrap(function, policy)
 
     return decorate
+
+
+def around() -> Message | None:
+    """The message whose handler runs around this line, in a consumer."""
+    found = _running.get()
+    return None if found is None else found.message
 
 
 def _wrap(function: Callable[P, R], policy: Policy) -> Callable[P, R]:

@@ -41,7 +41,7 @@ from msgspec.structs import replace
 
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
 from idemp.message import Message, Properties, decode
-from idemp.policy import Policy
+from idemp.policy import Policy, replay_refused
 from idemp.ports import Claim, Claimed, Delivery, Done, Doubt, Op, Publication, Reply, Store, Takeover
 from idemp.protocol import (
     Ask,
@@ -89,7 +89,18 @@ class Route(NamedTuple):
 class Flight:
     """One delivery on its way.  ``tag`` is None once its connection is gone."""
 
-    __slots__ = ("delivery", "fingerprint", "key", "looks", "message", "route", "since", "steps", "tag")
+    __slots__ = (
+        "delivery",
+        "fingerprint",
+        "key",
+        "looks",
+        "message",
+        "ran",
+        "route",
+        "since",
+        "steps",
+        "tag",
+    )
 
     def __init__(self, delivery: Delivery, message: Message | None, route: Route | None, key: str) -> None:
         self.tag: int | None = delivery.tag
@@ -101,6 +112,7 @@ class Flight:
         self.steps: Protocol | None = None
         self.since = 0.0
         self.looks = 0
+        self.ran: Any = None  # what tracking knows of its handler's run
 
     @property
     def policy(self) -> Policy:
@@ -386,6 +398,8 @@ class Pipeline:
             if route is None:
                 raise BadMessage(f"no handler for type {message.type!r}")
             flight.message, flight.route = message, route
+            if refused := replay_refused(route.policy, delivery.properties.headers):
+                raise BadMessage(refused)
             self._identify(flight, route.policy, message)
         except BadMessage as error:
             self._dead(flight, "rejected", str(error))

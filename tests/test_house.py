@@ -20,6 +20,7 @@ FLOORS = {
         "idemp.findings",
         "idemp.audit.messages",
         "idemp.audit.nodes",
+        "idemp.causality",
     ],
     "ports": ["idemp.ports", "idemp.laws"],
     "heart": [
@@ -34,8 +35,10 @@ FLOORS = {
         "idemp.deeds",
         "idemp.dead",
         "idemp.audit",
+        "idemp.tracking",
     ],
     "adapters": [
+        "idemp.eventlogs",
         "idemp.stores",
         "idemp.transports",
         "idemp.metrics",
@@ -66,6 +69,7 @@ DRIVERS = {
     "prometheus_client",
     "sqlite3",
     "yaml",
+    "pymongo",
 }
 
 
@@ -136,6 +140,8 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.sqlite_doctor": {"sqlite3"},
         "idemp.stores.sqlite_inbox": {"sqlite3"},
         "idemp.transports.sqlite": {"sqlite3"},
+        "idemp.eventlogs.sqlite": {"sqlite3"},
+        "idemp.eventlogs.postgresql": {"psycopg"},
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
         "idemp.stores.postgresql": {"psycopg"},

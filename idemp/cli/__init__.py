@@ -19,6 +19,7 @@ from idemp.cli.dead import dead
 from idemp.cli.deeds import deeds
 from idemp.cli.demo import demo
 from idemp.cli.doctor import doctor
+from idemp.cli.events import events, flow, trace
 from idemp.cli.explain import explain
 from idemp.cli.forget import forget
 from idemp.cli.init import init
@@ -62,6 +63,9 @@ for command in (
     explain,
     audit,
     top,
+    trace,
+    flow,
+    events,
     demo,
     init,
     relay,
