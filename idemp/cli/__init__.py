@@ -26,6 +26,7 @@ from idemp.cli.init import init
 from idemp.cli.keys import doubt, get, ls, stats
 from idemp.cli.publish import publish
 from idemp.cli.relay import relay
+from idemp.cli.replay import replay
 from idemp.cli.resolve import resolve
 from idemp.cli.top import top
 from idemp.errors import IdempError
@@ -66,6 +67,7 @@ for command in (
     trace,
     flow,
     events,
+    replay,
     demo,
     init,
     relay,
