@@ -14,6 +14,7 @@ import click
 
 from idemp import __version__
 from idemp.cli.audit import audit
+from idemp.cli.advise import advise_
 from idemp.cli.consume import consume
 from idemp.cli.dead import dead
 from idemp.cli.deeds import deeds
@@ -29,6 +30,7 @@ from idemp.cli.relay import relay
 from idemp.cli.replay import replay
 from idemp.cli.resolve import resolve
 from idemp.cli.top import top
+from idemp.cli.watch import watch
 from idemp.errors import IdempError
 
 
@@ -68,6 +70,8 @@ for command in (
     flow,
     events,
     replay,
+    advise_,
+    watch,
     demo,
     init,
     relay,

@@ -43,8 +43,8 @@ def events_at(url: str) -> Iterator[EventLog]:
         parts = split(url)
         if parts.scheme == "sqlite" and not Path(sqlite_path(parts)).exists():
             raise ConfigError(f"there is no event log {sqlite_path(parts)}; a tracked service makes it")
-        with closing(log):
-            yield log
+    with closing(log):
+        yield log
 
 
 _window = (

@@ -69,6 +69,10 @@ class Recorder:
         """Record ``events`` soon."""
         self.later(len(events), lambda: events)
 
+    def write(self, event: Event) -> None:
+        """`add` of one, so that a recorder is a logger for envelopes."""
+        self.add([event])
+
     def later(self, n: int, make: Later) -> None:
         """Record ``n`` events that ``make`` makes; nothing is called here."""
         if self._ending.is_set():
