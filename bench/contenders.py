@@ -24,7 +24,7 @@ import msgspec
 import pika
 
 from bench.cells import IDEMP, Setting
-from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp import Consumer, Message, idempotent, open_event_log, open_store, open_transport
 from idemp.ports import Delivery, Transport
 from idemp.stores.etcd_client import Client
 
@@ -164,11 +164,13 @@ def idemp(job: Job) -> Span:
     store = open_store(job.store)
     store.apply([])
     transport = Watched(open_transport(job.url), span)
+    events = open_event_log(setting.tracking) if setting.tracking else None
     consumer = Consumer(
         transport,
         service=job.queue.removesuffix("-queue"),
         prefetch=setting.window(),
         workers=setting.workers,
+        tracking=events,
     )
     transport.last = consumer.stop
     pause = setting.milliseconds / 1000
@@ -183,6 +185,8 @@ def idemp(job: Job) -> Span:
         stop_when_over(span, consumer.stop)
     consumer.run()
     store.close()
+    if events is not None:
+        events.close()
     return span
 
 

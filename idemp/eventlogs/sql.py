@@ -9,7 +9,11 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Any
+
+from msgspec.structs import astuple
 
 from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Query
 
@@ -72,6 +76,8 @@ class SqlEventLog(ABC):
     """An `idemp.ports.EventLog` over a database that speaks SQL; the subclass has the connection."""
 
     GREATEST = "max"
+    UNFIT: tuple[type[Exception], ...] = ()
+    """What a database says of a text that it does not take."""
 
     def __init__(
         self, *, retention: float, rows: int, payloads: bool, business: str, clock: Clock | None = None
@@ -103,9 +109,19 @@ class SqlEventLog(ABC):
 
     def append(self, batch: Batch) -> None:
         """See `idemp.ports.EventLog`."""
-        rows = [_row(event) for event in batch.events]
+        rows = [astuple(event) for event in batch.events]
         edges = [(*key, *sums) for key, sums in edges_of(batch.events).items()]
+        try:
+            self._append(batch, rows, edges)
+        except (UnicodeEncodeError, *self.UNFIT):
+            self._append(batch, [plain(row) for row in rows], [plain(row) for row in edges])
+        if self._clock.steady() - self._pruned > PRUNE:
+            self._pruned = self._clock.steady()
+            self.prune(self._clock.wall())
 
+    def _append(
+        self, batch: Batch, rows: Sequence[tuple[Any, ...]], edges: Sequence[tuple[Any, ...]]
+    ) -> None:
         def work(execute: Execute) -> None:
             named = {"writer": batch.writer, "number": batch.number, "at": self._clock.wall()}
             new = "INSERT INTO batch VALUES (:writer, :number, :at) ON CONFLICT DO NOTHING RETURNING number"
@@ -115,9 +131,6 @@ class SqlEventLog(ABC):
 
         with self._lock:
             self.transact(work)
-        if self._clock.steady() - self._pruned > PRUNE:
-            self._pruned = self._clock.steady()
-            self.prune(self._clock.wall())
 
     def prune(self, now: float) -> int:
         """See `idemp.ports.EventLog`; in parts, so that nobody waits long for it."""
@@ -253,10 +266,6 @@ def _where(query: Query) -> tuple[list[str], dict[str, Any]]:
     return where, named
 
 
-def _row(event: Event) -> tuple[Any, ...]:
-    return tuple(getattr(event, name) for name in COLUMNS)
-
-
 def plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
     """``row`` without what no database takes in a text."""
     return tuple(
@@ -268,10 +277,14 @@ def plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
 def _insert(execute: Execute, into: str, rows: Sequence[tuple[Any, ...]], rest: str = "") -> None:
     """Many rows a statement: each statement lets a busy thread beside this one go first."""
     for start in range(0, len(rows), TOGETHER):
-        part = [plain(row) for row in rows[start : start + TOGETHER]]
-        one = f"({', '.join('?' * len(part[0]))})"
-        values = [value for row in part for value in row]
-        execute(f"INSERT INTO {into} VALUES {', '.join([one] * len(part))}{rest}", values)
+        part = rows[start : start + TOGETHER]
+        execute(_insertion(into, len(part), len(part[0]), rest), list(chain.from_iterable(part)))
+
+
+@lru_cache(maxsize=256)
+def _insertion(into: str, rows: int, columns: int, rest: str) -> str:
+    one = f"({', '.join('?' * columns)})"
+    return f"INSERT INTO {into} VALUES {', '.join([one] * rows)}{rest}"
 
 
 def edges_of(events: Sequence[Event]) -> dict[tuple[str, str, str, str, float], list[float]]:

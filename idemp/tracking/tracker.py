@@ -117,7 +117,10 @@ class Tracker:
         delivery, message, ran = flight.delivery, flight.message, flight.ran
         properties = delivery.properties
         headers = properties.headers
-        identity = (properties.message_id or "") if message is None else message.id
+        if message is None:
+            identity, kind_of = properties.message_id or "", properties.type or ""
+        else:
+            identity, kind_of = message.id, message.type
         body = stored = None
         if self._payloads and kind not in ("skipped", "started"):
             body = text_of(delivery.body)
@@ -131,7 +134,7 @@ class Tracker:
             _text(headers.get(PARENT)),
             _text(headers.get(CONVERSATION)) or properties.correlation_id or identity,
             properties.app_id or "",
-            (properties.type or "") if message is None else message.type,
+            kind_of,
             self._queue,
             _sent_at(properties),
             None if ran is None else ran.took,
@@ -139,7 +142,7 @@ class Tracker:
             why[:1000],
             "" if flight.key.startswith("delivery ") else flight.key,
             _text(headers.get(REPLAY)),
-            self._find_business(None if message is None else message.args),
+            self._find_business(message.args) if self._business and message is not None else "",
             body,
             stored,
         )
