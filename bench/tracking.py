@@ -57,10 +57,11 @@ def cost(messages: int, rounds: int) -> dict[str, Any]:
 def looks(events: int, seconds: float) -> dict[str, Any]:
     """Milliseconds, the median and the worst of `LOOKS`, in a log of SQLite."""
     with tempfile.TemporaryDirectory(prefix="idemp-bench-") as folder:
-        with closing(open_event_log(f"sqlite:///{folder}/events.db?rows={events + 1}")) as log:
+        url = f"sqlite:///{folder}/events.db?rows={events + 1}&retention=36500d"
+        with closing(open_event_log(url)) as log:
             loaded = load(log, events, seconds)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        with closing(open_event_log(f"sqlite:///{folder}/events.db?rows={events + 1}")) as log:
+        with closing(open_event_log(url)) as log:
             chance = random.Random(1)
             chains = loaded // (2 * CHAIN)
             found = {

@@ -56,8 +56,8 @@ BELOW = {
     "adapters": {"words", "ports", "adapters"},
     "faces": {"words", "ports", "heart", "adapters", "faces"},
 }
-BESIDE = {("idemp.rates", "idemp.graphite")}
-"""Adapters that are of one technology, in two rooms."""
+BESIDE = {("idemp.rates", "idemp.graphite"), ("idemp.eventlogs", "idemp.transports")}
+"""Adapters that are of one technology, in two rooms; an event log that is a queue."""
 DRIVERS = {
     "pika",
     "pyetcd",
@@ -142,6 +142,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.transports.sqlite": {"sqlite3"},
         "idemp.eventlogs.sqlite": {"sqlite3"},
         "idemp.eventlogs.postgresql": {"psycopg"},
+        "idemp.eventlogs.mongodb": {"pymongo"},
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
         "idemp.stores.postgresql": {"psycopg"},

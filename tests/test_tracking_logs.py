@@ -212,7 +212,7 @@ def test_after_close_it_says_so(opened: Open) -> None:
     ("url", "said"),
     [
         ("events.db", "is no URL"),
-        ("mysql://u:secret@h/d", "use sqlite:///events.db or postgresql://"),
+        ("mysql://u:secret@h/d", "use sqlite:///events.db, postgresql:// or amqp://"),
         ("sqlite:///e.db?rows=0", "rows='0': a whole number from 1"),
         ("sqlite:///e.db?retention=soon", "retention='soon' is no duration"),
         ("sqlite:///e.db?row=7", "no option 'row'"),

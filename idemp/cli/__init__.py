@@ -30,6 +30,7 @@ from idemp.cli.relay import relay
 from idemp.cli.replay import replay
 from idemp.cli.resolve import resolve
 from idemp.cli.top import top
+from idemp.cli.track import track
 from idemp.cli.watch import watch
 from idemp.errors import IdempError
 
@@ -72,6 +73,7 @@ for command in (
     replay,
     advise_,
     watch,
+    track,
     demo,
     init,
     relay,

@@ -5,6 +5,7 @@ One module for each place; what they promise is `idemp.ports.EventLog`.
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 from idemp.errors import ConfigError
@@ -25,18 +26,19 @@ def open_event_log(url: str) -> EventLog:
 
     ``sqlite:///events.db`` or ``postgresql://user:password@host/database``, with ``?retention=7d``,
     ``?rows=10000000``, ``?payloads=off`` (then a replay can only take bodies from elsewhere), and
-    ``?business=order_id``, where in a message's args its business key stands.  Raises `ConfigError`.
+    ``?business=order_id``, where in a message's args its business key stands.  ``amqp://`` publishes events
+    to the collector, `idemp track`.  Raises `ConfigError`.
     """
     parts = split(url)
-    if parts.scheme not in ("sqlite", "postgresql", "postgres"):
+    if parts.scheme not in ("sqlite", "postgresql", "postgres", "amqp", "amqps"):
         raise ConfigError(
-            f"there is no event log for {hidden(url)!r}; use sqlite:///events.db or postgresql://"
+            f"there is no event log for {hidden(url)!r}; use sqlite:///events.db, postgresql:// or amqp://"
         )
     if parts.scheme == "sqlite":
         given = options(parts, _OPTIONS)
     else:
         given = {name: value for name, value in parse_qsl(parts.query) if name in _OPTIONS}
-    told = {
+    told: dict[str, Any] = {
         "retention": duration(given.get("retention", f"{RETENTION:.0f}s"), "retention"),
         "rows": _rows(given.get("rows", str(ROWS))),
         "payloads": switch(given.get("payloads", "on")),
@@ -46,10 +48,16 @@ def open_event_log(url: str) -> EventLog:
         from idemp.eventlogs.sqlite import SqliteEventLog
 
         return SqliteEventLog(sqlite_path(parts), **told)
+    rest = [(name, value) for name, value in parse_qsl(parts.query) if name not in _OPTIONS]
+    place = urlunsplit(parts._replace(query=urlencode(rest)))
+    if parts.scheme.startswith("amqp"):
+        from idemp.eventlogs.collector import PublishingLog
+        from idemp.transports import open_transport
+
+        return PublishingLog(open_transport(place), payloads=told["payloads"], business=told["business"])
     from idemp.eventlogs.postgresql import PostgresqlEventLog
 
-    rest = [(name, value) for name, value in parse_qsl(parts.query) if name not in _OPTIONS]
-    return PostgresqlEventLog(urlunsplit(parts._replace(query=urlencode(rest))), **told)
+    return PostgresqlEventLog(place, **told)
 
 
 def _rows(text: str) -> int:

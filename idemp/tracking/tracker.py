@@ -40,10 +40,10 @@ _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Ran(NamedTuple):
-    """A handler's run: ``began`` by the wall clock, how long it ``took`` in seconds (None while it runs)."""
+    """A handler's run: ``began`` by the wall clock, how long it ``took`` in seconds."""
 
     began: float
-    took: float | None
+    took: float
     attempt: int
 
 
@@ -68,7 +68,7 @@ class Tracker:
         self._payloads = bool(getattr(target, "payloads", True))
         business = getattr(target, "business", "")
         self._business = business.split(".") if business else []
-        self._running: dict[int, Any] = {}
+        self._running: dict[int, tuple[Any, float, int]] = {}
         self._started: dict[int, Any] = {}
         self._told_dropped = 0
         self.recorder = Recorder(target, service, room=room, extra=self._started_since, clock=self._clock)
@@ -89,13 +89,12 @@ class Tracker:
 
     def begins(self, flight: Any, attempt: int) -> None:
         """A worker begins with ``flight``."""
-        flight.ran = Ran(self._clock.wall(), None, attempt)
-        self._running[threading.get_ident()] = flight
+        self._running[threading.get_ident()] = flight, self._clock.wall(), attempt
 
     def ended(self, flight: Any, took: float) -> None:
         """It is over."""
-        flight.ran = flight.ran._replace(took=took)
-        del self._running[threading.get_ident()]
+        _, began, attempt = self._running.pop(threading.get_ident())
+        flight.ran = Ran(began, took, attempt)
 
     def told(self, lines: Sequence[tuple[str, Any, str]]) -> None:
         """A batch of outcomes: each with its flight, and why."""
@@ -155,10 +154,10 @@ class Tracker:
             thread: each for thread, each in self._started.items() if running.get(thread) is each
         }
         events = []
-        for thread, flight in running.items():
-            if thread not in self._started and flight.ran.began < old:
-                self._started[thread] = flight
-                events.append(self._received(flight, "started", old))
+        for thread, (flight, began, attempt) in running.items():
+            if thread not in self._started and began < old:
+                self._started[thread] = running[thread]
+                events.append(replace(self._received(flight, "started", began), attempt=attempt))
         return events
 
     def _find_business(self, args: Any) -> str:
