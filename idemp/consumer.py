@@ -444,6 +444,7 @@ class _Shell:
         hall.put(items)
 
     def _host(self, store: Store, hall: queue.SimpleQueue[Sequence[Begun] | None]) -> None:
+        current.set(self._tracker)  # of this thread
         try:
             while items := hall.get():
                 jobs = [self._job(flight, begin) for flight, begin in items]
@@ -468,9 +469,14 @@ class _Shell:
         def call(claim: Claimed, connection: Any) -> Any:
             if self._stopping.is_set() or flight.tag is None:
                 return NotStarted()
+            if self._tracker is not None:
+                self._tracker.begins(flight, claim.attempt)
             began = time.perf_counter()
             came = run_in(policy, function, context(claim, connection), (flight.message,), {})
-            self._meter.time(f"{self._service}_handler", time.perf_counter() - began)
+            took = time.perf_counter() - began
+            self._meter.time(f"{self._service}_handler", took)
+            if self._tracker is not None:
+                self._tracker.ended(flight, took)
             return came
 
         def ask_it(claim: Claimed) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import msgspec
 
+from idemp.causality import current as tracked
 from idemp.errors import (
     ClaimLost,
     ConfigError,
@@ -120,10 +121,12 @@ class Context(msgspec.Struct, frozen=True):
         id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
         cause = None if self.message is None else self.message.correlation_id or self.message.id
         message = Message(id, type, args, correlation_id=cause)
-        body, properties = message.encode(), message.properties(app_id="idemp")
+        tracker = tracked.get()
+        body, properties = message.encode(), message.properties(app_id=None if tracker else "idemp")
         decode(body, properties)
         route = type if routing_key is None else routing_key
-        self.letters.append(Publication(body, properties, exchange, route))
+        letter = Publication(body, properties, exchange, route)
+        self.letters.append(letter if tracker is None else tracker.stamp([letter])[0])
         return id
 
 

@@ -19,6 +19,7 @@ from idemp import (
     ConfigError,
     Consumer,
     Message,
+    context,
     idempotent,
     open_event_log,
     open_store,
@@ -197,6 +198,35 @@ def test_a_message_published_in_a_handler_is_its_child(amqp_url: str, tmp_path: 
     assert (len(traces), len(spans)) == (1, 2)
     assert order.properties is not None
     assert unpack(order.properties)[0].headers["traceparent"].split("-")[1] in traces
+
+
+def test_what_goes_through_an_outbox_is_a_child_too(tmp_path: Path, unique: str, events: EventLog) -> None:
+    """Of a handler in a transaction, whose run is recorded like any other."""
+    store = open_store(f"sqlite:///{tmp_path}/seen.db")
+    broker, out = open_transport(f"memory://{unique}"), open_transport(f"memory://{unique}")
+    consumer = Consumer(broker, service="billing", tracking=events)
+
+    @consumer.on("order")
+    @idempotent(store, name="billing.order", transaction=True)
+    def order(message: Message) -> None:
+        context().publish("paid", {"order": message.id})
+        message.log("charged")
+
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: consumer.run(ready=ready.set))
+    thread.start()
+    assert ready.wait(30)
+    publish(out, to("billing-queue", Message("1", "order")))
+    until(lambda: len(events.find(Query(uuid="1"), limit=9)) == 2, lambda: events.find(Query(), limit=9))
+    consumer.stop()
+    thread.join(30)
+    [letter] = store.letters(10)  # type: ignore[attr-defined]
+    for each in (store, broker, out):
+        each.close()
+    [run] = events.find(Query(uuid="1", kinds=("ok",)), limit=9)
+    assert (run.attempt, run.key, run.took is not None) == (1, "billing.order/1", True)
+    sent = letter.publication.properties
+    assert (sent.headers["x-parent-id"], sent.correlation_id, sent.app_id) == ("1", "1", "billing")
 
 
 def test_without_tracking_nothing_is_added(amqp_url: str, unique: str) -> None:

@@ -13,8 +13,8 @@ from typing import NoReturn
 import click
 
 from idemp import __version__
-from idemp.cli.audit import audit
 from idemp.cli.advise import advise_
+from idemp.cli.audit import audit
 from idemp.cli.consume import consume
 from idemp.cli.dead import dead
 from idemp.cli.deeds import deeds
