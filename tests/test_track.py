@@ -45,7 +45,8 @@ def test_u8_u14_services_publish_and_one_collector_keeps(
     n = 2000
     first = collector()
     with (
-        service(url, tmp_path, unique, {"order": lambda *_: None}, open_event_log(url)),
+        closing(open_event_log(url)) as log,
+        service(url, tmp_path, unique, {"order": lambda *_: None}, log),
         closing(open_transport(url)) as out,
     ):
         publish(out, to(f"{unique}-queue", *(Message(str(i), "order") for i in range(n // 2))))
@@ -146,5 +147,5 @@ def test_u14_the_mongodb_logger_behind_a_recorder_without_a_server() -> None:
     until(lambda: recorder.delivered == 1, lambda: recorder.delivered)
     recorder.close()
     nowhere = MongoLogger("mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=100")
-    with pytest.raises(StoreUnavailable, match="MongoDB: "):
+    with closing(nowhere), pytest.raises(StoreUnavailable, match="MongoDB: "):
         nowhere.write(Event("1", "note", "s", 1.0))

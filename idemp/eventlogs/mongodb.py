@@ -36,17 +36,24 @@ class MongoLogger:
         collection: Any = None,
     ) -> None:
         self._collection = collection
+        self._client: Any = None
         self._where = (uri, database_name, collection_name)
 
     def write(self, event: Event) -> None:
         """Insert it.  Raises `StoreUnavailable`."""
         if self._collection is None:
             uri, database, collection = self._where
-            self._collection = pymongo.MongoClient(uri, connect=False)[database][collection]
+            self._client = pymongo.MongoClient(uri, connect=False)
+            self._collection = self._client[database][collection]
         try:
             self._collection.insert_one(document(event))
         except PyMongoError as error:
             raise StoreUnavailable(f"MongoDB: {' '.join(str(error).split())[:300]}") from None
+
+    def close(self) -> None:
+        """Let go of the server."""
+        if self._client is not None:
+            self._client.close()
 
 
 def document(event: Event) -> dict[str, Any]:

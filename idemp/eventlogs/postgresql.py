@@ -27,7 +27,7 @@ class PostgresqlEventLog(SqlEventLog):
     """The event log in the database at ``url``."""
 
     GREATEST = "greatest"
-    UNFIT = (psycopg.DataError,)
+    UNFIT = (UnicodeEncodeError, psycopg.DataError)
 
     def __init__(self, url: str, **told: Any) -> None:
         super().__init__(**told)

@@ -76,7 +76,7 @@ class SqlEventLog(ABC):
     """An `idemp.ports.EventLog` over a database that speaks SQL; the subclass has the connection."""
 
     GREATEST = "max"
-    UNFIT: tuple[type[Exception], ...] = ()
+    UNFIT: tuple[type[Exception], ...] = (UnicodeEncodeError,)
     """What a database says of a text that it does not take."""
 
     def __init__(
@@ -113,7 +113,7 @@ class SqlEventLog(ABC):
         edges = [(*key, *sums) for key, sums in edges_of(batch.events).items()]
         try:
             self._append(batch, rows, edges)
-        except (UnicodeEncodeError, *self.UNFIT):
+        except self.UNFIT:
             self._append(batch, [plain(row) for row in rows], [plain(row) for row in edges])
         if self._clock.steady() - self._pruned > PRUNE:
             self._pruned = self._clock.steady()
