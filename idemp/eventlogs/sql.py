@@ -52,9 +52,11 @@ _EDGES = (
 # By hand nobody says who sent it: that is the service whose line has the role.  Where no line has one,
 # as in those of other libraries, the service that was first by its clock.
 _NOTES = (
-    "SELECT s.service, r.service, count(DISTINCT r.uuid), min(r.at), max(r.at)"
-    " FROM event s JOIN event r ON r.uuid = s.uuid AND r.kind = 'note' AND r.service <> s.service"
-    " WHERE s.kind = 'note' AND r.at >= :since AND r.at <= :until AND (s.role = 'sender' OR (s.role = ''"
+    "WITH s AS MATERIALIZED"
+    " (SELECT n, uuid, service, role FROM event WHERE kind = 'note' AND role <> 'receiver')"
+    " SELECT s.service, r.service, count(DISTINCT r.uuid), min(r.at), max(r.at)"
+    " FROM s JOIN event r ON r.uuid = s.uuid AND r.kind = 'note' AND r.service <> s.service"
+    " WHERE +r.at >= :since AND +r.at <= :until AND (s.role = 'sender' OR (s.role = ''"
     " AND s.n = (SELECT f.n FROM event f WHERE f.uuid = s.uuid AND f.kind = 'note'"
     " ORDER BY f.at, f.n LIMIT 1)"
     " AND NOT EXISTS (SELECT 1 FROM event k WHERE k.uuid = s.uuid AND k.kind = 'note'"

@@ -14,7 +14,7 @@ from idemp.eventlogs.sql import TABLES, Rows, SqlEventLog
 
 PATIENCE = 10.0
 """Seconds that a batch waits for other processes."""
-_SETTINGS = ("journal_mode=WAL", "synchronous=NORMAL", "cache_size=-65536", "wal_autocheckpoint=4000")
+_SETTINGS = ("journal_mode=WAL", "synchronous=NORMAL", "cache_size=-65536", "wal_autocheckpoint=16000")
 
 
 class SqliteEventLog(SqlEventLog):

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 ROOM = 50_000
 """Events that wait at most."""
-TOGETHER = 1_000
+TOGETHER = 5_000
 """Events in a batch at most."""
 EVERY = 0.2
 """Seconds between two batches."""
