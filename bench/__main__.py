@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench import audit, decorator, growth, inbox, latency, picture
+from bench import audit, decorator, growth, inbox, latency, picture, tracking
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
 
@@ -125,6 +125,23 @@ def audits(services: int, fields: int, reports: int, file: Path) -> None:
 def growths(ids: int, stores: Sequence[str], file: Path) -> None:
     """The same with ever more remembered ids: throughput, memory, import, bytes in the store."""
     _keep(file, growth.measure(stores, ids))
+
+
+@main.command("tracking")
+@click.option("--messages", default=20_000, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--events", default=10_000_000, show_default=True, help="In the large log, at most.")
+@click.option("--seconds", default=120.0, show_default=True, help="To load it.")
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "tracking.json")
+def tracked(
+    messages: int = 20_000,
+    rounds: int = 3,
+    events: int = 10_000_000,
+    seconds: float = 120.0,
+    file: Path = RECORD / "tracking.json",
+) -> None:
+    """A consumer with tracking on and off; look-ups in a large event log."""
+    _keep(file, tracking.measure(messages, rounds, events, seconds))
 
 
 @main.command()

@@ -24,7 +24,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     ids: fresh, duplicates (done by the same process just before), again (done by another before it) or
     half (each id twice).  milliseconds, workers: what the handler takes, and in how many threads.
-    share: of a round's messages, where a contender is slow.
+    share: of a round's messages, where a contender is slow.  tracking: the event log, "" for none.
     """
 
     contender: str
@@ -36,6 +36,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     replicas: int = 1
     share: float = 1.0
+    tracking: str = ""
 
     def window(self) -> int:
         """The prefetch in force."""

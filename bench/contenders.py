@@ -29,7 +29,7 @@ import pika
 import psycopg
 
 from bench.cells import IDEMP, Setting
-from idemp import Consumer, Message, context, idempotent, open_store, open_transport
+from idemp import Consumer, Message, context, idempotent, open_event_log, open_store, open_transport
 from idemp.ports import Delivery, Transport
 from idemp.stores.etcd_client import Client
 
@@ -197,11 +197,13 @@ def idemp(job: Job, *, inbox: bool = False) -> Span:
     store = open_store(job.store)
     store.apply([])
     transport = Watched(open_transport(job.url), span)
+    events = open_event_log(setting.tracking) if setting.tracking else None
     consumer = Consumer(
         transport,
         service=job.queue.removesuffix("-queue"),
         prefetch=setting.window(),
         workers=setting.workers,
+        tracking=events,
     )
     transport.last = consumer.stop
     pause = setting.milliseconds / 1000
@@ -218,6 +220,8 @@ def idemp(job: Job, *, inbox: bool = False) -> Span:
         stop_when_over(span, consumer.stop)
     consumer.run()
     store.close()
+    if events is not None:
+        events.close()
     return span
 
 

@@ -16,6 +16,7 @@ from idemp.errors import (
     StoreUnavailable,
     TransportUnavailable,
 )
+from idemp.eventlogs import open_event_log
 from idemp.message import Message
 from idemp.once import Context, context, idempotent, once
 from idemp.policy import Codec, Happened, NotHappened, Unknown
@@ -48,6 +49,7 @@ __all__ = [
     "context",
     "idempotent",
     "once",
+    "open_event_log",
     "open_store",
     "open_transport",
     "publish",

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
+from idemp.causality import current
 from idemp.errors import (
     ConfigError,
     IdempError,
@@ -74,6 +75,7 @@ from idemp.ports import (
     Transport,
 )
 from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped
+from idemp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,7 @@ class Consumer:
     grace: seconds that running handlers get when it is stopped.
     backoff: seconds before the first retry of a handler that raised, doubling up to 300.
     audit: keeps the tally of what takes effect here; if it cannot, `run` raises `StoreUnavailable`.
+    tracking: where the events of messages go: an event log, or any object with ``write(event)``.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Consumer:
         meter: Meter | None = None,
         audit: Tallier | None = None,
         clock: Clock | None = None,
+        tracking: Any = None,
     ) -> None:
         if not service:
             raise ConfigError("service='': a consumer needs the name of its service")
@@ -151,6 +155,11 @@ class Consumer:
         self._meter: Meter = meter or NoMeter()
         self._audit = audit
         self._clock = clock or Clock()
+        self._tracking = tracking
+        if tracking is not None and not (hasattr(tracking, "append") or hasattr(tracking, "write")):
+            raise ConfigError(
+                f"tracking={tracking!r}: an event log, like open_event_log('sqlite:///events.db')"
+            )
         self._routes: dict[str, Route] = {}
         self._stopping = threading.Event()
         self._given_up = threading.Event()
@@ -215,11 +224,16 @@ class Consumer:
 
     def _run(self, ready: Callable[[], None] | None) -> None:
         self._start_consuming()
+        tracker = None
+        if self._tracking is not None:
+            tracker = Tracker(
+                self._tracking, self.service, queue=self.queue, meter=self._meter, clock=self._clock
+            )
         shell = _Shell(
-            self.service, self._workers, self._meter, self._stopping, self._given_up, self._transport
+            self.service, self._workers, self._meter, self._stopping, self._given_up, self._transport, tracker
         )
         pipeline = Pipeline(self.queue, self._routes, backoff=self._backoff)
-        report = _Report(self.service, self._meter, self._clock)
+        report = _Report(self.service, self._meter, self._clock, tracker)
         with _signals(self.stop):
             if ready is not None:
                 ready()
@@ -229,6 +243,8 @@ class Consumer:
                 self._given_up.set()
                 shell.end()
                 report.flush()
+                if tracker is not None:
+                    tracker.close()
         if not pipeline.idle():
             for key in pipeline.names():
                 log.error("%s: %s was still running after the grace time; it is in doubt", self.service, key)
@@ -412,7 +428,9 @@ class _Shell:
         stopping: threading.Event,
         given_up: threading.Event,
         transport: Transport,
+        tracker: Tracker | None = None,
     ) -> None:
+        self._tracker = tracker
         self.inbox: deque[Event | _Broken] = deque()
         self.numbers: dict[int, Flight] = {}
         self.outgoing: deque[_Letter] = deque()
@@ -528,6 +546,7 @@ class _Shell:
         hall.put(items)
 
     def _host(self, store: Store, hall: queue.SimpleQueue[Sequence[Begun] | None]) -> None:
+        current.set(self._tracker)  # of this thread
         try:
             with asyncio.Runner() as runner:
                 while items := hall.get():
@@ -557,9 +576,14 @@ class _Shell:
         def call(claim: Claimed, connection: Any) -> Any:
             if self._stopping.is_set() or flight.tag is None:
                 return NotStarted()
+            if self._tracker is not None:
+                self._tracker.begins(flight, claim.attempt)
             began = time.perf_counter()
             came = run_in(policy, function, context(claim, connection), (flight.message,), {})
-            self._meter.time(f"{self._service}_handler", time.perf_counter() - began)
+            took = time.perf_counter() - began
+            self._meter.time(f"{self._service}_handler", took)
+            if self._tracker is not None:
+                self._tracker.ended(flight, took)
             return came
 
         def ask_it(claim: Claimed) -> Any:
@@ -579,6 +603,7 @@ class _Shell:
                 self._jobs.put((item,))
 
     def _worker(self) -> None:
+        current.set(self._tracker)  # of this thread
         with asyncio.Runner() as runner:
             while (items := self._jobs.get()) is not None:
                 try:
@@ -591,10 +616,15 @@ class _Shell:
         """Run in order; hand results back when the last is there, or every few milliseconds."""
         results: list[tuple[Flight, Any]] = []
         last = time.perf_counter()
+        tracker = self._tracker
         for flight, step in items:
+            if tracker is not None:
+                tracker.begins(flight, step.claim.attempt)
             began = time.perf_counter()
             results.append((flight, self._run(flight, step, runner)))
             now = time.perf_counter()
+            if tracker is not None:
+                tracker.ended(flight, now - began)
             self._meter.time(f"{self._service}_handler", now - began)
             if now - last > _HAND_BACK:
                 self._hand_back(results)
@@ -691,13 +721,16 @@ def _say_unavailable(state: tenacity.RetryCallState) -> None:
 class _Report:
     """Counts outcomes; a line per message at DEBUG, one a second at INFO."""
 
-    def __init__(self, service: str, meter: Meter, clock: Clock) -> None:
+    def __init__(self, service: str, meter: Meter, clock: Clock, tracker: Tracker | None = None) -> None:
         self._service, self._meter, self._clock = service, meter, clock
+        self._tracker = tracker
         self._counts: Counter[str] = Counter()
         self._last = clock.steady()
 
     def add(self, counts: Any, lines: Sequence[tuple[str, Flight, str]]) -> None:
         """Count, and say what a person would want to know."""
+        if self._tracker is not None and lines:
+            self._tracker.told(lines)
         for (kind, outcome), n in counts.items():
             self._counts[outcome] += n
             name = f"{self._service}_{kind}_{outcome}" if kind else f"{self._service}_{outcome}"

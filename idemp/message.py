@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from idemp.causality import current
 from idemp.errors import BadMessage
 
 MAX_ID = 1024
@@ -62,6 +63,11 @@ class Message(msgspec.Struct, frozen=True):
         """The event JSON, compact."""
         event = {"type": self.type, "id": self.id, "args": self.args}
         return json.dumps(event, separators=(",", ":")).encode()
+
+    def log(self, text: str, *, hide_payload: bool = False) -> None:
+        """Record ``text`` about this message where tracking is on; elsewhere nothing happens."""
+        if (tracker := current.get()) is not None:
+            tracker.note(self, text, hide_payload=hide_payload)
 
     def properties(self, *, app_id: str | None = None) -> Properties:
         """The broker properties that go with `encode`; a missing ``published`` becomes now.

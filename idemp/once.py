@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import msgspec
 
+from idemp.causality import current as tracked
 from idemp.errors import (
     ClaimLost,
     ConfigError,
@@ -129,9 +130,12 @@ class Context(msgspec.Struct, frozen=True):
         id = str(uuid.uuid5(_IDS, f"{self.key}/{len(self.letters) + 1}"))
         cause = None if self.message is None else self.message.correlation_id or self.message.id
         message = Message(id, type, args, correlation_id=cause)
-        body, properties = message.encode(), message.properties(app_id="idemp")
+        tracker = tracked.get()
+        body, properties = message.encode(), message.properties(app_id=None if tracker else "idemp")
         decode(body, properties)
         letter = Publication(body, properties, exchange, type if routing_key is None else routing_key)
+        if tracker is not None:
+            [letter] = tracker.stamp([letter])
         self.letters.append(letter if self.send is None else self.send(letter))
         return id
 
@@ -177,6 +181,7 @@ def idempotent(
     permanent: type[BaseException] | tuple[type[BaseException], ...] = (),
     codec: Codec | None = JSON,
     transaction: bool = False,
+    replay: str = "safe",
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function, ``def`` or ``async def``, take effect once per key.
 
@@ -196,6 +201,8 @@ def idempotent(
         database, and its writes and the record commit together or not at all.  It must not end that
         transaction, and may be called again when the server rolled it back.  In ``async def`` the
         connection is the same, which blocks the loop while a statement of it runs.
+    replay: whether `idemp replay` may bring a message back to this handler: ``"safe"``, ``"confirm"`` (only
+        if a person confirmed it), ``"never"``; a consumer rejects the others.
 
     The decorated function keeps its signature, has the `Policy` as ``.policy``, and raises what the
     handler raises, or `KeyBusy`, `KeyParked`, `FingerprintConflict`, `ClaimLost`, `SessionLost`,
@@ -216,10 +223,17 @@ def idempotent(
             permanent=permanent,
             codec=codec,
             transaction=transaction,
+            replay=replay,
         )
         return _wrap(function, policy)
 
     return decorate
+
+
+def around() -> Message | None:
+    """The message whose handler runs around this line, in a consumer."""
+    found = _running.get()
+    return None if found is None else found.message
 
 
 def _wrap(function: Callable[P, R], policy: Policy) -> Callable[P, R]:

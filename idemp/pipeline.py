@@ -41,7 +41,7 @@ from msgspec.structs import replace
 
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
 from idemp.message import Message, Properties, decode
-from idemp.policy import Policy
+from idemp.policy import Policy, replay_refused
 from idemp.ports import Claim, Claimed, Delivery, Done, Doubt, Op, Publication, Reply, Store, Takeover
 from idemp.protocol import (
     Ask,
@@ -94,7 +94,7 @@ class Flight:
 
     __slots__ = (
         *("attempt", "delivery", "fingerprint", "key", "looks"),
-        *("message", "route", "since", "steps", "tag"),
+        *("message", "ran", "route", "since", "steps", "tag"),
     )
 
     def __init__(self, delivery: Delivery, message: Message | None, route: Route | None, key: str) -> None:
@@ -108,6 +108,7 @@ class Flight:
         self.since = 0.0
         self.looks = 0
         self.attempt = 0
+        self.ran: Any = None  # what tracking knows of its handler's run
 
     def unsure(self) -> bool:
         """Whether it may have taken effect before, in an attempt whose end nobody saw."""
@@ -399,6 +400,8 @@ class Pipeline:
             if route is None:
                 raise BadMessage(f"no handler for type {message.type!r}")
             flight.message, flight.route = message, route
+            if refused := replay_refused(route.policy, delivery.properties.headers):
+                raise BadMessage(refused)
             self._identify(flight, route.policy, message)
         except BadMessage as error:
             self._dead(flight, "rejected", str(error))

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from idemp.causality import CONFIRMED, REPLAY
 from idemp.errors import BadMessage, ConfigError
 from idemp.message import MAX_ID, Message
 from idemp.ports import Store
@@ -30,6 +31,8 @@ MAX_RESULT = 64 * 1024
 """Bytes of a result that are kept; a larger one is done without its result."""
 RESERVED = "idemp.deeds"
 """The name under which a store keeps what people changed in it: see deeds.py."""
+REPLAYS = ("safe", "confirm", "never")
+"""Whether a message may be brought back to a handler; ``confirm``: if a person said so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
@@ -118,6 +121,7 @@ class Policy:
     permanent: tuple[type[BaseException], ...]
     codec: Codec | None
     transaction: bool = False
+    replay: str = "safe"
 
     def key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The key of a call: the handler's name and the identity.  Raises `BadMessage`."""
@@ -168,6 +172,7 @@ def make_policy(
     permanent: type[BaseException] | tuple[type[BaseException], ...],
     codec: Codec | None,
     transaction: bool = False,
+    replay: str = "safe",
 ) -> Policy:
     """The checked policy of ``function``.  Raises `ConfigError` with one sentence."""
     if not _NAME.fullmatch(name):
@@ -182,6 +187,8 @@ def make_policy(
         raise ConfigError(f"on_busy={on_busy!r}: choose 'wait', 'defer' or 'raise'")
     if not callable(in_doubt) and in_doubt not in ("retry", "park"):
         raise ConfigError(f"in_doubt={in_doubt!r}: choose 'retry', 'park', or give a resolver function")
+    if replay not in REPLAYS:
+        raise ConfigError(f"replay={replay!r}: choose 'safe', 'confirm' or 'never'")
     if not isinstance(attempts, int) or attempts < 1:
         raise ConfigError(f"attempts={attempts!r}: a whole number from 1")
     if not wait >= 0:
@@ -210,6 +217,7 @@ def make_policy(
         permanent=failures,
         codec=codec,
         transaction=transaction,
+        replay=replay,
     )
 
 
@@ -219,6 +227,22 @@ def is_async(function: Callable[..., Any]) -> bool:
         return is_async(function.func)
     call = getattr(function, "__call__", None)  # noqa: B004 - the method is wanted, not the question
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def replay_refused(policy: Policy | None, headers: Mapping[str, Any]) -> str:
+    """Why a message that was replayed must not come to this handler; "" if it may, or was not replayed."""
+    if REPLAY not in headers:
+        return ""
+    if policy is not None and policy.replay == "never":
+        return f"replay {headers[REPLAY]}: {policy.name} has replay='never'"
+    if headers.get(CONFIRMED) or (policy is not None and policy.replay == "safe"):
+        return ""
+    who = (
+        "a handler without @idempotent would run it again"
+        if policy is None
+        else f"{policy.name} has replay='confirm'"
+    )
+    return f"replay {headers[REPLAY]}: {who}, and nobody confirmed it"
 
 
 def _takes_message(function: Callable[..., Any], name: str) -> None:

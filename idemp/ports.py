@@ -447,6 +447,126 @@ class Tallier(Protocol):
         ...
 
 
+# ------------------------------------------------------------------ the event log
+
+
+class Event(Value, frozen=True, gc=False, array_like=True):
+    """One step of a message's life, as the service that made it saw it.  Times: seconds since 1970.
+
+    kind: ``sent``, ``started`` (a handler that is taking its time), an outcome of `OUTCOMES`, ``note`` (said
+    by hand; ``why`` says it), or ``dropped`` (``attempt`` events of ``service`` were not recorded).
+    uuid: the message's id.  parent: of the message whose handler published it.  conversation: the id of
+    the first message of all.  role: ``sender`` or ``receiver``; "" where nobody recorded it.
+    at: when it happened; of an outcome with ``took``, when the handler began.  sent_at: by the sender's
+    clock.  took: seconds that the handler ran.  body: of the message, as text; ``base64:...`` if it is none.
+    """
+
+    uuid: str
+    kind: str
+    service: str
+    at: float
+    role: str = ""
+    parent: str = ""
+    conversation: str = ""
+    sender: str = ""
+    type: str = ""
+    queue: str = ""
+    sent_at: float | None = None
+    took: float | None = None
+    attempt: int = 0
+    why: str = ""
+    key: str = ""
+    replay: str = ""
+    business: str = ""
+    body: str | None = None
+    properties: str | None = None
+
+
+class Batch(NamedTuple):
+    """What one writer hands over together.  ``writer`` and ``number`` name it for ever."""
+
+    writer: str
+    number: int
+    events: Sequence[Event]
+
+
+class Query(Value, frozen=True, gc=False):
+    """Which events; "" and None ask for nothing.  ``since`` and ``until``: seconds since 1970."""
+
+    uuid: str = ""
+    conversation: str = ""
+    service: str = ""
+    type: str = ""
+    kinds: tuple[str, ...] = ()
+    business: str = ""
+    since: float | None = None
+    until: float | None = None
+
+
+class Edge(NamedTuple):
+    """What went from ``sender`` to ``service``: ``n`` events of a ``kind``.
+
+    seconds, longest: of their handlers.  first, last: the minutes that they fell in, seconds since 1970.
+    """
+
+    sender: str
+    service: str
+    type: str
+    kind: str
+    n: int
+    seconds: float
+    longest: float
+    first: float
+    last: float
+
+
+class EventLog(Protocol):
+    """Keeps events for look-ups.  Safe to use from many threads.  Nobody's effect depends on it.
+
+    1. `append` of a batch that is there already changes nothing: who did not hear sends it again.
+    2. What is older than the retention, or more than the rows, goes; the newest stays.
+    3. Nothing connects before the first call.
+    """
+
+    @property
+    def payloads(self) -> bool:
+        """Whether bodies are to be recorded too, for a replay."""
+        ...
+
+    @property
+    def business(self) -> str:
+        """Where in the ``args`` of a message its business key stands, like ``order.id``; "": nowhere."""
+        ...
+
+    def append(self, batch: Batch) -> None:
+        """Keep ``batch``.  Raises `StoreUnavailable`: it may be kept or not, and is to be sent again."""
+        ...
+
+    def find(self, query: Query, *, limit: int, newest: bool = True) -> list[Event]:
+        """Up to ``limit`` events, the newest or the oldest first."""
+        ...
+
+    def story(self, uuid: str, *, limit: int) -> list[Event]:
+        """All events of the conversation that the message, or conversation, ``uuid`` belongs to."""
+        ...
+
+    def edges(self, since: float | None = None, until: float | None = None) -> list[Edge]:
+        """Who sent to whom, in whole minutes."""
+        ...
+
+    def unanswered(self, service: str, type: str, since: float, until: float, *, limit: int) -> list[Event]:
+        """``sent`` events of a type of which ``service`` recorded nothing at all, the oldest first."""
+        ...
+
+    def prune(self, now: float) -> int:
+        """Let go of what is too old or too much; how many events went."""
+        ...
+
+    def close(self) -> None:
+        """Let go."""
+        ...
+
+
 # ------------------------------------------------------------------ meter and clock
 
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
-from idemp import ConfigError, Consumer, idempotent, open_store, open_transport
+from idemp import ConfigError, Consumer, idempotent, open_event_log, open_store, open_transport
 from idemp.errors import IdempError
 from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
-from idemp.ports import Meter, Store, Transport
+from idemp.ports import EventLog, Meter, Store, Transport
 from idemp.settings import hidden
 from svc.handlers import HANDLERS, Handler
 from svc.health import Health
@@ -43,8 +43,9 @@ def serve(settings: Settings, handlers: Mapping[str, Handler]) -> None:
         meter = stack.enter_context(closing(_meter(settings)))
         store = None if settings.store is None else stack.enter_context(closing(_store(settings.store)))
         transport = stack.enter_context(closing(_transport(settings.transport)))
+        tracking = stack.enter_context(closing(_events(settings.tracking))) if settings.tracking else None
         _say_start(settings)
-        consumer = Consumer(transport, service=name, meter=meter)
+        consumer = Consumer(transport, service=name, meter=meter, tracking=tracking)
         for kind, handler in handlers.items():
             once = idempotent(store, name=f"{name}.{kind}") if store is not None else _every_time
             consumer.on(kind)(once(handler))
@@ -94,6 +95,12 @@ def _store(url: str) -> Store:
         store = open_store(url)
         store.apply([])
         return store
+
+
+def _events(url: str) -> EventLog:
+    """Not connected: a service works without it, and its events wait."""
+    with _about("IDEMP_TRACKING"):
+        return open_event_log(url)
 
 
 def _transport(url: str) -> Transport:

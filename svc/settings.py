@@ -21,7 +21,7 @@ class Settings:
     """What one service was told.
 
     ``store`` is None when every delivery is to be processed, ``metrics_port`` when Prometheus gets nothing,
-    ``health_port`` when nobody asks for its health.
+    ``health_port`` when nobody asks for its health, ``tracking`` when no events are recorded.
     """
 
     service: str
@@ -30,6 +30,7 @@ class Settings:
     statsd: str
     metrics_port: int | None
     health_port: int | None
+    tracking: str | None = None
 
 
 def read(environment: Mapping[str, str]) -> Settings:
@@ -41,6 +42,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         statsd=environment.get("IDEMP_STATSD") or STATSD,
         metrics_port=_port("IDEMP_METRICS_PORT", environment.get("IDEMP_METRICS_PORT", "")),
         health_port=_port("IDEMP_HEALTH_PORT", environment.get("IDEMP_HEALTH_PORT", "")),
+        tracking=environment.get("IDEMP_TRACKING") or None,
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import picture
+from tests.service import environment, finished
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,3 +86,33 @@ def test_the_pictures_are_of_the_record(tmp_path: Path) -> None:
     picture.draw_all(ROOT / "bench/record", tmp_path)
     for name in ("speed.svg", "growth.svg"):
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), f"{name}: bench pictures"
+
+
+@pytest.mark.parametrize(("mark", "said"), [("Consumer(", "['A-1', 'A-1-paid']"), ("configure(", '"handle"')])
+def test_the_python_of_tracking(tmp_path: Path, mark: str, said: str) -> None:
+    """As it stands."""
+    text = (ROOT / "docs/tracking.md").read_text()
+    [code] = [each for each in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if mark in each]
+    done = finished("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+def test_the_session_of_tracking(tmp_path: Path) -> None:
+    """Each line works, one after the other."""
+    text = (ROOT / "docs/tracking.md").read_text()
+    [session] = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    shims = f'set -e\nidemp() {{ "{sys.executable}" -m idemp "$@"; }}\n'
+    shims += 'timeout() { shift; "$(type -P timeout)" --preserve-status "$1" "$PYTHON" "${@:3}"; }\n'
+    done = subprocess.run(
+        ["bash", "-c", shims + session],
+        cwd=tmp_path,
+        env={**environment(), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "* A-1  new_order  sent by idemp" in done.stdout
+    assert "orders: 1 done already, will be skipped" in done.stdout

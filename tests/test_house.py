@@ -22,6 +22,7 @@ FLOORS = {
         "idemp.audit.questions",
         "idemp.audit.tally",
         "idemp.audit.nodes",
+        "idemp.causality",
     ],
     "ports": ["idemp.ports", "idemp.laws"],
     "heart": [
@@ -36,8 +37,10 @@ FLOORS = {
         "idemp.deeds",
         "idemp.dead",
         "idemp.audit",
+        "idemp.tracking",
     ],
     "adapters": [
+        "idemp.eventlogs",
         "idemp.stores",
         "idemp.transports",
         "idemp.metrics",
@@ -56,8 +59,8 @@ BELOW = {
     "adapters": {"words", "ports", "adapters"},
     "faces": {"words", "ports", "heart", "adapters", "faces"},
 }
-BESIDE = {("idemp.rates", "idemp.graphite")}
-"""Adapters that are of one technology, in two rooms."""
+BESIDE = {("idemp.rates", "idemp.graphite"), ("idemp.eventlogs", "idemp.transports")}
+"""Adapters that are of one technology, in two rooms; an event log that is a queue."""
 DRIVERS = {
     "pika",
     "pyetcd",
@@ -69,6 +72,7 @@ DRIVERS = {
     "prometheus_client",
     "sqlite3",
     "yaml",
+    "pymongo",
 }
 
 
@@ -139,6 +143,9 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.sqlite_doctor": {"sqlite3"},
         "idemp.stores.sqlite_inbox": {"sqlite3"},
         "idemp.transports.sqlite": {"sqlite3"},
+        "idemp.eventlogs.sqlite": {"sqlite3"},
+        "idemp.eventlogs.postgresql": {"psycopg"},
+        "idemp.eventlogs.mongodb": {"pymongo"},
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
         "idemp.stores.postgresql": {"psycopg"},

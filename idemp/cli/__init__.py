@@ -13,20 +13,25 @@ from typing import NoReturn
 import click
 
 from idemp import __version__
+from idemp.cli.advise import advise_
 from idemp.cli.audit import audit
 from idemp.cli.consume import consume
 from idemp.cli.dead import dead
 from idemp.cli.deeds import deeds
 from idemp.cli.demo import demo
 from idemp.cli.doctor import doctor
+from idemp.cli.events import events, flow, trace
 from idemp.cli.explain import explain
 from idemp.cli.forget import forget
 from idemp.cli.init import init
 from idemp.cli.keys import doubt, get, ls, stats
 from idemp.cli.publish import publish
 from idemp.cli.relay import relay
+from idemp.cli.replay import replay
 from idemp.cli.resolve import resolve
 from idemp.cli.top import top
+from idemp.cli.track import track
+from idemp.cli.watch import watch
 from idemp.errors import IdempError
 
 
@@ -62,6 +67,13 @@ for command in (
     explain,
     audit,
     top,
+    trace,
+    flow,
+    events,
+    replay,
+    advise_,
+    watch,
+    track,
     demo,
     init,
     relay,

@@ -7,6 +7,7 @@ import json
 import logging
 import operator
 import sys
+from contextlib import closing, nullcontext
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ import click
 from idemp.cli.options import json_option, transport_at, transport_option
 from idemp.consumer import Consumer
 from idemp.errors import ConfigError
+from idemp.eventlogs import open_event_log
 
 
 @click.command()
@@ -22,9 +24,12 @@ from idemp.errors import ConfigError
 @click.option("--type", "kind", help="The message type that a handler is for; by default its name.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that run a handler; 1 keeps the order.")
 @click.option("--prefetch", type=click.IntRange(min=1), help="Messages out at a time.")
+@click.option(
+    "--tracking", metavar="URL", envvar="IDEMP_TRACKING", show_envvar=True, help="Record events of a handler."
+)
 @transport_option
 @json_option
-def consume(target: str, transport: str, as_json: bool, **given: Any) -> None:
+def consume(target: str, transport: str, tracking: str | None, as_json: bool, **given: Any) -> None:
     """Run a Consumer, or a handler, until stopped.
 
     MODULE:NAME is where Python finds it.  A handler takes effect once if it is decorated with
@@ -42,8 +47,9 @@ def consume(target: str, transport: str, as_json: bool, **given: Any) -> None:
         raise ConfigError(f"{target} is neither a Consumer nor a function")
     if "service" not in options:
         raise click.UsageError(f"{target} is a handler; say --service, like --service orders.")
-    with transport_at(transport) as broker:
-        consumer = Consumer(broker, **options)
+    events = closing(open_event_log(tracking)) if tracking else nullcontext()
+    with transport_at(transport) as broker, events as log:
+        consumer = Consumer(broker, tracking=log, **options)
         consumer.on(kind)(found)
         _run(consumer, as_json)
 

@@ -15,9 +15,11 @@ from urllib.parse import parse_qsl, urlencode
 import click
 
 from idemp.errors import ConfigError, IdempError
+from idemp.eventlogs import open_event_log
 from idemp.ports import Store, Transport
 from idemp.settings import duration, hidden, split
 from idemp.stores import check_exists, open_store
+from idemp.tracking.tracker import tracking
 from idemp.transports import open_transport
 
 TRANSPORT = "amqp://guest:guest@localhost:5672/"
@@ -185,3 +187,15 @@ def transport_at(url: str) -> Iterator[Transport]:
         with about("--transport (IDEMP_TRANSPORT)"):
             transport.connect()
         yield transport
+
+
+@contextmanager
+def recording(url: str | None) -> Iterator[None]:
+    """What is published inside is recorded in the event log at ``url``, if there is one."""
+    if not url:
+        yield
+        return
+    with about("--tracking (IDEMP_TRACKING)"):
+        log = open_event_log(url)
+    with closing(log), tracking(log, "idemp"):
+        yield

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import click
 
-from idemp.cli.options import json_option, transport_at, transport_option
+from idemp.cli.options import json_option, recording, transport_at, transport_option
 from idemp.errors import BadMessage, TransportUnavailable, Unroutable
 from idemp.message import MAX_BODY, Properties, decode
 from idemp.ports import Publication, Transport
@@ -33,8 +33,16 @@ IDLE = 20.0
 @click.option("--routing-key", default="foo", show_default=True)
 @click.option("--new-id", is_flag=True, help="Give a new id to a message that has none.")
 @transport_option
+@click.option("--tracking", metavar="URL", envvar="IDEMP_TRACKING", show_envvar=True, help="Record it here.")
 @json_option
-def publish(event: str | None, file: IO[bytes] | None, transport: str, as_json: bool, **options: Any) -> None:
+def publish(
+    event: str | None,
+    file: IO[bytes] | None,
+    transport: str,
+    tracking: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Publish messages and wait for the broker's word.
 
     One as JSON, or one a line from --file or stdin (JSON is - or left out).  A message is
@@ -46,7 +54,7 @@ def publish(event: str | None, file: IO[bytes] | None, transport: str, as_json: 
         if event is None and sys.stdin.isatty():
             raise click.UsageError("Give a message as JSON, a --file, or lines on stdin.")
         file = sys.stdin.buffer
-    with transport_at(transport) as broker:
+    with transport_at(transport) as broker, recording(tracking):
         publisher = _Publisher(broker, **options)
         if file is not None:
             _send_lines(publisher, file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from idemp.causality import current
 from idemp.errors import ConfigError, TransportUnavailable, Unroutable
 from idemp.ports import Delivery, Publication, Sent, Transport
 from idemp.settings import duration, hidden, options, split, sqlite_path
@@ -52,7 +53,11 @@ def publish(transport: Transport, publications: Sequence[Publication], *, timeou
     Raises `Unroutable` if no queue takes one of them, `TransportUnavailable` if one was refused or
     not confirmed within ``timeout`` seconds.  Others of them may have been accepted: sending all
     again is safe for consumers that know the ids.
+
+    In a handler of a tracked consumer, what is published is the child of the handled message.
     """
+    if (tracker := current.get()) is not None:
+        publications = tracker.stamp(publications)
     waiting = dict(zip(transport.send(publications), publications, strict=True))
     until = time.monotonic() + timeout
     refused: Sent | None = None
@@ -68,3 +73,5 @@ def publish(transport: Transport, publications: Sequence[Publication], *, timeou
                 refused = event
     if refused is not None:
         raise (Unroutable if refused.unroutable else TransportUnavailable)(refused.error)
+    if tracker is not None:
+        tracker.sent(publications)

@@ -1,0 +1,102 @@
+"""The event log in a PostgreSQL database, in a schema of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from idemp.errors import Closed, ConfigError, MissingExtra, StoreUnavailable
+from idemp.eventlogs.sql import TABLES, SqlEventLog
+from idemp.settings import hidden
+
+try:
+    import psycopg
+    from psycopg import errors
+except ImportError:
+    raise MissingExtra("an event log at postgresql://", "postgresql") from None
+
+SCHEMA = "idemp_events"
+TIMEOUT = 10
+"""Seconds that the server has for a connection, and for a statement."""
+_LOCK = 0x1DE3_17AC
+_NAMED = re.compile(r"(?<![:\w]):(\w+)")
+
+
+class PostgresqlEventLog(SqlEventLog):
+    """The event log in the database at ``url``."""
+
+    GREATEST = "greatest"
+    UNFIT = (UnicodeEncodeError, psycopg.DataError)
+
+    def __init__(self, url: str, **told: Any) -> None:
+        super().__init__(**told)
+        self._url, self._shown = url, hidden(url)
+        self._db: psycopg.Connection[tuple[Any, ...]] | None = None
+        self._closed = False
+
+    def transact(self, work: Callable[..., Any], *, writes: bool = True) -> Any:
+        """See `SqlEventLog`."""
+        if self._closed:
+            raise Closed(f"the event log {self._shown} was closed")
+        try:
+            db = self._db = self._db or self._connect()
+            with db.transaction():
+                return work(lambda text, given: _run(db, text, given))
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            self._drop()
+            raise StoreUnavailable(f"the event log {self._shown}: {_line(error)}") from None
+        except errors.InsufficientPrivilege as error:
+            self._drop()
+            raise ConfigError(f"the event log {self._shown}: {_line(error)}; grant it to this user") from None
+
+    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        try:
+            db = psycopg.connect(self._url, connect_timeout=TIMEOUT, autocommit=True)
+        except psycopg.ProgrammingError as error:
+            raise ConfigError(f"the event log {self._shown}: {_line(error)}") from None
+        with db.transaction():
+            db.execute(f"SET statement_timeout = {TIMEOUT * 1000}")
+            db.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")  # of two who make them at once one waits
+            found = db.execute("SELECT to_regclass(%s)", [f"{SCHEMA}.edge"]).fetchone()
+            if found is None or found[0] is None:
+                db.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+                db.execute(f"SET LOCAL search_path = {SCHEMA}")
+                for table in TABLES:
+                    db.execute(
+                        table.format(
+                            serial="BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", real="DOUBLE PRECISION"
+                        )
+                    )
+        db.execute(f"SET search_path = {SCHEMA}")
+        db.execute("SET synchronous_commit = off")  # no effect hangs on it
+        return db
+
+    def _drop(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    def among(self, column: str) -> str:
+        """See `SqlEventLog`."""
+        return f"{column} = ANY(:ids)"
+
+    def ids(self, ids: Iterable[str]) -> list[str]:
+        """See `SqlEventLog`."""
+        return list(ids)
+
+    def close(self) -> None:
+        """See `idemp.ports.EventLog`."""
+        with self._lock:
+            self._closed = True
+            self._drop()
+
+
+def _run(db: psycopg.Connection[tuple[Any, ...]], text: str, given: Any) -> list[tuple[Any, ...]]:
+    text = _NAMED.sub(r"%(\1)s", text) if isinstance(given, dict) else text.replace("?", "%s")
+    cursor = db.execute(text, given)
+    return cursor.fetchall() if cursor.description else []
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

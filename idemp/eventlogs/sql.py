@@ -1,0 +1,309 @@
+"""What the event logs in SQL databases share: tables, statements, rows.
+
+One row an event, found by message, conversation, time, service, and business key; and beside them what went
+from whom to whom, minute by minute, so that the flow of any number of messages is a look at a small table.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+from msgspec.structs import astuple
+
+from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Query
+
+COLUMNS = Event.__struct_fields__
+TOGETHER = 100
+"""Rows in a statement."""
+PRUNE = 60.0
+"""Seconds between two looks at what is too old or too much."""
+PART = 20_000
+"""Events that go at a time."""
+_DEPTH = 10_000
+"""Messages that a story has at most."""
+
+_TYPES = {"at": "{real}", "sent_at": "{real}", "took": "{real}", "attempt": "INTEGER"}
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS event (n {serial}, "
+    + ", ".join(f"{name} {_TYPES.get(name, 'TEXT')}" for name in COLUMNS)
+    + ")",
+    "CREATE INDEX IF NOT EXISTS event_uuid ON event (uuid)",
+    "CREATE INDEX IF NOT EXISTS event_conversation ON event (conversation) WHERE conversation <> uuid",
+    "CREATE INDEX IF NOT EXISTS event_parent ON event (parent) WHERE conversation = ''",
+    "CREATE INDEX IF NOT EXISTS event_at ON event (at)",
+    "CREATE INDEX IF NOT EXISTS event_service ON event (service, at)",
+    "CREATE INDEX IF NOT EXISTS event_business ON event (business) WHERE business <> ''",
+    "CREATE INDEX IF NOT EXISTS event_note ON event (uuid, role) WHERE kind = 'note'",
+    "CREATE TABLE IF NOT EXISTS batch (writer TEXT, number INTEGER, at {real}, PRIMARY KEY (writer, number))",
+    "CREATE TABLE IF NOT EXISTS edge (sender TEXT, service TEXT, type TEXT, kind TEXT, minute {real},"
+    " n BIGINT, seconds {real}, longest {real}, PRIMARY KEY (sender, service, type, kind, minute))",
+)
+_SELECT = f"SELECT {', '.join('e.' + name for name in COLUMNS)} FROM event e"
+_EDGES = (
+    "SELECT sender, service, type, kind, sum(n), sum(seconds), max(longest), min(minute), max(minute)"
+    " FROM edge WHERE minute >= :since AND minute <= :until GROUP BY sender, service, type, kind"
+    " ORDER BY sender, service, type, kind"
+)
+# By hand nobody says who sent it: that is the service whose line has the role.  Where no line has one,
+# as in those of other libraries, the service that was first by its clock.
+_NOTES = (
+    "WITH s AS MATERIALIZED"
+    " (SELECT n, uuid, service, role FROM event WHERE kind = 'note' AND role <> 'receiver')"
+    " SELECT s.service, r.service, count(DISTINCT r.uuid), min(r.at), max(r.at)"
+    " FROM s JOIN event r ON r.uuid = s.uuid AND r.kind = 'note' AND r.service <> s.service"
+    " WHERE +r.at >= :since AND +r.at <= :until AND (s.role = 'sender' OR (s.role = ''"
+    " AND s.n = (SELECT f.n FROM event f WHERE f.uuid = s.uuid AND f.kind = 'note'"
+    " ORDER BY f.at, f.n LIMIT 1)"
+    " AND NOT EXISTS (SELECT 1 FROM event k WHERE k.uuid = s.uuid AND k.kind = 'note'"
+    " AND k.role = 'sender')))"
+    " GROUP BY s.service, r.service ORDER BY s.service, r.service"
+)
+_UNANSWERED = (
+    f"{_SELECT} WHERE e.kind = 'sent' AND e.type = :type AND e.at >= :since AND e.at <= :until AND NOT EXISTS"
+    " (SELECT 1 FROM event r WHERE r.uuid = e.uuid AND r.service = :service AND r.kind <> 'sent')"
+    " ORDER BY e.at LIMIT :limit"
+)
+_FOREVER = 1e12
+
+Rows = list[tuple[Any, ...]]
+Execute = Callable[[str, Mapping[str, Any] | Sequence[Any]], Rows]
+
+
+class SqlEventLog(ABC):
+    """An `idemp.ports.EventLog` over a database that speaks SQL; the subclass has the connection."""
+
+    GREATEST = "max"
+    UNFIT: tuple[type[Exception], ...] = (UnicodeEncodeError,)
+    """What a database says of a text that it does not take."""
+
+    def __init__(
+        self, *, retention: float, rows: int, payloads: bool, business: str, clock: Clock | None = None
+    ) -> None:
+        self.retention, self.rows = retention, rows
+        self.payloads, self.business = payloads, business
+        self._clock = clock or Clock()
+        self._lock = threading.Lock()
+        self._pruned = self._clock.steady()
+        upsert = (
+            f"n = edge.n + excluded.n, seconds = edge.seconds + excluded.seconds, longest = {self.GREATEST}"
+        )
+        key = "(sender, service, type, kind, minute)"
+        self._upsert = f" ON CONFLICT {key} DO UPDATE SET {upsert}(edge.longest, excluded.longest)"
+
+    @abstractmethod
+    def transact(self, work: Callable[[Execute], Any], *, writes: bool = True) -> Any:
+        """Do ``work`` in a transaction; `StoreUnavailable` if it may not have been committed."""
+
+    @abstractmethod
+    def among(self, column: str) -> str:
+        """Whether ``column`` is one of ``:ids``."""
+
+    @abstractmethod
+    def ids(self, ids: Iterable[str]) -> Any:
+        """The value of ``:ids``."""
+
+    # ---------------------------------------------------------------- writing
+
+    def append(self, batch: Batch) -> None:
+        """See `idemp.ports.EventLog`."""
+        rows = [astuple(event) for event in batch.events]
+        edges = [(*key, *sums) for key, sums in edges_of(batch.events).items()]
+        try:
+            self._append(batch, rows, edges)
+        except self.UNFIT:
+            self._append(batch, [plain(row) for row in rows], [plain(row) for row in edges])
+        if self._clock.steady() - self._pruned > PRUNE:
+            self._pruned = self._clock.steady()
+            self.prune(self._clock.wall())
+
+    def _append(
+        self, batch: Batch, rows: Sequence[tuple[Any, ...]], edges: Sequence[tuple[Any, ...]]
+    ) -> None:
+        def work(execute: Execute) -> None:
+            named = {"writer": batch.writer, "number": batch.number, "at": self._clock.wall()}
+            new = "INSERT INTO batch VALUES (:writer, :number, :at) ON CONFLICT DO NOTHING RETURNING number"
+            if execute(new, named):
+                _insert(execute, f"event ({', '.join(COLUMNS)})", rows)
+                _insert(execute, "edge", edges, self._upsert)
+
+        with self._lock:
+            self.transact(work)
+
+    def prune(self, now: float) -> int:
+        """See `idemp.ports.EventLog`; in parts, so that nobody waits long for it."""
+        over = now - self.retention
+        old = (
+            "DELETE FROM event WHERE n IN (SELECT n FROM event WHERE at < :over ORDER BY at LIMIT :part)"
+            " RETURNING n"
+        )
+        much = (
+            "DELETE FROM event WHERE n IN (SELECT n FROM event WHERE n <= (SELECT max(n) FROM event) - :rows"
+            " ORDER BY n LIMIT :part) RETURNING n"
+        )
+        gone = 0
+        for statement in (old, much):
+            part = PART
+            while part == PART:
+                with self._lock:
+                    named = {"over": over, "rows": self.rows, "part": PART}
+                    part = len(self.transact(_asking(statement, named)))
+                gone += part
+        with self._lock:
+            for rest in ("DELETE FROM batch WHERE at < :over", "DELETE FROM edge WHERE minute < :over - 60"):
+                self.transact(_asking(rest, {"over": over}))
+        return gone
+
+    # ---------------------------------------------------------------- looking
+
+    def _ask(self, statement: str, named: Mapping[str, Any]) -> Rows:
+        with self._lock:
+            found: Rows = self.transact(lambda execute: execute(statement, named), writes=False)
+        return found
+
+    def find(self, query: Query, *, limit: int, newest: bool = True) -> list[Event]:
+        """See `idemp.ports.EventLog`."""
+        where, named = _where(query)
+        if query.kinds:
+            where.append(self.among("e.kind"))
+            named["ids"] = self.ids(query.kinds)
+        text = f" WHERE {' AND '.join(where)}" if where else ""
+        order = "DESC" if newest else "ASC"
+        rows = self._ask(
+            f"{_SELECT}{text} ORDER BY e.at {order}, e.n {order} LIMIT :limit", {**named, "limit": limit}
+        )
+        return [Event(*row) for row in rows]
+
+    def story(self, uuid: str, *, limit: int) -> list[Event]:
+        """See `idemp.ports.EventLog`."""
+        mine = self._ask(f"{_SELECT} WHERE e.uuid = :uuid ORDER BY e.n LIMIT :limit", _named(uuid, limit))
+        conversation = next((row[_AT["conversation"]] for row in mine if row[_AT["conversation"]]), "")
+        if mine and not conversation:
+            return self._by_parents(uuid, limit)
+        text = (
+            f"{_SELECT} WHERE e.conversation = :uuid AND e.conversation <> e.uuid UNION ALL "
+            f"{_SELECT} WHERE e.uuid = :uuid LIMIT :limit"
+        )
+        rows = self._ask(text, _named(conversation or uuid, limit))
+        return [Event(*row) for row in rows]
+
+    def _by_parents(self, uuid: str, limit: int) -> list[Event]:
+        """Up to the first message and down to all that came of it, where no conversation is known."""
+        found: dict[str, list[Event]] = {}
+        ask: set[str] = {uuid}
+        while ask and len(found) < _DEPTH:
+            named = {"ids": self.ids(sorted(ask)), "limit": limit}
+            own = self._ask(f"{_SELECT} WHERE {self.among('e.uuid')} ORDER BY e.n LIMIT :limit", named)
+            children = self._ask(
+                f"SELECT DISTINCT e.uuid FROM event e WHERE {self.among('e.parent')} AND e.conversation = ''"
+                " LIMIT :limit",
+                named,
+            )
+            found.update((each, []) for each in ask)
+            following = {row[0] for row in children}
+            for row in own:
+                event = Event(*row)
+                found[event.uuid].append(event)
+                following.add(event.parent)
+            ask = following - found.keys() - {""}
+        return [event for events in found.values() for event in events][:limit]
+
+    def edges(self, since: float | None = None, until: float | None = None) -> list[Edge]:
+        """See `idemp.ports.EventLog`."""
+        start, end = since or 0.0, _FOREVER if until is None else until
+        counted = self._ask(_EDGES, {"since": start - start % 60.0, "until": end})
+        notes = self._ask(_NOTES, {"since": start, "until": end})
+        return [_edge(*row) for row in counted] + [
+            Edge(sender, service, "", "note", n, 0.0, 0.0, first - first % 60.0, last - last % 60.0)
+            for sender, service, n, first, last in notes
+        ]
+
+    def unanswered(self, service: str, type: str, since: float, until: float, *, limit: int) -> list[Event]:
+        """See `idemp.ports.EventLog`."""
+        named = {"service": service, "type": type, "since": since, "until": until, "limit": limit}
+        return [Event(*row) for row in self._ask(_UNANSWERED, named)]
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `idemp.ports.EventLog`."""
+
+
+def _edge(sender: str, service: str, type: str, kind: str, n: Any, *sums: float) -> Edge:
+    return Edge(sender, service, type, kind, int(n), sums[0], sums[1], sums[2], sums[3])
+
+
+def _asking(statement: str, named: Mapping[str, Any]) -> Callable[[Execute], Rows]:
+    return lambda execute: execute(statement, named)
+
+
+_AT = {name: place for place, name in enumerate(COLUMNS)}
+
+
+def _named(uuid: str, limit: int) -> dict[str, Any]:
+    return {"uuid": uuid, "limit": limit}
+
+
+def _where(query: Query) -> tuple[list[str], dict[str, Any]]:
+    where: list[str] = []
+    named: dict[str, Any] = {}
+    for name in ("uuid", "service", "type", "business"):
+        if value := getattr(query, name):
+            where.append(f"e.{name} = :{name}")
+            named[name] = value
+    if query.business:
+        where.append("e.business <> ''")  # which the index asks for
+    if query.conversation:
+        where.append(
+            "((e.conversation = :conversation AND e.conversation <> e.uuid) OR e.uuid = :conversation)"
+        )
+        named["conversation"] = query.conversation
+    for name, sign in (("since", ">="), ("until", "<")):
+        if (at := getattr(query, name)) is not None:
+            where.append(f"e.at {sign} :{name}")
+            named[name] = at
+    return where, named
+
+
+def plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``row`` without what no database takes in a text."""
+    return tuple(
+        each.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if isinstance(each, str) else each
+        for each in row
+    )
+
+
+def _insert(execute: Execute, into: str, rows: Sequence[tuple[Any, ...]], rest: str = "") -> None:
+    """Many rows a statement: each statement lets a busy thread beside this one go first."""
+    for start in range(0, len(rows), TOGETHER):
+        part = rows[start : start + TOGETHER]
+        execute(_insertion(into, len(part), len(part[0]), rest), list(chain.from_iterable(part)))
+
+
+@lru_cache(maxsize=256)
+def _insertion(into: str, rows: int, columns: int, rest: str) -> str:
+    one = f"({', '.join('?' * columns)})"
+    return f"INSERT INTO {into} VALUES {', '.join([one] * rows)}{rest}"
+
+
+def edges_of(events: Sequence[Event]) -> dict[tuple[str, str, str, str, float], list[float]]:
+    """(sender, service, type, kind, minute) -> number, seconds, longest; of what was sent, service is ""."""
+    found: dict[tuple[str, str, str, str, float], list[float]] = {}
+    for event in events:
+        if event.kind == "sent":
+            place = (event.service, "", event.type, "sent", event.at - event.at % 60.0)
+        elif event.kind in OUTCOMES:
+            place = (event.sender, event.service, event.type, event.kind, event.at - event.at % 60.0)
+        else:
+            continue
+        took = event.took or 0.0
+        if (sums := found.get(place)) is None:
+            found[place] = [1, took, took]
+        else:
+            sums[0] += 1
+            sums[1] += took
+            sums[2] = max(sums[2], took)
+    return found
