@@ -41,6 +41,7 @@ FLOORS = {
         "idemp.metrics",
         "idemp.graphite",
         "idemp.rates",
+        "idemp.redis_server",
         "idemp.audit.document",
         "idemp.audit.state",
     ],
@@ -53,7 +54,14 @@ BELOW = {
     "adapters": {"words", "ports", "adapters"},
     "faces": {"words", "ports", "heart", "adapters", "faces"},
 }
-BESIDE = {("idemp.rates", "idemp.graphite")}
+BESIDE = {
+    ("idemp.rates", "idemp.graphite"),
+    ("idemp.stores", "idemp.redis_server"),
+    ("idemp.stores.redis", "idemp.redis_server"),
+    ("idemp.stores.redis_doctor", "idemp.redis_server"),
+    ("idemp.transports", "idemp.redis_server"),
+    ("idemp.transports.redis_streams", "idemp.redis_server"),
+}
 """Adapters that are of one technology, in two rooms."""
 DRIVERS = {
     "pika",
@@ -145,6 +153,8 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.redis": {"redis"},
         "idemp.stores.redis_doctor": {"redis"},
         "idemp.stores.postgresql_doctor": {"psycopg"},
+        "idemp.transports.redis_streams": {"redis"},
+        "idemp.redis_server": {"redis"},
         "idemp.metrics": {"statsd", "prometheus_client"},
         "idemp.audit.state": {"sqlite3"},
         "idemp.audit.document": {"yaml"},
@@ -197,6 +207,7 @@ print(threading.active_count())
         ('open_store("etcd://localhost/x")', "etcd"),
         ('open_store("postgresql://localhost/x")', "postgresql"),
         ('open_store("redis://localhost/0")', "redis"),
+        ('open_transport("redis://localhost/0")', "redis"),
     ],
 )
 def test_a_missing_extra_is_one_sentence(open_it: str, extra: str) -> None:
