@@ -205,6 +205,7 @@ end
 local function take(key, group, me, room, idle)
   local got, claimed, size = {}, 0, 0
   if idle > 0 then
+    redis.call('XGROUP', 'CREATECONSUMER', key, group, me)
     renew(key, group, me)
     claimed = take_abandoned(key, group, me, room, idle, got)
   end
@@ -258,31 +259,33 @@ local function packed(got)
   return table.concat(ids, ' '), table.concat(sizes, ' '), table.concat(texts)
 end
 
--- The id behind which everything is unread of everybody.
+-- Groups and readers of a shared stream: name, the last id before what each has not read or not settled.
+local function each_reader(stream, act)
+  if redis.call('EXISTS', stream) == 1 then
+    for _, row in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+      local about = {}
+      for n = 1, #row, 2 do
+        about[row[n]] = row[n + 1]
+      end
+      act(about.name, redis.call('XPENDING', stream, about.name)[2] or about['last-delivered-id'])
+    end
+  end
+  local positions = redis.call('HGETALL', prefix .. 'readers:' .. stream)
+  for n = 1, #positions, 2 do
+    act(positions[n], positions[n + 1])
+  end
+end
+
+-- The least of these: all before it is read by everybody.
 local function unread(stream)
   local least = nil
-  local function at_most(id)
+  each_reader(stream, function(_, id)
     local a, b = string.match(id, '(%d+)-?(%d*)')
     a, b = tonumber(a), tonumber(b) or 0
     if least == nil or a < least[1] or (a == least[1] and b < least[2]) then
       least = { a, b, id }
     end
-  end
-  for _, row in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local about = {}
-    for n = 1, #row, 2 do
-      about[row[n]] = row[n + 1]
-    end
-    at_most(about['last-delivered-id'])
-    local first = redis.call('XPENDING', stream, about.name)[2]
-    if first then
-      at_most(first)
-    end
-  end
-  local positions = redis.call('HVALS', prefix .. 'readers:' .. stream)
-  for _, id in ipairs(positions) do
-    at_most(id)
-  end
+  end)
   return least and least[3]
 end
 
@@ -293,7 +296,7 @@ local function trim(stream, keep)
   end
   local over = redis.call('XLEN', stream) - keep
   local least = over > 0 and unread(stream)
-  if least then
+  if least and least ~= '0-0' then
     local old = redis.call('XRANGE', stream, '-', '(' .. least, 'COUNT', math.min(over, 2 * PAGE))
     for start = 1, #old, PAGE do
       local ids = {}
@@ -381,7 +384,7 @@ local function leave()
   return { 'ok' }
 end
 
-local function waiting(key, group)
+local function waiting(key, group, idle)
   if redis.call('EXISTS', key) == 0 then
     return 0, 0, 0
   end
@@ -411,27 +414,37 @@ local function waiting(key, group)
   end
   local consumers = 0
   for _, row in ipairs(redis.call('XINFO', 'CONSUMERS', key, group)) do
-    if row[2] ~= RETURNED then
+    if row[2] ~= RETURNED and row[6] < idle then
       consumers = consumers + 1
     end
   end
   return lag + returned, out - returned, consumers
 end
 
--- queue, shared streams: ready, out, delayed, consumers
+-- queue, the idle time, shared streams: ready, out, delayed, consumers
 local function look()
-  local queue = word()
+  local queue, idle = word(), number()
   if redis.call('SISMEMBER', prefix .. 'queues', queue) == 0 then
     return { 'none' }
   end
   ripen(queue)
-  local ready, out, consumers = waiting(own(queue), queue)
+  local ready, out, consumers = waiting(own(queue), queue, idle)
   for _ = 1, number() do
-    local more, taken, others = waiting(word(), queue)
+    local more, taken, others = waiting(word(), queue, idle)
     ready, out, consumers = ready + more, out + taken, math.max(consumers, others)
   end
   return { 'ok', ready, out, redis.call('ZCARD', delayed(queue)), consumers }
 end
 
-local todo = { turn = turn, declare = declare, leave = leave, look = look, topology = topology }
+local function readers()
+  local stream = word()
+  local found = { redis.call('EXISTS', stream) == 1 and redis.call('XLEN', stream) or 0 }
+  each_reader(stream, function(name, id)
+    found[#found + 1] = name
+    found[#found + 1] = id
+  end)
+  return found
+end
+
+local todo = { readers = readers, turn = turn, declare = declare, leave = leave, look = look, topology = topology }
 return todo[ARGV[1]]()

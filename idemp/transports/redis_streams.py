@@ -55,7 +55,7 @@ _READABLE = "idemp-"
 
 
 class Waiting(NamedTuple):
-    """Of a queue: messages that are ready, out with consumers, delayed; and how many consumers it has."""
+    """Of a queue: messages that are ready, out with consumers, delayed; and how many consumers live."""
 
     ready: int
     out: int
@@ -80,7 +80,7 @@ class RedisStreamsTransport:
         keep: int | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._at, self._idle, self._shared, self._keep = at, idle, tuple(shared), keep
+        self._at, self._idle, self.shared, self.keep = at, idle, tuple(shared), keep
         self._clock = clock or Clock()
         self._link: _Link | None = None
         self._inherited: list[_Link] = []
@@ -97,7 +97,7 @@ class RedisStreamsTransport:
         if self._closed:
             raise Closed("this transport was closed")
         self._end()
-        link = _Link(self._at, self._idle, self._shared, self._keep, self._clock, self._tags)
+        link = _Link(self._at, self._idle, self.shared, self.keep, self._clock, self._tags)
         try:
             link.open()
             link.give_back(self._owed)
@@ -168,6 +168,12 @@ class RedisStreamsTransport:
     def look(self, queue: str) -> Waiting | None:
         """What waits in ``queue``, with the lag of the streams that it follows; None if there is none."""
         return self._connected().look(queue)
+
+    def readers(self, stream: str) -> tuple[int, list[tuple[str, str]]]:
+        """How many entries a shared stream has; its groups and readers, and up to where each has read."""
+        length, *flat = self._connected().readers(stream)
+        texts = [text.decode(errors="backslashreplace") for text in flat]
+        return int(length), list(zip(texts[::2], texts[1::2], strict=True))
 
     def wake(self) -> None:
         """From any thread; free until the next `poll` has returned."""
@@ -339,8 +345,12 @@ class _Link:
             self._exchange()
             self.prefetch = prefetch
         streams = self._streams(queue)
-        answer = self._call("look", queue, len(streams), *streams)
+        answer = self._call("look", queue, int(self._idle * 1000), len(streams), *streams)
         return Waiting(*map(int, answer[1:])) if answer[0] == b"ok" else None
+
+    def readers(self, stream: str) -> Any:
+        """The length, then names and positions."""
+        return self._call("readers", stream)
 
     def _streams(self, queue: str) -> Sequence[str]:
         self._topology = _topology(self._call("topology"))
