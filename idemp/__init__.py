@@ -19,9 +19,10 @@ from idemp.errors import (
 from idemp.message import Message
 from idemp.once import Context, context, idempotent, once
 from idemp.policy import Codec, Happened, NotHappened, Unknown
+from idemp.reader import Reader
 from idemp.relay import Relay
 from idemp.stores import open_store
-from idemp.transports import open_transport, publish
+from idemp.transports import open_log, open_transport, publish
 
 __all__ = [
     "BadMessage",
@@ -39,6 +40,7 @@ __all__ = [
     "Message",
     "NotHappened",
     "PermanentFailure",
+    "Reader",
     "Relay",
     "RetryLater",
     "SessionLost",
@@ -48,6 +50,7 @@ __all__ = [
     "context",
     "idempotent",
     "once",
+    "open_log",
     "open_store",
     "open_transport",
     "publish",

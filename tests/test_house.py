@@ -30,6 +30,7 @@ FLOORS = {
         "idemp.once",
         "idemp.pipeline",
         "idemp.consumer",
+        "idemp.reader",
         "idemp.resolve",
         "idemp.deeds",
         "idemp.dead",
@@ -45,7 +46,7 @@ FLOORS = {
         "idemp.audit.document",
         "idemp.audit.state",
     ],
-    "faces": ["idemp.cli", "idemp.__main__", "svc", "example1"],
+    "faces": ["idemp.cli", "idemp.__main__", "svc", "example1", "example2"],
 }
 BELOW = {
     "words": {"words"},
@@ -61,6 +62,7 @@ BESIDE = {
     ("idemp.stores.redis_doctor", "idemp.redis_server"),
     ("idemp.transports", "idemp.redis_server"),
     ("idemp.transports.redis_streams", "idemp.redis_server"),
+    ("idemp.transports.redis_log", "idemp.redis_server"),
 }
 """Adapters that are of one technology, in two rooms."""
 DRIVERS = {
@@ -79,7 +81,7 @@ DRIVERS = {
 
 def modules() -> dict[str, Path]:
     """Every module of the product."""
-    files = [file for top in ("idemp", "svc", "example1") for file in (ROOT / top).rglob("*.py")]
+    files = [file for top in ("idemp", "svc", "example1", "example2") for file in (ROOT / top).rglob("*.py")]
     return {module_name(file): file for file in files}
 
 
@@ -154,6 +156,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.redis_doctor": {"redis"},
         "idemp.stores.postgresql_doctor": {"psycopg"},
         "idemp.transports.redis_streams": {"redis"},
+        "idemp.transports.redis_log": {"redis"},
         "idemp.redis_server": {"redis"},
         "idemp.metrics": {"statsd", "prometheus_client"},
         "idemp.audit.state": {"sqlite3"},

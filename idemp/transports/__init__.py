@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import SplitResult
 
 from idemp.errors import ConfigError, TransportUnavailable, Unroutable
-from idemp.ports import Delivery, Publication, Sent, Transport
+from idemp.ports import Delivery, EventLog, Publication, Sent, Transport
 from idemp.settings import duration, hidden, options, split, sqlite_path
 
-__all__ = ["open_transport", "publish"]
+__all__ = ["open_log", "open_transport", "publish"]
 
 _OFFER = "amqp://, redis://, sqlite:/// or memory://"
 _REDIS = {
@@ -65,19 +65,41 @@ def _redis(parts: SplitResult) -> Transport:
     from idemp.transports.redis_streams import RedisStreamsTransport
 
     found = options(parts, _REDIS)
-    namespace = found.get("namespace", "default")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", namespace):
-        raise ConfigError(f"namespace={namespace!r}: up to 50 letters, digits, dots, dashes, underscores")
     keep = found.get("keep")
     if keep is not None and not keep.isdecimal():
         raise ConfigError(f"keep={keep!r} is no number of entries; write it like keep=100000")
     streams = [name for name in found.get("stream", "").split(",") if name]
     return RedisStreamsTransport(
-        server(parts, found, namespace),
+        server(parts, found, _namespace(found)),
         idle=duration(found.get("idle", "30s"), "idle"),
         shared=streams,
         keep=None if keep is None else int(keep),
     )
+
+
+def open_log(url: str) -> EventLog:
+    """The log at ``url``: ``redis://host/0?stream=event-stream``, with the options of `open_transport`.
+
+    Nothing connects before its first use.  Raises `ConfigError`.
+    """
+    parts = split(url)
+    if parts.scheme not in ("redis", "rediss"):
+        raise ConfigError(f"there is no log at {hidden(url)!r}; write it like redis://host/0?stream=events")
+    from idemp.redis_server import server
+    from idemp.transports.redis_log import RedisLog
+
+    found = options(parts, _REDIS)
+    stream = found.get("stream", "")
+    if not stream or "," in stream:
+        raise ConfigError(f"stream={stream!r}: a log is one stream; write it like ?stream=event-stream")
+    return RedisLog(server(parts, found, _namespace(found)), stream)
+
+
+def _namespace(found: Mapping[str, str]) -> str:
+    namespace = found.get("namespace", "default")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", namespace):
+        raise ConfigError(f"namespace={namespace!r}: up to 50 letters, digits, dots, dashes, underscores")
+    return namespace
 
 
 def publish(transport: Transport, publications: Sequence[Publication], *, timeout: float = 30.0) -> None:

@@ -236,8 +236,8 @@ class _Link:
         self._clock, self._tags = clock, tags
         self._me = f"{socket.gethostname()}-{self.pid}-{uuid.uuid4().hex[:12]}"
         self._lost: IdempError | None = None
-        self._line = _connection(at)
-        self._bell = _connection(at)
+        self._line = connection(at)
+        self._bell = connection(at)
         self._listening: tuple[str, ...] = ()  # the streams of the XREAD that is under way
         self._ring, self._rung = socket.socketpair()
         self._queue = ""
@@ -567,17 +567,17 @@ class _Link:
         return Delivery(tag, body, properties, exchange, key, bool(again))
 
 
-def _connection(at: Server) -> Any:
+def connection(at: Server) -> Any:
     """One that checks the server first; it connects with its first use."""
     options = dict(at.options)
     kind = redis.SSLConnection if options.pop("ssl", False) else redis.Connection
 
-    def begin(connection: Any) -> None:
+    def begin(new: Any) -> None:
         try:
-            connection.on_connect()
-            check(connection, at)
+            new.on_connect()
+            check(new, at)
         except BaseException:
-            connection.disconnect()
+            new.disconnect()
             raise
 
     return kind(
