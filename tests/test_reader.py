@@ -192,7 +192,7 @@ reader.run()
 
 def test_killed_again_and_again(place: Place) -> None:
     """R11: kill -9 in the middle of batches; each entry has one effect, and the order of none is lost."""
-    names = [f"{n:05}" for n in range(1500)]
+    names = [f"{n:05}" for n in range(800)]
     place.add(*names)
     kills = 0
     with closing(opened(place)) as store:
@@ -203,7 +203,7 @@ def test_killed_again_and_again(place: Place) -> None:
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
             ) as process:
                 assert process.stdout is not None
-                for _ in range(min(330, left)):
+                for _ in range(min(230, left)):
                     assert process.stdout.readline()
                 process.send_signal(signal.SIGKILL)
                 kills += 1

@@ -126,12 +126,15 @@ class RedisStreamsTransport:
         self._link.check()
         return self._link
 
-    def declare(self, queue: str, exchange: str = "", binding: str = "#") -> None:
+    def declare(self, queue: str, exchange: str = "", binding: str = "#", *, kind: str = "topic") -> None:
         """Make ``queue`` and bind it; a shared stream is read from its first entry on."""
         self._connected().declare(queue, exchange, binding)
 
-    def consume(self, queue: str, prefetch: int) -> None:
-        """Start deliveries from ``queue``; they end from the one before."""
+    def consume(self, queue: str, prefetch: int, *, name: str = "") -> None:
+        """Start deliveries from ``queue``; they end from the one before.
+
+        name: is not used: a consumer that was killed must not have the name of the next.
+        """
         self._connected().consume(queue, prefetch)
 
     def cancel(self) -> None:
