@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from example2.database import Database
 from example2.settings import Settings, read
@@ -180,6 +181,19 @@ class Loops:
         return {"lag": waiting.ready, "pending": waiting.out, "delayed": waiting.delayed, "dead": dead}
 
 
+class _AlwaysJson:
+    """A body is JSON whatever its header says, as the first seed takes it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            others = [each for each in scope["headers"] if each[0] != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        await self._app(scope, receive, send)
+
+
 def make(title: str, loops: Loops, database: Database) -> FastAPI:
     """An application with what both have: status, readiness, and errors as the seed words them."""
 
@@ -191,6 +205,7 @@ def make(title: str, loops: Loops, database: Database) -> FastAPI:
         database.close()
 
     app = FastAPI(title=title, lifespan=life)
+    app.add_middleware(_AlwaysJson)
 
     @app.get("/status", response_class=PlainTextResponse)
     def status() -> str:

@@ -100,7 +100,9 @@ class Storm:
             instance.start(ready=False)
         for instance in self.instances:
             until(instance.ready, instance.said())
+        self._signal(signal.SIGSTOP)  # so that all is there to be taken while they are killed
         self.publish(invoices)
+        self._signal(signal.SIGCONT)
         end = time.monotonic() + SECONDS * 5
         while not self.settled() or self.kills < 4 or not self.interrupted:
             assert time.monotonic() < end
@@ -115,6 +117,11 @@ class Storm:
         for instance in self.instances:
             until(instance.ready, instance.said())
             assert self.totals(instance) == dict(self.expected)
+
+    def _signal(self, number: int) -> None:
+        for instance in self.instances:
+            assert instance.process is not None
+            instance.process.send_signal(number)
 
     def _somebody_holds(self) -> bool:
         """Time for work between two kills, and a moment in which there is something to interrupt."""
