@@ -166,6 +166,24 @@ def test_each_group_gets_every_entry_once(url: str) -> None:
         assert one.readers("event-stream")[0] == 40
 
 
+def test_what_is_out_of_the_queue_before_stays_mine(url: str) -> None:
+    """Law 1: its consumer goes on with another queue, and acknowledges it then."""
+    with closing(streams(url)) as transport, closing(streams(url)) as other:
+        for queue in ("a", "b"):
+            transport.declare(queue)
+            publish(other, [Publication(queue.encode(), Properties(), "", queue)])
+        transport.consume("a", 10)
+        [first] = take(transport, 1)
+        transport.consume("b", 10)
+        [second] = take(transport, 1)
+        other.consume("a", 10)
+        assert other.poll(0.3) == []
+        transport.ack([first.tag, second.tag])
+        transport.poll(0.0)
+        waiting = [transport.look(queue) for queue in ("a", "b")]
+        assert [each and (each.ready, each.out) for each in waiting] == [(0, 0), (0, 0)]
+
+
 def test_depth_is_the_lag_of_what_is_followed(url: str) -> None:
     """R18: what the group has not read yet, and what was given back."""
     with closing(streams(f"{url}?stream=event-stream")) as transport:

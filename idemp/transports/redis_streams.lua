@@ -133,6 +133,9 @@ end
 
 -- What is mine stays mine while I say so: in pages, for a consumer may have any number out.
 local function renew(key, group, me)
+  if redis.call('EXISTS', key) == 0 then
+    return
+  end
   local start = '-'
   while true do
     local rows = redis.call('XPENDING', key, group, start, '+', PAGE, me)
@@ -206,7 +209,6 @@ local function take(key, group, me, room, idle)
   local got, claimed, size = {}, 0, 0
   if idle > 0 then
     redis.call('XGROUP', 'CREATECONSUMER', key, group, me)
-    renew(key, group, me)
     claimed = take_abandoned(key, group, me, room, idle, got)
   end
   while #got < room and size < MOST do
@@ -310,24 +312,32 @@ end
 
 -- ------------------------------------------------------------------ what is asked
 
+-- topology known, queue, consumer, room, idle, keep; what is settled: stream, group, "gone" or "", ids;
+-- where the consumer holds something: stream, group; the shared streams that the queue follows; publications.
 local function turn()
   local known, queue, me, room, idle, keep = word(), word(), word(), number(), number(), number()
-  local shared, settled = {}, {}
+  local settled, held, shared = {}, {}, {}
+  for n = 1, number() do
+    settled[n] = { word(), word(), word(), word() }
+  end
+  for n = 1, number() do
+    held[n] = { word(), word() }
+  end
   for n = 1, number() do
     shared[n] = word()
-    settled[n] = word()
   end
-  local mine = word()
   local publications = number()
   if publications > 0 and known ~= version() then
     return topology()
   end
-  if #mine > 0 then
-    acknowledge(own(queue), queue, mine, true)
+  for _, some in ipairs(settled) do
+    acknowledge(some[1], some[2], some[4], some[3] == 'gone')
   end
-  for n, stream in ipairs(shared) do
-    acknowledge(stream, queue, settled[n], false)
-    if keep >= 0 and idle > 0 then
+  if idle > 0 then
+    for _, one in ipairs(held) do
+      renew(one[1], one[2], me)
+    end
+    for _, stream in ipairs(keep >= 0 and shared or {}) do
       trim(stream, keep)
     end
   end
@@ -335,12 +345,6 @@ local function turn()
     publish()
   end
   if room <= 0 then
-    if idle > 0 and queue ~= '' then
-      renew(own(queue), queue, me)
-      for _, stream in ipairs(shared) do
-        renew(stream, queue, me)
-      end
-    end
     return { 'ok', '', '', '', {}, -1, 0, {} }
   end
   local due = ripen(queue)

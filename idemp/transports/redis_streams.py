@@ -219,6 +219,14 @@ def _topology(answer: Sequence[Any]) -> _Topology:
     return _Topology(version, frozenset(queue.decode() for queue in queues), bound, followed)
 
 
+class _Source(NamedTuple):
+    """A stream that is read by a group.  shared: an acknowledgement deletes nothing there."""
+
+    key: str
+    group: str
+    shared: bool
+
+
 class _Link:
     """One process's connection to the server, and what it holds of it."""
 
@@ -245,10 +253,11 @@ class _Link:
         self._ring, self._rung = socket.socketpair()
         self._queue = ""
         self._followed: list[str] = []
-        self._consumed: set[tuple[str, str]] = set()  # streams and groups that have me as a consumer
+        self._sources: list[_Source] = []  # of the queue: its own stream, then those it follows
+        self._consumed: set[_Source] = set()  # all that have me as a consumer
         self._topology = _Topology()
-        self._out: dict[int, tuple[int, bytes]] = {}  # 0 is the queue's own stream, then those it follows
-        self._settled: dict[int, list[bytes]] = defaultdict(list)
+        self._out: dict[int, tuple[_Source, bytes]] = {}
+        self._settled: dict[_Source, list[bytes]] = defaultdict(list)
         self._sent: list[Sent] = []
         self._behind: list[bytes] = []
         self._look_at = self._renew_at = self._trim_at = 0.0
@@ -281,7 +290,7 @@ class _Link:
 
     def end(self) -> list[tuple[str, str, str]]:
         """Say what is to be said and give back the rest; the consumers that could not be let go."""
-        mine = [(key, group, self._me) for key, group in self._consumed]
+        mine = [(source.key, source.group, self._me) for source in self._consumed]
         try:
             if self._lost is None:
                 if self._settled or self.unsent:
@@ -363,26 +372,19 @@ class _Link:
 
     def consume(self, queue: str, prefetch: int) -> None:
         """From now on `poll` takes what is in ``queue``."""
-        if self._settled:
-            self.prefetch = 0
-            self._exchange()
         streams = self._streams(queue)
         if queue not in self._topology.queues:
             missing = TransportUnavailable(f"{self._at.shown}: {no_queue('', queue)}")
             self._lost = self._lost or missing
             raise missing
-        if queue != self._queue:
-            self._abandon()
         self._queue, self._followed, self.prefetch = queue, list(streams), prefetch
-        self._consumed |= {(stream, queue) for stream in (self._own(queue), *streams)}
+        self._sources = [
+            _Source(self._own(queue), queue, False),
+            *(_Source(stream, queue, True) for stream in streams),
+        ]
+        self._consumed.update(self._sources)
+        self._behind = []
         self._look_at = self._renew_at = 0.0
-
-    def _abandon(self) -> None:
-        """What is out of the queue before is given back; it can no more be acknowledged."""
-        if self._consumed:
-            self.give_back([(key, group, self._me) for key, group in self._consumed])
-        self._consumed.clear()
-        self._out.clear()
 
     def ack(self, tags: Iterable[int]) -> None:
         """Tags of other connections are not out here."""
@@ -414,10 +416,13 @@ class _Link:
         """Until something may have come, or `ring`."""
         bell = self._listen() if self._room() > 0 and self._behind else None
         waits = [self._rung] if bell is None else [self._rung, bell]
-        readable, _, _ = select.select(waits, [], [], max(0.0, seconds))
-        if self._rung in readable:
+        looker = select.poll()  # select() itself takes no descriptor above 1023
+        for each in waits:
+            looker.register(each, select.POLLIN)
+        readable = {descriptor for descriptor, _ in looker.poll(max(0.0, seconds) * 1000)}
+        if self._rung.fileno() in readable:
             self._drain()
-        if bell in readable:
+        if bell is not None and bell.fileno() in readable:
             self._heard()
         self._look_at = 0.0
 
@@ -473,13 +478,16 @@ class _Link:
         if self._queue and (now >= self._renew_at or self._trims(now)):
             idle = int(self._idle * 1000)
             self._renew_at, self._trim_at = now + self._idle / 3, now + _TRIM
-        followed = [(s, b" ".join(self._settled.get(n, ()))) for n, s in enumerate(self._followed, 1)]
+        settled = [
+            (source.key, source.group, "" if source.shared else "gone", b" ".join(ids))
+            for source, ids in self._settled.items()
+        ]
+        held = [(source.key, source.group) for source in self._consumed] if idle else []
         return self._call(
             *("turn", self._topology.version, self._queue, self._me, max(room, 0), idle),
-            *(-1 if self._keep is None else self._keep, len(followed)),
-            *(word for each in followed for word in each),
-            b" ".join(self._settled.get(0, ())),
-            *(len(publications), *(word for each in publications for word in each)),
+            *(-1 if self._keep is None else self._keep, len(settled), *_flat(settled)),
+            *(len(held), *_flat(held), len(self._followed), *self._followed),
+            *(len(publications), *_flat(publications)),
         )
 
     def _publications(self) -> tuple[list[Sequence[Any]], list[tuple[int, Publication]]]:
@@ -566,8 +574,12 @@ class _Link:
         self, place: int, id: bytes, body: bytes, properties: Properties, exchange: str, key: str, again: int
     ) -> Delivery:
         tag = next(self._tags)
-        self._out[tag] = place, id
+        self._out[tag] = self._sources[place], id
         return Delivery(tag, body, properties, exchange, key, bool(again))
+
+
+def _flat(words: Iterable[Iterable[Any]]) -> Iterator[Any]:
+    return (word for some in words for word in some)
 
 
 def connection(at: Server) -> Any:
