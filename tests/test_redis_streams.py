@@ -184,6 +184,23 @@ def test_what_is_out_of_the_queue_before_stays_mine(url: str) -> None:
         assert [each and (each.ready, each.out) for each in waiting] == [(0, 0), (0, 0)]
 
 
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_waiting_costs_nothing(url: str, prefetch: int) -> None:
+    """Without a queue, and with the prefetch used up while a delayed message is due."""
+    with closing(streams(url)) as transport:
+        transport.declare("q")
+        if prefetch:
+            transport.consume("q", prefetch)
+        numbers = transport.send(
+            [Publication(b"", Properties(), "", "q", delay) for delay in (0.0, *(0.1,) * prefetch)]
+        )
+        got = len(transport.poll(SECONDS)) + len(transport.poll(0.2))
+        assert got >= len(numbers)
+        began = time.process_time()
+        transport.poll(1.0)
+        assert time.process_time() - began < 0.3
+
+
 def test_depth_is_the_lag_of_what_is_followed(url: str) -> None:
     """R18: what the group has not read yet, and what was given back."""
     with closing(streams(f"{url}?stream=event-stream")) as transport:
@@ -332,6 +349,19 @@ def test_a_wrong_url_is_one_sentence(url: str, sentence: str) -> None:
         open_transport(url)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_no_unicode_is_one_sentence(url: str) -> None:
+    """And the connection goes on."""
+    with closing(streams(url)) as transport:
+        for call in (lambda: transport.declare("\ud800"), lambda: transport.depth("\ud800")):
+            with pytest.raises(ConfigError, match="not valid Unicode"):
+                call()
+        odd = Properties("m", headers={"idemp-\ud800": "\ud800"})
+        transport.declare("q")
+        publish(transport, [Publication(b"", odd, "", "q")])
+        transport.consume("q", 1)
+        assert take(transport, 1)[0].properties == odd
 
 
 def test_a_server_that_may_forget_is_refused() -> None:

@@ -260,7 +260,8 @@ class _Link:
         self._settled: dict[_Source, list[bytes]] = defaultdict(list)
         self._sent: list[Sent] = []
         self._behind: list[bytes] = []
-        self._look_at = self._renew_at = self._trim_at = 0.0
+        self._look_at = self._trim_at = 0.0
+        self._renew_at = float("inf")
         self._due = float("inf")
 
     # ---------------------------------------------------------------- life
@@ -326,6 +327,8 @@ class _Link:
                 return self._ask("EVAL", _SCRIPT, *words)
         except RedisError as error:
             raise self._lose(error) from None
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{error.object!r} is not valid Unicode") from None
 
     def _ask(self, command: str, script: str, *words: Any) -> Any:
         self._line.send_command(command, script, 1, self._at.prefix, *words)
@@ -345,10 +348,7 @@ class _Link:
             kind, kept = "shared", json.dumps([exchange, queue])
         elif exchange:
             kind, kept = "exchange", json.dumps([exchange, binding, queue])
-        try:
-            self._topology = _topology(self._call("declare", queue, kind, exchange, kept))
-        except UnicodeEncodeError:
-            raise ConfigError(f"queue {queue!r} or {exchange!r} is not valid Unicode") from None
+        self._topology = _topology(self._call("declare", queue, kind, exchange, kept))
 
     def look(self, queue: str) -> Waiting | None:
         """Behind what was acknowledged and sent."""
@@ -401,11 +401,12 @@ class _Link:
             if taken or self._sent or woken() or now >= until:
                 sent, self._sent = self._sent, []
                 return [*sent, *taken]
-            self._wait(min(until, self._due, self._renew_at) - now)
+            due = self._due if self._room() > 0 else until
+            self._wait(min(until, due, self._renew_at) - now)
 
     def _has_work(self) -> bool:
         now = self._clock.steady()
-        if self._settled or self.unsent or (self._queue and now >= self._renew_at):
+        if self._settled or self.unsent or now >= self._renew_at:
             return True
         return self._room() > 0 and now >= self._look_at
 
@@ -529,7 +530,7 @@ class _Link:
         fields = ["envelope", describe(publication), "body", publication.body]
         for name, value in publication.properties.headers.items():
             if str(name).startswith(_READABLE):  # for whoever looks with redis-cli
-                fields += [name, str(value).encode(errors="backslashreplace")]
+                fields += [str(word).encode(errors="backslashreplace") for word in (name, value)]
         delay = int(publication.delay * 1000 + 0.999)
         return [("queue", queue, delay, len(fields), *fields) for queue in sorted(queues)]
 
