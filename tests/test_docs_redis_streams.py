@@ -17,6 +17,7 @@ from idemp import Message, open_transport, publish
 from idemp.ports import Publication
 from tests.pair import ROOT, until
 from tests.servers import Redis
+from tests.test_docs import spaced
 
 TEXT = (ROOT / "docs" / "redis_streams.md").read_text()
 CONSUMER, READER = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
@@ -62,3 +63,10 @@ def test_the_reader(redis: Redis, tmp_path: Path) -> None:
         with start(READER + "\nreader.run()\n", url, tmp_path) as process:
             until(lambda: db.execute("SELECT id FROM entry ORDER BY id").fetchall() == [("1",), ("2",)])
             process.kill()
+
+
+def test_the_speeds_are_those_on_record() -> None:
+    """Median and ratio of each."""
+    rates = json.loads((ROOT / "bench/record/streams.json").read_text())["rates"]
+    for name, each in rates.items():
+        assert f"| {name} | {spaced(round(each['median']))} | {each['idemp is']:.2f} |" in TEXT

@@ -192,7 +192,7 @@ reader.run()
 
 def test_killed_again_and_again(place: Place) -> None:
     """R11: kill -9 in the middle of batches; each entry has one effect, and the order of none is lost."""
-    names = [f"{n:05}" for n in range(800)]
+    names = [f"{n:05}" for n in range(500)]
     place.add(*names)
     kills = 0
     with closing(opened(place)) as store:
