@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench import audit, decorator, growth, inbox, latency, picture, tracking
+from bench import audit, decorator, growth, inbox, latency, picture, streams, tracking
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
 
@@ -31,6 +31,7 @@ def main(context: click.Context) -> None:
         context.invoke(factors)
         context.invoke(decorators)
         context.invoke(latencies)
+        context.invoke(redis_streams)
 
 
 @main.command()
@@ -142,6 +143,15 @@ def tracked(
 ) -> None:
     """A consumer with tracking on and off; look-ups in a large event log."""
     _keep(file, tracking.measure(messages, rounds, events, seconds))
+
+
+@main.command("streams")
+@click.option("--messages", default=20_000, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "streams.json")
+def redis_streams(messages: int = 20_000, rounds: int = 3, file: Path = RECORD / "streams.json") -> None:
+    """Fresh messages over Redis Streams with the Redis store, beside a plain group reader."""
+    _keep(file, streams.measure(messages, rounds))
 
 
 @main.command()

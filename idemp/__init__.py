@@ -20,9 +20,10 @@ from idemp.eventlogs import open_event_log
 from idemp.message import Message
 from idemp.once import Context, context, idempotent, once
 from idemp.policy import Codec, Happened, NotHappened, Unknown
+from idemp.reader import Reader
 from idemp.relay import Relay
 from idemp.stores import open_store
-from idemp.transports import open_transport, publish
+from idemp.transports import open_log, open_transport, publish
 
 __all__ = [
     "BadMessage",
@@ -40,6 +41,7 @@ __all__ = [
     "Message",
     "NotHappened",
     "PermanentFailure",
+    "Reader",
     "Relay",
     "RetryLater",
     "SessionLost",
@@ -50,6 +52,7 @@ __all__ = [
     "idempotent",
     "once",
     "open_event_log",
+    "open_log",
     "open_store",
     "open_transport",
     "publish",

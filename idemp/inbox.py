@@ -68,18 +68,22 @@ class _Ended(NamedTuple):
     mark: Reply
 
 
-def transact(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
+Also = Callable[[Transaction, Sequence[Job], Sequence[Verdict]], None]
+
+
+def transact(store: Inbox, jobs: Sequence[Job], also: Also | None = None) -> list[Verdict]:
     """All of ``jobs`` in one transaction, in order, but for those that go alone; a verdict each, durable.
 
-    Each is tried alone if together they cannot be.  Raises `StoreUnavailable`: then calling again tells
-    what became of them.
+    Each is tried alone if together they cannot be.  ``also``: called at the end of each transaction, with
+    its jobs and their verdicts, for what is to commit with them.  Raises `StoreUnavailable`: then calling
+    again tells what became of them.
     """
     alone = _count(store, [job for job in jobs if job.again], crowd=len(jobs) > 1)
     apart = set(alone)
     together = [job for job in jobs if job not in apart]
-    verdicts = dict(zip((job.key for job in together), _together(store, together), strict=True))
+    verdicts = dict(zip((job.key for job in together), _together(store, together, also), strict=True))
     for job in alone:
-        verdicts[job.key] = transact(store, [job])[0]
+        verdicts[job.key] = transact(store, [job], also)[0]
     return [verdicts[job.key] for job in jobs]
 
 
@@ -108,12 +112,12 @@ def _count(store: Inbox, jobs: Sequence[Job], *, crowd: bool) -> list[Job]:
         return []  # it is not free, so it does not begin either
 
 
-def _together(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
+def _together(store: Inbox, jobs: Sequence[Job], also: Also | None) -> list[Verdict]:
     if not jobs:
         return []
     wait = jobs[0].wait if len(jobs) == 1 else HELD
     try:
-        return _transact(store, jobs, wait, None)
+        return _transact(store, jobs, wait, None, also)
     except KeyBusy:
         if len(jobs) == 1:
             return [Deferred()]
@@ -121,15 +125,17 @@ def _together(store: Inbox, jobs: Sequence[Job]) -> list[Verdict]:
         if not isinstance(error, PermanentFailure):
             raise
         if len(jobs) == 1:
-            return _transact(store, jobs, wait, error)
+            return _transact(store, jobs, wait, error, also)
     except Exception as error:
         # The commit was refused for what the handler had done, as by a constraint that is checked then.
         if len(jobs) == 1:
-            return _transact(store, jobs, wait, error)
-    return [verdict for job in jobs for verdict in _together(store, [job])]
+            return _transact(store, jobs, wait, error, also)
+    return [verdict for job in jobs for verdict in _together(store, [job], also)]
 
 
-def _transact(store: Inbox, jobs: Sequence[Job], wait: float, refused: Exception | None) -> list[Verdict]:
+def _transact(
+    store: Inbox, jobs: Sequence[Job], wait: float, refused: Exception | None, also: Also | None
+) -> list[Verdict]:
     before: list[_Ended] = []
 
     def work(transaction: Transaction) -> list[_Ended]:
@@ -137,6 +143,8 @@ def _transact(store: Inbox, jobs: Sequence[Job], wait: float, refused: Exception
         if before:
             ended = [_same(old, new) for old, new in zip(before, ended, strict=True)]
         before[:] = ended
+        if also is not None:
+            also(transaction, jobs, [each.verdict for each in ended])
         return ended
 
     return [ended.verdict for ended in store.transaction(work, wait)]

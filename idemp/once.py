@@ -31,7 +31,7 @@ from idemp.errors import (
     KeyParked,
     SessionLost,
 )
-from idemp.inbox import Job, transact
+from idemp.inbox import Also, Job, transact
 from idemp.message import Message, decode
 from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, is_async, make_policy
 from idemp.ports import (
@@ -317,7 +317,7 @@ def _transacted(function: Callable[..., Any], policy: Policy, key: str, args: An
         return verdict
 
 
-def transact_in(policy: Policy, jobs: Sequence[Job]) -> list[Verdict]:
+def transact_in(policy: Policy, jobs: Sequence[Job], also: Also | None = None) -> list[Verdict]:
     """See `idemp.inbox.transact`.  Raises `IdempError` inside of another one."""
     around = _running.get()
     if around is not None and around.connection is not None:
@@ -325,7 +325,7 @@ def transact_in(policy: Policy, jobs: Sequence[Job]) -> list[Verdict]:
             f"{policy.name} has a transaction of its own and cannot be called in that of {around.key};"
             " publish a message for it instead, or call it afterwards"
         )
-    return transact(cast(Inbox, policy.store), jobs)
+    return transact(cast(Inbox, policy.store), jobs, also)
 
 
 def run_in(policy: Policy, function: Callable[..., Any], current: Context, args: Any, kwargs: Any) -> Any:

@@ -567,6 +567,45 @@ class EventLog(Protocol):
         ...
 
 
+# ------------------------------------------------------------------ a log that is read by position
+
+
+class LogEntry(NamedTuple):
+    """One entry of a log.  ``position``: behind it the next one is read."""
+
+    position: str
+    body: bytes
+    properties: Properties
+
+
+class Log(Protocol):
+    """A log that is read from any place, as often as one likes, by whoever remembers where he stands.
+
+    Used by one thread.  Raises `TransportUnavailable` when its server does not answer; the next call
+    tries anew.  After `close` every call raises `Closed`.
+    """
+
+    def read(self, after: str, most: int, wait: float) -> list[LogEntry]:
+        """Up to ``most`` entries behind ``after`` ("": from the first), waiting ``wait`` seconds for one."""
+        ...
+
+    def behind(self, a: str, b: str) -> bool:
+        """Whether ``a`` is behind ``b``: that is, whether who stands at ``a`` has read more."""
+        ...
+
+    def end(self) -> str:
+        """The position of the newest entry; "" while there is none."""
+        ...
+
+    def tell(self, reader: str, position: str) -> None:
+        """Let whoever trims the log know up to where ``reader`` has read."""
+        ...
+
+    def close(self) -> None:
+        """Let go."""
+        ...
+
+
 # ------------------------------------------------------------------ meter and clock
 
 

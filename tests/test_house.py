@@ -33,6 +33,7 @@ FLOORS = {
         "idemp.once",
         "idemp.pipeline",
         "idemp.consumer",
+        "idemp.reader",
         "idemp.resolve",
         "idemp.deeds",
         "idemp.dead",
@@ -46,11 +47,12 @@ FLOORS = {
         "idemp.metrics",
         "idemp.graphite",
         "idemp.rates",
+        "idemp.redis_server",
         "idemp.audit.document",
         "idemp.audit.state",
         "idemp.audit.tallies",
     ],
-    "faces": ["idemp.cli", "idemp.__main__", "svc", "example1"],
+    "faces": ["idemp.cli", "idemp.__main__", "svc", "example1", "example2"],
 }
 BELOW = {
     "words": {"words"},
@@ -59,7 +61,16 @@ BELOW = {
     "adapters": {"words", "ports", "adapters"},
     "faces": {"words", "ports", "heart", "adapters", "faces"},
 }
-BESIDE = {("idemp.rates", "idemp.graphite"), ("idemp.eventlogs", "idemp.transports")}
+BESIDE = {
+    ("idemp.eventlogs", "idemp.transports"),
+    ("idemp.rates", "idemp.graphite"),
+    ("idemp.stores", "idemp.redis_server"),
+    ("idemp.stores.redis", "idemp.redis_server"),
+    ("idemp.stores.redis_doctor", "idemp.redis_server"),
+    ("idemp.transports", "idemp.redis_server"),
+    ("idemp.transports.redis_streams", "idemp.redis_server"),
+    ("idemp.transports.redis_log", "idemp.redis_server"),
+}
 """Adapters that are of one technology, in two rooms; an event log that is a queue."""
 DRIVERS = {
     "pika",
@@ -78,7 +89,7 @@ DRIVERS = {
 
 def modules() -> dict[str, Path]:
     """Every module of the product."""
-    files = [file for top in ("idemp", "svc", "example1") for file in (ROOT / top).rglob("*.py")]
+    files = [file for top in ("idemp", "svc", "example1", "example2") for file in (ROOT / top).rglob("*.py")]
     return {module_name(file): file for file in files}
 
 
@@ -155,6 +166,9 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.redis": {"redis"},
         "idemp.stores.redis_doctor": {"redis"},
         "idemp.stores.postgresql_doctor": {"psycopg"},
+        "idemp.transports.redis_streams": {"redis"},
+        "idemp.transports.redis_log": {"redis"},
+        "idemp.redis_server": {"redis"},
         "idemp.metrics": {"statsd", "prometheus_client"},
         "idemp.audit.state": {"sqlite3"},
         "idemp.audit.tallies": {"sqlite3"},
@@ -208,6 +222,7 @@ print(threading.active_count())
         ('open_store("etcd://localhost/x")', "etcd"),
         ('open_store("postgresql://localhost/x")', "postgresql"),
         ('open_store("redis://localhost/0")', "redis"),
+        ('open_transport("redis://localhost/0")', "redis"),
     ],
 )
 def test_a_missing_extra_is_one_sentence(open_it: str, extra: str) -> None:

@@ -29,9 +29,9 @@ class Typed(NamedTuple):
     seen: str
 
 
-def typed() -> list[Typed]:
+def typed(section: str = SECTION) -> list[Typed]:
     """The lines of the console: ``$`` and ``>`` begin what a person types."""
-    lines = "".join(re.findall(r"^```console\n(.*?)^```", SECTION, re.M | re.S))
+    lines = "".join(re.findall(r"^```console\n(.*?)^```", section, re.M | re.S))
     steps = re.findall(r"^\$ (.*\n(?:>.*\n)*)((?:[^$>].*\n)*)", lines, re.M)
     return [Typed(re.sub(r"^> ", "", command, flags=re.M), seen.rstrip("\n")) for command, seen in steps]
 

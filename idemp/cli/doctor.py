@@ -121,6 +121,8 @@ def _broker(
 
         open_transport(url)
         return of_sqlite(sqlite_path(parts)).findings
+    if parts.scheme in ("redis", "rediss"):
+        return _redis_streams(url, services)
     if parts.scheme not in ("amqp", "amqps"):
         raise ConfigError(f"nothing is known here of how a {hidden(url)} should be")
     if not services:
@@ -131,6 +133,19 @@ def _broker(
     with closing(RabbitMQTransport(url)) as transport:
         transport.connect()
         return of_rabbitmq(transport, url, management, services, retention, CLOCK)
+
+
+def _redis_streams(url: str, services: tuple[str, ...]) -> list[Finding]:
+    if not services:
+        raise ConfigError("say whose queues to look at: --service orders (SERVICE_NAME)")
+    transport = open_transport(url)
+    from idemp.transports.redis_doctor import examine as of_redis
+    from idemp.transports.redis_streams import RedisStreamsTransport
+
+    assert isinstance(transport, RedisStreamsTransport)
+    with closing(transport):
+        transport.connect()
+        return of_redis(transport, services)
 
 
 def horizon(retention: float, *, amqp: bool) -> list[Finding]:

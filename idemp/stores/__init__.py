@@ -148,8 +148,8 @@ def postgresql_of(url: str) -> Any:
 
 
 def redis_of(url: str) -> Any:
-    """The namespace that ``url`` names: a `Server` of redis.py."""
-    from idemp.stores.redis import server
+    """The namespace that ``url`` names: a `Server` of redis_server.py."""
+    from idemp.redis_server import server
 
     parts = split(url)
     found = options(parts, {**_OPTIONS, **_REDIS})

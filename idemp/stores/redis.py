@@ -4,8 +4,6 @@ A key is one value: open ones stay, done ones expire by themselves after the ret
 key that expires, too; its value is the number of its last batch and what that answered.  So a batch
 whose reply was lost is sent again and answered, not done twice; and a server that names an earlier
 batch than it had confirmed has forgotten something.
-
-What was confirmed must be on the disk: a server that may forget it is refused, unless it is said that it may.
 """
 
 from __future__ import annotations
@@ -16,11 +14,10 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, unquote
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, StoreUnavailable
 from idemp.laws import Entry, undoing, view
@@ -42,20 +39,14 @@ from idemp.ports import (
     State,
     Takeover,
 )
-from idemp.settings import switch
+from idemp.redis_server import Server, check, explain
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 
 try:
     import redis
     from redis.backoff import NoBackoff
-    from redis.exceptions import (
-        AuthenticationError,
-        NoPermissionError,
-        NoScriptError,
-        RedisError,
-        ResponseError,
-    )
+    from redis.exceptions import NoScriptError, RedisError
     from redis.retry import Retry
 except ImportError:
     raise MissingExtra("redis://", "redis") from None
@@ -70,45 +61,6 @@ _POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications 
 _PAGE = 1000
 _SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 _NAME = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
-
-
-class Server(NamedTuple):
-    """A namespace in a Redis.
-
-    options: for the driver.  shown: its URL without login and options.  unsafe: whether it may forget
-    what it confirmed.
-    """
-
-    options: Mapping[str, Any]
-    shown: str
-    namespace: str
-    unsafe: bool = False
-
-    @property
-    def prefix(self) -> str:
-        """Of every key; the braces keep them on one node of a cluster."""
-        return f"idemp:{{{self.namespace}}}:"
-
-
-def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Server:
-    """What a URL's parts and options name.  Raises `ConfigError`."""
-    database = parts.path.strip("/") or "0"
-    if not database.isdecimal():
-        raise ConfigError(
-            f"redis:// has a database's number behind the host, not {database!r}; write it like /0"
-        )
-    options: dict[str, Any] = {
-        "host": parts.hostname or "localhost",
-        "port": parts.port or 6379,
-        "db": int(database),
-        "username": unquote(parts.username) if parts.username else None,
-        "password": unquote(parts.password) if parts.password else None,
-    }
-    if parts.scheme == "rediss":
-        files = {"ca": "ssl_ca_certs", "cert": "ssl_certfile", "key": "ssl_keyfile"}
-        options |= {"ssl": True, **{name: found.get(option) for option, name in files.items()}}
-    shown = f"{parts.scheme}://{options['host']}:{options['port']}/{database}"
-    return Server(options, shown, namespace, switch(found.get("unsafe_durability", "")))
 
 
 class RedisStore(SessionStore):
@@ -287,7 +239,7 @@ class _Session(Confirmed):
                 self._epoch, self._confirmed = restarted.epoch, -self._ttl
                 continue
             except RedisError as error:
-                failed = explain(self._at, error)
+                failed = explain(self._at, error, StoreUnavailable)
             if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
                 raise failed
             log.debug("%s", failed)
@@ -405,7 +357,7 @@ class _Session(Confirmed):
         except _Restarted:
             return False
         except RedisError as error:
-            raise explain(self._at, error) from None
+            raise explain(self._at, error, StoreUnavailable) from None
 
     def close(self) -> None:
         """End the session and let go of the server."""
@@ -474,7 +426,7 @@ class _Session(Confirmed):
         except _Restarted:
             self.group.apply([])
         except RedisError as error:
-            if isinstance(failed := explain(self._at, error), ConfigError):
+            if isinstance(failed := explain(self._at, error, StoreUnavailable), ConfigError):
                 raise failed from None
             self.group.apply([])  # returns when the server is there again, or raises
         try:
@@ -511,68 +463,12 @@ class _Session(Confirmed):
                 self._ended.wait(1.0)
 
 
-# ------------------------------------------------------------------ what the server must be
-
-
-def check(connection: Any, at: Server) -> str:
-    """What tells one run of a server from another.  Raises `ConfigError` if it cannot keep the promise."""
-    about = {**_info(connection, "server"), **_info(connection, "replication")}
-    version = about.get("redis_version", "0")
-    if int(version.partition(".")[0]) < 7:
-        raise ConfigError(f"{at.shown} is Redis {version}; this store needs 7 or newer")
-    if about.get("role") != "master":
-        raise ConfigError(f"{at.shown} is a read-only replica; name its master")
-    if not at.unsafe:
-        _check_durable(connection, at)
-    return f"{about.get('run_id')}/{about.get('master_replid')}"
-
-
 def exists(at: Server) -> bool:
     """Whether the namespace was ever used.  Makes nothing."""
     client: Any = redis.Redis(**at.options, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
     try:
         return bool(client.exists(f"{at.prefix}retention"))
     except RedisError as error:
-        raise explain(at, error) from None
+        raise explain(at, error, StoreUnavailable) from None
     finally:
         client.close()
-
-
-def _info(connection: Any, section: str) -> dict[str, str]:
-    connection.send_command("INFO", section)
-    lines = connection.read_response().decode().splitlines()
-    return dict(line.split(":", 1) for line in lines if ":" in line)
-
-
-def _check_durable(connection: Any, at: Server) -> None:
-    try:
-        connection.send_command("CONFIG", "GET", "appendonly", "appendfsync", "maxmemory-policy")
-        flat = [word.decode() for word in connection.read_response()]
-    except ResponseError as error:
-        if isinstance(error, AuthenticationError):
-            raise
-        raise ConfigError(
-            f"{at.shown} does not let this user see its settings ({error}); allow it CONFIG GET, or say"
-            " unsafe_durability=true in the URL if you know that it has appendfsync always and noeviction,"
-            " or that it may forget"
-        ) from None
-    found = dict(zip(flat[::2], flat[1::2], strict=True))
-    safe = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
-    wrong = {name: found.get(name, "nothing") for name, value in safe.items() if found.get(name) != value}
-    if wrong:
-        has = ", ".join(f"{name} {value}" for name, value in wrong.items())
-        want = ", ".join(f"{name} {safe[name]}" for name in wrong)
-        raise ConfigError(
-            f"{at.shown} may forget what it confirmed: it has {has}; set {want}, or say"
-            " unsafe_durability=true in the URL if that may happen"
-        )
-
-
-def explain(at: Server, error: RedisError) -> Exception:
-    """What the caller is told of an error that repeating does not mend, or has not mended in time."""
-    said = " ".join(str(error).split())
-    if isinstance(error, AuthenticationError | NoPermissionError) or said.startswith(("NOAUTH", "WRONGPASS")):
-        return ConfigError(f"{at.shown} refuses: {said}; check the user, the password and its rights")
-    if "DB index is out of range" in said:
-        return ConfigError(f"{at.shown}: {said}; name a database that the server has")
-    return StoreUnavailable(f"{at.shown}: {said}")

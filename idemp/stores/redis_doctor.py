@@ -9,9 +9,11 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError, ResponseError
 
+from idemp.errors import StoreUnavailable
 from idemp.findings import Finding, Looked
 from idemp.ports import Clock
-from idemp.stores.redis import TIMEOUT, Server, explain
+from idemp.redis_server import Server, explain
+from idemp.stores.redis import TIMEOUT
 
 SKEW = 5.0
 """Seconds between two clocks that are worth a word."""
@@ -30,7 +32,7 @@ def examine(at: Server, clock: Clock) -> Looked:
             seconds, fraction = client.time()
             found += _clock(at, clock.wall() - (seconds + fraction / 1e6))
     except RedisError as error:
-        raise explain(at, error) from None
+        raise explain(at, error, StoreUnavailable) from None
     if kept is None:
         fix = "name the namespace of the service's IDEMP_STORE, or start the service once"
         what = f"there is no namespace {at.namespace!r}"

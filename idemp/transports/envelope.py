@@ -22,21 +22,31 @@ _TAG = "$"
 
 def pack(publication: Publication) -> bytes:
     """The blob.  Raises `TypeError` or `ValueError` for a header that cannot be kept."""
-    properties = publication.properties
-    fields = [publication.exchange, publication.routing_key, *astuple(properties)[:6]]
-    if properties.headers:
-        fields.append(_tagged(properties.headers))
-    envelope = json.dumps(fields, separators=(",", ":")).encode()
+    envelope = describe(publication)
     return b"".join((len(envelope).to_bytes(4, "big"), envelope, publication.body))
 
 
 def unpack(blob: bytes) -> tuple[bytes, Properties, str, str]:
     """Body, properties, exchange and routing key."""
     end = 4 + int.from_bytes(blob[:4], "big")
-    exchange, key, *given = json.loads(blob[4:end])
+    return blob[end:], *read(blob[4:end])
+
+
+def describe(publication: Publication) -> bytes:
+    """The envelope alone.  Raises as `pack` does."""
+    properties = publication.properties
+    fields = [publication.exchange, publication.routing_key, *astuple(properties)[:6]]
+    if properties.headers:
+        fields.append(_tagged(properties.headers))
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def read(envelope: bytes) -> tuple[Properties, str, str]:
+    """Properties, exchange and routing key.  Raises `ValueError` for what `describe` never wrote."""
+    exchange, key, *given = json.loads(envelope)
     if len(given) == 7:
         given[6] = _untagged(given[6])
-    return blob[end:], Properties(*given), exchange, key
+    return Properties(*given), exchange, key
 
 
 def _tagged(value: Any) -> Any:

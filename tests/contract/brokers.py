@@ -50,15 +50,23 @@ def rabbitmq(request: pytest.FixtureRequest, folder: Path) -> Broker:
     return Broker(FEATURES["rabbitmq"], url, "amqp://127.0.0.1:1/")
 
 
+def redis_streams(request: pytest.FixtureRequest, folder: Path) -> Broker:
+    """The server that the run shares; a consumer that is killed is missed soon."""
+    url = request.getfixturevalue("redis").url
+    return Broker(FEATURES["redis_streams"], f"{url}?idle=5s", "redis://127.0.0.1:1/0")
+
+
 FEATURES = {
     "memory": Features(shared=False, server=False),
     "sqlite": Features(shared=True, server=False),
     "rabbitmq": Features(shared=True, server=True),
+    "redis_streams": Features(shared=True, server=True),
 }
 BROKERS: dict[str, Callable[[pytest.FixtureRequest, Path], Broker]] = {
     "memory": memory,
     "sqlite": sqlite,
     "rabbitmq": rabbitmq,
+    "redis_streams": redis_streams,
 }
-OWN_SERVERS = {"rabbitmq": "own_rabbitmq"}
+OWN_SERVERS = {"rabbitmq": "own_rabbitmq", "redis_streams": "own_redis"}
 """The fixture that gives a server which a test may kill."""

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple, Self
 
 from idemp import Message, open_store, open_transport, publish
 from idemp.ports import Delivery, Done, Parked, Publication, State
+from idemp.transports.redis_streams import RedisStreamsTransport
 from tests.proxy import Proxy
 from tests.reliability import judge
 from tests.reliability.checker import Dead, Kept, Limits, check
@@ -89,7 +90,7 @@ STEPS = (
 )
 ACTIONS = ("kill", "stop", "raise", "cut")
 STORES = ("sqlite", "etcd", "postgresql", "redis")
-BROKERS = ("rabbitmq", "sqlite")
+BROKERS = ("rabbitmq", "sqlite", "redis_streams")
 
 OF_STORE = ("claim", "takeover", "mark", "release", "park")
 OF_BROKER = ("deliver", "ack", "retry", "dlq")
@@ -164,8 +165,19 @@ FEW = (
 """With PostgreSQL and Redis the suite runs these; the command runs all."""
 
 
+STREAMS = (
+    *((step, "kill") for step in ("deliver.after", "effect.mid", "mark.after", "ack.before", "ack.after")),
+    *((step, "kill") for step in ("retry.after_publish", "dlq.publish", "dlq.after_publish")),
+    *((step, "stop") for step in ("deliver.after", "effect.mid", "ack.before")),
+    *((step, "cut") for step in ("ack.sent", "retry.publish", "dlq.publish")),
+)
+"""With Redis Streams the suite runs these."""
+
+
 def in_suite(cell: Cell) -> bool:
     """Whether the cell is a test."""
+    if cell.broker == "redis_streams":
+        return cell.store == "redis" and cell.in_doubt == "retry" and (cell.step, cell.action) in STREAMS
     if cell.store in ("sqlite", "etcd"):
         return True
     return cell.broker == "rabbitmq" and cell.in_doubt == "retry" and (cell.step, cell.action) in FEW
@@ -209,6 +221,10 @@ class Servers:
     def port(self, store: str) -> int:
         """Where that store's server is; 0 if it has none."""
         return int(getattr(self, store, 0))
+
+    def broker(self, name: str) -> int:
+        """Where that broker is."""
+        return self.redis if name == "redis_streams" else self.amqp
 
 
 @contextmanager
@@ -282,7 +298,7 @@ class Run:
         self.folder.mkdir()
         self.shared, self.broker, self.kind = shared, broker, store
         self.store = self.store_at(shared.port(store))
-        self.transport = self.transport_at(shared.amqp)
+        self.transport = self.transport_at(shared.broker(broker))
         self.in_doubt, self.attempts = in_doubt, attempts
         self.published: Counter[str] = Counter()
         self.args: dict[str, Mapping[str, object]] = {}
@@ -306,6 +322,8 @@ class Run:
         """Its URL, by way of a proxy at ``port``."""
         if self.broker == "sqlite":
             return f"sqlite:///{self.folder}/queues.db?visibility=2s"
+        if self.broker == "redis_streams":
+            return f"redis://127.0.0.1:{port}/0?namespace={self.service}&idle=2s"
         return f"amqp://guest:guest@127.0.0.1:{port}/"
 
     def __enter__(self) -> Self:
@@ -448,6 +466,10 @@ class Run:
                 )
                 return int(db.execute(counts.format(named), (self.queue,)).fetchone()[0])
         with closing(open_transport(self.transport)) as transport:
+            if isinstance(transport, RedisStreamsTransport):
+                waiting = transport.look(self.queue)
+                assert waiting is not None
+                return waiting.ready + waiting.delayed
             queues = [self.queue]
             if any(line["f"] == "retry" for line in self.tail.look()):
                 queues += [f"{self.queue}.delay.{seconds}" for seconds in (1, 2, 4)]
@@ -632,7 +654,7 @@ def _process_state(pid: int) -> str:
 def _cut(run: Run, cell: Cell) -> None:
     """The request at this step reaches the server, and its reply is lost with the connection."""
     to_store = cell.word in OF_STORE
-    with Proxy(run.shared.port(cell.store) if to_store else run.shared.amqp) as proxy:
+    with Proxy(run.shared.port(cell.store) if to_store else run.shared.broker(cell.broker)) as proxy:
         # The smallest request of a batch is bigger than the pings, keepalives and heartbeats of its store.
         least = {"postgresql": 600}.get(cell.store, 200)
         port = proxy.trigger(least=least if to_store else 1)

@@ -1,0 +1,110 @@
+"""A Redis server, for the store and for the transport: what a URL names, and what the server must be.
+
+What was confirmed must be on the disk: a server that may forget it is refused, unless it is said that it may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, unquote
+
+from idemp.errors import ConfigError, IdempError, MissingExtra, Unavailable
+from idemp.settings import switch
+
+try:
+    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+except ImportError:
+    raise MissingExtra("redis://", "redis") from None
+
+
+class Server(NamedTuple):
+    """A namespace in a Redis.
+
+    options: for the driver.  shown: its URL without login and options.  unsafe: whether it may forget
+    what it confirmed.
+    """
+
+    options: Mapping[str, Any]
+    shown: str
+    namespace: str
+    unsafe: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """Of every key; the braces keep them on one node of a cluster."""
+        return f"idemp:{{{self.namespace}}}:"
+
+
+def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Server:
+    """What a URL's parts and options name.  Raises `ConfigError`."""
+    database = parts.path.strip("/") or "0"
+    if not database.isdecimal():
+        raise ConfigError(
+            f"redis:// has a database's number behind the host, not {database!r}; write it like /0"
+        )
+    options: dict[str, Any] = {
+        "host": parts.hostname or "localhost",
+        "port": parts.port or 6379,
+        "db": int(database),
+        "username": unquote(parts.username) if parts.username else None,
+        "password": unquote(parts.password) if parts.password else None,
+    }
+    if parts.scheme == "rediss":
+        files = {"ca": "ssl_ca_certs", "cert": "ssl_certfile", "key": "ssl_keyfile"}
+        options |= {"ssl": True, **{name: found.get(option) for option, name in files.items()}}
+    shown = f"{parts.scheme}://{options['host']}:{options['port']}/{database}"
+    return Server(options, shown, namespace, switch(found.get("unsafe_durability", "")))
+
+
+def check(connection: Any, at: Server) -> str:
+    """What tells one run of a server from another.  Raises `ConfigError` if it cannot keep the promise."""
+    about = {**_info(connection, "server"), **_info(connection, "replication")}
+    version = about.get("redis_version", "0")
+    if int(version.partition(".")[0]) < 7:
+        raise ConfigError(f"{at.shown} is Redis {version}; idemp needs 7 or newer")
+    if about.get("role") != "master":
+        raise ConfigError(f"{at.shown} is a read-only replica; name its master")
+    if not at.unsafe:
+        _check_durable(connection, at)
+    return f"{about.get('run_id')}/{about.get('master_replid')}"
+
+
+def _info(connection: Any, section: str) -> dict[str, str]:
+    connection.send_command("INFO", section)
+    lines = connection.read_response().decode().splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
+def _check_durable(connection: Any, at: Server) -> None:
+    try:
+        connection.send_command("CONFIG", "GET", "appendonly", "appendfsync", "maxmemory-policy")
+        flat = [word.decode() for word in connection.read_response()]
+    except ResponseError as error:
+        if isinstance(error, AuthenticationError):
+            raise
+        raise ConfigError(
+            f"{at.shown} does not let this user see its settings ({error}); allow it CONFIG GET, or say"
+            " unsafe_durability=true in the URL if you know that it has appendfsync always and noeviction,"
+            " or that it may forget"
+        ) from None
+    found = dict(zip(flat[::2], flat[1::2], strict=True))
+    safe = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+    wrong = {name: found.get(name, "nothing") for name, value in safe.items() if found.get(name) != value}
+    if wrong:
+        has = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        want = ", ".join(f"{name} {safe[name]}" for name in wrong)
+        raise ConfigError(
+            f"{at.shown} may forget what it confirmed: it has {has}; set {want}, or say"
+            " unsafe_durability=true in the URL if that may happen"
+        )
+
+
+def explain(at: Server, error: RedisError, unavailable: type[Unavailable]) -> IdempError:
+    """What the caller is told of an error that repeating does not mend, or has not mended in time."""
+    said = " ".join(str(error).split())
+    if isinstance(error, AuthenticationError | NoPermissionError) or said.startswith(("NOAUTH", "WRONGPASS")):
+        return ConfigError(f"{at.shown} refuses: {said}; check the user, the password and its rights")
+    if "DB index is out of range" in said:
+        return ConfigError(f"{at.shown}: {said}; name a database that the server has")
+    return unavailable(f"{at.shown}: {said}")
