@@ -19,6 +19,7 @@ import pytest
 
 from idemp import open_store, open_transport
 from idemp.ports import Abandon, Claim, Claimed, Complete, Done, Free, Get, Park, Release, Store
+from idemp.stores import namespace_of
 from tests.service import PATIENCE, Stand, environment, finished, stand
 
 Run = subprocess.CompletedProcess[str]
@@ -303,7 +304,7 @@ def test_ls_narrows_and_pages(kept: tuple[str, Store]) -> None:
     ]
     assert [each["key"] for each in printed(idemp("ls", "--state", "doubt", "--json", *store))] == ["b/doubt"]
     first = idemp("ls", "--limit", "6", *store)
-    assert first.stderr == "showing 6 of 7; continue with --after b/parked\n"
+    assert first.stderr == f"showing 6 of 7 in {namespace_of(kept[0])}; continue with --after b/parked\n"
     rest = idemp("ls", "--limit", "6", "--after", "b/parked", *store)
     assert (rest.stdout.count("\n"), rest.stderr) == (1, "")
     assert idemp("ls", "--limit", "7", *store).stderr == ""
@@ -324,7 +325,8 @@ def test_ls_finds_few_among_many(tmp_path: Path) -> None:
     assert [each["key"] for each in found] == ["k/00000", "k/01250"]
     more = idemp("ls", "--limit", "2000", "--store", url)
     assert more.stdout.count("\n") == 2000
-    assert more.stderr == "showing 2000 of 2500; continue with --after k/01999\n"
+    assert more.stderr == f"showing 2000 of 2500 in {tmp_path}/seen.db; continue with --after k/01999\n"
+    assert {each["namespace"] for each in found} == {f"{tmp_path}/seen.db"}
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.resolve import NothingToResolve, forget, mark_done, set_all_free, set_free
+from idemp.stores import namespace_of
 from tests.contract.backends import BACKENDS, SHARED, Backend
 from tests.service import PATIENCE, environment, finished, until
 
@@ -157,11 +158,21 @@ def desk(
 def test_ls_tells_how_many_there_are(desk: Desk) -> None:
     """A page, and how to go on; the states are those of the store."""
     first = desk("ls", "--limit", "2")
-    assert first.err == "showing 2 of 5; continue with --after a/raw\n"
+    where = namespace_of(desk.url)
+    assert first.err == f"showing 2 of 5 in {where}; continue with --after a/raw\n"
     assert [line.split()[0] for line in first.out.splitlines()] == ["done", "done"]
     rest = desk("ls", "--after", "a/raw", "--json").printed()
     assert [each["state"] for each in rest] == ["busy", "doubt", "parked"]
-    assert desk("ls", "--state", "done", "--limit", "1").err.startswith("showing 1 of 2;")
+    assert desk("ls", "--state", "done", "--limit", "1").err.startswith(f"showing 1 of 2 in {where};")
+
+
+def test_what_a_namespace_is_called() -> None:
+    """A file, or a name on a server."""
+    assert namespace_of("sqlite:////var/seen.db?retention=1h") == "/var/seen.db"
+    assert namespace_of("etcd://a,b/orders") == "orders"
+    assert namespace_of("postgresql://me:secret@host/db?namespace=orders") == "orders"
+    assert namespace_of("redis://host/3") == "default"
+    assert namespace_of("memory://") == "memory"
 
 
 def test_ls_by_age(desk: Desk) -> None:

@@ -16,6 +16,7 @@ from idemp.cli import options
 from idemp.cli.options import Duration, escaped, json_option, store_at, store_option
 from idemp.deeds import DEEDS, WORDS, described
 from idemp.ports import Doubt, Free, Get, Inbox, Parked, State, Store
+from idemp.stores import namespace_of
 
 PAGE = 20_000
 """Keys that are asked for at a time, where all are wanted."""
@@ -79,7 +80,7 @@ def ls(
     """
     wanted = frozenset(kind for kind, word in WORDS.items() if state in (None, word))
     with store_at(store) as opened:
-        _list(opened, Filter(prefix, wanted, older_than), after, limit, as_json)
+        _list(opened, Filter(prefix, wanted, older_than), after, limit, as_json, namespace_of(store))
 
 
 @click.command()
@@ -93,7 +94,14 @@ def doubt(prefix: str, older_than: float | None, after: str, limit: int, store: 
     In doubt: a claim whose session died.  Parked: set aside, with the reason.
     """
     with store_at(store) as opened:
-        _list(opened, Filter(prefix, frozenset({Doubt, Parked}), older_than), after, limit, as_json)
+        _list(
+            opened,
+            Filter(prefix, frozenset({Doubt, Parked}), older_than),
+            after,
+            limit,
+            as_json,
+            namespace_of(store),
+        )
 
 
 @click.command()
@@ -156,21 +164,22 @@ def stats(store: str, as_json: bool) -> None:
 # ------------------------------------------------------------------ a list
 
 
-def _list(store: Store, wanted: Filter, after: str, limit: int, as_json: bool) -> None:
-    """A page, and behind it how much there is."""
+def _list(store: Store, wanted: Filter, after: str, limit: int, as_json: bool, namespace: str) -> None:
+    """A page, and behind it how much there is in the namespace."""
     now = time.time()
     last, shown, all_of_them = "", 0, 0
     # The page first, so that it stands there while the rest is counted.
     for key, state in wanted.found(store, after, max(limit + 1, 1000)):
         all_of_them += 1
         if shown < limit:
-            click.echo(json.dumps(described(key, state)) if as_json else _line(key, state, now))
+            known = {"namespace": namespace, **described(key, state)}
+            click.echo(json.dumps(known) if as_json else _line(key, state, now))
             last, shown = key, shown + 1
         else:
             break
     if all_of_them > shown:
-        number = _number(wanted, store, after)
-        more = f"showing {shown} of {number}; continue with --after {shlex.quote(escaped(last))}"
+        there = f"{_number(wanted, store, after)} in {escaped(namespace)}"
+        more = f"showing {shown} of {there}; continue with --after {shlex.quote(escaped(last))}"
         click.echo(more, err=True)
 
 

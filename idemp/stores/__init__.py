@@ -138,6 +138,19 @@ def _missing_namespace(url: str, scheme: str) -> str | None:
     return None
 
 
+def namespace_of(url: str) -> str:
+    """What a store at ``url`` calls the place where its keys are: a file, or a name on a server."""
+    parts = split(url)
+    match parts.scheme:
+        case "sqlite":
+            return sqlite_path(parts)
+        case "etcd":
+            return etcd_of(url)[2]
+        case "postgresql" | "postgres" | "redis" | "rediss":
+            return _namespace(options(parts, {**_OPTIONS, **_OF[parts.scheme]}))
+    return parts.scheme
+
+
 def postgresql_of(url: str) -> Any:
     """The namespace that ``url`` names: a `Place` of postgresql_line.py."""
     from idemp.stores.postgresql import place
