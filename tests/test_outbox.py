@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import psycopg
@@ -35,6 +36,7 @@ from idemp import (
 )
 from idemp.errors import TransportUnavailable
 from idemp.ports import Delivery, Done, Get, Inbox, Parked, Publication, Sent
+from tests.servers import PostgreSQL, RabbitMQ
 from tests.servers.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -467,49 +469,72 @@ consumer.run(ready=lambda: print("ready", flush=True))
 """
 
 
-@contextmanager
-def service(name: str, following: str, url: str, broker: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", _SERVICE, name, following, url, broker]
-    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield process
-        process.kill()
+def chain_under_kills(urls: Mapping[str, str], broker: str, seconds: float) -> tuple[list[str], int]:
+    """Three services, each on its database; every second one of them, by chance, is killed and started again.
 
+    Orders come all the while, a fifth of them again later.  The orders, and how many kills there were.
+    """
+    names, dice = list(urls), random.Random(3)
+    following = dict(zip(names, [*names[1:], ""], strict=True))
+    orders: list[str] = []
+    kills = 0
 
-def test_a_chain_of_three_services_with_kill_9(new_database: Callable[[str], str], tmp_path: Path) -> None:
-    """A, B and C are killed in turn, wherever it strikes: each ledger has every order exactly once."""
-    broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
-    chain = {"a": "b", "b": "c", "c": ""}
-    urls = {name: new_database(name) for name in chain}
-    with closing(open_transport(broker)) as transport:
-        for name in chain:
+    def start(stack: ExitStack, name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", _SERVICE, name, following[name], urls[name], broker]
+        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        return process
+
+    with ExitStack() as stack:
+        transport = stack.enter_context(closing(open_transport(broker)))
+        for name in names:
             sql(urls[name], "CREATE TABLE ledger (id TEXT)")
             transport.declare(f"{name}-queue", name)
-        orders = [f"{n:04}" for n in range(600)]
-        messages = [Message(each, "order", {"order": each}) for each in orders]
-        publish(transport, [Publication(m.encode(), m.properties(), "a", "order") for m in messages])
+        running = {name: start(stack, name) for name in names}
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            fresh = [f"{len(orders) + n:05}" for n in range(100)]
+            orders += fresh
+            messages = [
+                Message(each, "order", {"order": each}) for each in [*fresh, *dice.sample(orders, 20)]
+            ]
+            publish(transport, [Publication(m.encode(), m.properties(), names[0], "order") for m in messages])
+            time.sleep(0.5 + dice.random() / 2)
+            victim = dice.choice(names)
+            running[victim].kill()
+            running[victim] = start(stack, victim)
+            kills += 1
+        until(lambda: int(sql(urls[names[-1]], "SELECT count(*) FROM ledger")[0][0]) >= len(orders), 120)
+        until(lambda: not any(transport.depth(f"{name}-queue") for name in names))
+    return orders, kills
 
-    def count(name: str) -> int:
-        return int(sql(urls[name], "SELECT count(*) FROM ledger")[0][0])
 
-    def run(name: str) -> Any:
-        return service(name, chain[name], urls[name], broker)
+def test_a_chain_of_three_services_with_kill_9(
+    new_database: Callable[[str], str], amqp_url: str, unique: str
+) -> None:
+    """Each ledger has every order exactly once.  `python -m tests.test_outbox 60` does it for longer."""
+    urls = {f"{unique}-{name}": new_database(name) for name in "abc"}
+    orders, kills = chain_under_kills(urls, amqp_url, 10.0)
+    assert kills >= 5
+    for name, url in urls.items():
+        assert sorted(row[0] for row in sql(url, "SELECT id FROM ledger")) == orders, name
 
-    dice = random.Random(3)
-    for _ in range(4):
-        for victim in chain:
-            others = [name for name in chain if name != victim]
-            with run(victim) as dying, run(others[0]), run(others[1]):
-                before = count(victim)
-                if before < len(orders):
-                    until(lambda victim=victim, before=before: count(victim) > before)  # type: ignore[misc]
-                time.sleep(dice.random() / 10)
-                dying.send_signal(signal.SIGKILL)
-    with run("a"), run("b"), run("c"):
-        until(lambda: count("c") >= len(orders), 120)
-    for name in chain:
-        assert sorted(row[0] for row in sql(urls[name], "SELECT id FROM ledger")) == orders, name
+
+def _by_hand(seconds: float) -> None:
+    """The same on both databases."""
+    with PostgreSQL() as server, RabbitMQ() as broker, TemporaryDirectory() as folder:
+        for kind in ("postgresql", "sqlite"):
+            urls = {
+                f"{kind}-{name}": server.database()
+                if kind == "postgresql"
+                else f"sqlite:///{folder}/{name}.db"
+                for name in "abc"
+            }
+            orders, kills = chain_under_kills(urls, broker.url, seconds)
+            kept = [sorted(row[0] for row in sql(url, "SELECT id FROM ledger")) for url in urls.values()]
+            verdict = "each exactly once in all three" if kept == [orders] * 3 else "NOT each exactly once"
+            print(f"{kind}: {len(orders)} orders, {kills} kills in {seconds:g} s: {verdict}")
 
 
 # ------------------------------------------------------------------ the same without transactions
@@ -578,3 +603,7 @@ def test_a_chain_without_transactions_with_kill_9(
         again = [attempt for n, (order, attempt) in enumerate(rows) if order in {o for o, _ in rows[:n]}]
         assert all(attempt > 1 for attempt in again), name  # it was taken over from a session that died
         assert len(set(rows)) == len(rows), name  # and each attempt began once
+
+
+if __name__ == "__main__":
+    _by_hand(float(sys.argv[1]))
