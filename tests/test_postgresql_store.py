@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import psycopg
@@ -36,6 +38,7 @@ from idemp.stores import open_store, postgresql_line
 from idemp.stores.postgresql_line import explain
 from idemp.stores.postgresql_sql import MIGRATIONS, VERSION
 from tests.servers import PostgreSQL, need
+from tests.servers.need import missing
 from tests.servers.pgbouncer import PgBouncer
 
 
@@ -348,6 +351,63 @@ def test_no_connection_is_left(
                 claim(store, "key")
         sql(url, f"ALTER ROLE {unique} CONNECTION LIMIT 10")
         claim(store, "key")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A disk of 200 MB, where the server's user may go too."""
+    if os.geteuid() != 0:
+        missing("only root can make a small disk")
+    with TemporaryDirectory(prefix="idemp-disk-") as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m,mode=755", "tmpfs", folder], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def work_on(store: Any, done: list[str], batches: int) -> None:
+    """Batches of a hundred, each done with a long result."""
+    for _ in range(batches):
+        keys = [f"{len(done) + n}" for n in range(100)]
+        tokens = [reply.token for reply in store.apply([Claim(key) for key in keys])]
+        marks = [Complete(k, t, b"x" * 3000) for k, t in zip(keys, tokens, strict=True)]
+        assert set(store.apply(marks)) == {Applied()}
+        done += keys
+
+
+def test_a_full_disk_is_unavailable_and_nothing_is_half_done(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence that says why; with room again, what was told as done is done, and the rest is not."""
+    need("postgresql")
+    folder = small_disk / "server"
+    folder.mkdir()
+    done: list[str] = []
+    options = {"min_wal_size": "32MB", "max_wal_size": "48MB"}
+    with PostgreSQL(options=options, folder=folder) as server, closing(open_store(server.url)) as store:
+        work_on(store, done, 3)
+        ballast = small_disk / "ballast"
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"0" * 65_536)
+        monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 1.0)
+        with pytest.raises(StoreUnavailable) as full:
+            work_on(store, done, 1000)
+        monkeypatch.undo()
+        assert str(full.value).startswith(f"postgresql://127.0.0.1:{server.port}/idemp: ")
+        assert "No space left on device" in str(full.value)
+        assert "\n" not in str(full.value)
+        ballast.unlink()
+        server.kill()  # it may have ended by itself, for want of room for its log
+        server.start()
+        assert {type(state) for state in store.apply([Get(key) for key in done])} == {Done}
+        left = store.apply([Get(f"{len(done) + n}") for n in range(100)])
+        assert len({type(state) for state in left}) == 1, "a batch is there, or not"
+        assert not isinstance(left[0], Done)
+        claim(store, "last")
 
 
 # ------------------------------------------------------------------ a pooler
