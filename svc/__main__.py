@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
@@ -51,7 +53,17 @@ def serve(settings: Settings, handlers: Mapping[str, Handler]) -> None:
             consumer.on(kind)(once(handler))
         if health is not None:
             health.consumer = consumer
-        consumer.run(ready=lambda: log.info("%s: ready", name))
+        running = threading.Event()
+
+        def ready() -> None:
+            running.set()
+            log.info("%s: ready", name)
+
+        # While it runs the consumer hears SIGTERM itself.  Before, it is the end; afterwards it was heard:
+        # `timeout` for one sends it twice.
+        signal.signal(signal.SIGTERM, lambda *_: None if running.is_set() else sys.exit(143))
+        consumer.run(ready=ready)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.info("%s: stopped", name)
 
 

@@ -372,7 +372,7 @@ def test_a_postgresql_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     with PostgreSQL(options={**wrong, "max_connections": "10"}) as server:
         place = postgresql_of(f"{server.url}?unsafe_durability=true")
         _filled(f"{server.url}?unsafe_durability=true", 1)
-        server.psql("UPDATE idemp_default.migration SET version = 99")
+        server.psql("INSERT INTO idemp_default.migration VALUES (99, now())")
         monkeypatch.setattr(postgresql_doctor, "LONG", 0.0)
         with ExitStack() as open_ones:
             lines = [open_ones.enter_context(psycopg.connect(server.url)) for _ in range(8)]

@@ -180,7 +180,7 @@ from idemp import Reader, context, idempotent, open_log, open_store
 store = open_store(sys.argv[2])
 reader = Reader(open_log(sys.argv[1]), store, name="r")
 @reader.on("T")
-@idempotent(store, name="r.T", transaction=True)
+@idempotent(store, name="r.T", transaction=True, attempts=1000)
 def take(message):
     connection = context().connection
     mark = "?" if "sqlite" in type(connection).__module__ else "%s"
@@ -212,9 +212,13 @@ def test_killed_again_and_again(place: Place) -> None:
     assert kills >= 2
 
 
-KILLER = PROGRAM.replace("reader.run()", "reader.run(until=reader._log.end())").replace(
-    "    connection = ",
-    '    if message.args["name"] == "bad":\n        os.kill(os.getpid(), 9)\n    connection = ',
+KILLER = (
+    PROGRAM.replace("attempts=1000", "attempts=2")
+    .replace("reader.run()", "reader.run(until=reader._log.end())")
+    .replace(
+        "    connection = ",
+        '    if message.args["name"] == "bad":\n        os.kill(os.getpid(), 9)\n    connection = ',
+    )
 )
 
 

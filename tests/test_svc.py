@@ -151,6 +151,17 @@ def test_a_missing_extra_is_one_sentence(module: str, extra: str, variable: str)
 # ------------------------------------------------------------------ its life
 
 
+@EMBEDDED
+def test_told_to_end_more_than_once(desk: Stand) -> None:
+    """It was heard: another SIGTERM while it lets go of everything is no end in disorder."""
+    service = desk.service("orders")
+    while service.process.poll() is None:
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+    assert service.process.returncode == 0
+    assert "stopped" in service.said()
+
+
 @BOTH
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_it_starts_and_stops(desk: Stand, unique: str, how: signal.Signals) -> None:
