@@ -617,11 +617,14 @@ def test_n3_three_lost_and_three_doubled_are_named(amqp_url: str, tmp_path: Path
         assert found["missing"] == dict.fromkeys(sorted(lost), 1)
         assert found["extra"] == dict.fromkeys(sorted(filter(None, doubled)), 1)
         assert found["unsure"] == []
+        assert found["plans"] == [f"idemp replay --id {id} --to billing --dry-run" for id in sorted(lost)]
         assert found["start"] == int(events[0].properties.timestamp or 0) // LENGTH * LENGTH
 
         people = finished("-m", "idemp", "audit", "explain", "new_order", str(room.file))
         assert people.returncode == 1
         assert people.stdout.count("\n  missing  ") == people.stdout.count("\n  extra  ") == 3
+        assert f"idemp trace {min(lost)}\n" in people.stdout
+        assert f"what a replay would do: {found['plans'][0]}\n" in people.stdout
 
         room.publish(
             [each for each in events if each.properties.message_id in lost], to=room.queue("billing")

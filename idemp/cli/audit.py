@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -294,7 +295,13 @@ def _difference(pair: Pair, found: Difference) -> dict[str, Any]:
         "missing": found.missing,
         "extra": found.extra,
         "unsure": found.unsure,
+        "plans": [_plan(pair, id) for id in found.missing],
     }
+
+
+def _plan(pair: Pair, id: str) -> str:
+    """What tells how a replay would bring the replica a message that it has not."""
+    return f"idemp replay --id {shlex.quote(id)} --to {pair.replica} --dry-run"
 
 
 def _explain(pairs: Sequence[Pair], found: Sequence[tuple[Pair, Difference]]) -> None:
@@ -311,8 +318,12 @@ def _explain(pairs: Sequence[Pair], found: Sequence[tuple[Pair, Difference]]) ->
                 click.echo(f"  {what}  {escaped(id)}" + (f"  {n} times" if n > 1 else ""))
         for id in each.unsure:
             click.echo(f"  unsure   {escaped(id)}")
-    if any(each.missing for _, each in found):
+    missing = [(pair, id) for pair, each in found for id in each.missing]
+    if missing:
+        pair, id = missing[0]
         click.echo("look a missing one up in the service's store: idemp get --store URL HANDLER/ID")
+        click.echo(f"its story, where services are tracked: idemp trace {shlex.quote(id)}")
+        click.echo(f"what a replay would do: {_plan(pair, id)}")
 
 
 def _line(told: Mapping[str, Any]) -> None:
