@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
@@ -90,6 +90,8 @@ TOGETHER = 256
 """Operations that are worth a batch, also while more follows at once."""
 CONFIRM = 30.0
 """Seconds that the broker has to confirm what a handler published."""
+LEVELS = 5.0
+"""Seconds between two looks at what waits in the queue, where the broker tells."""
 _HAND_BACK = 0.005
 _LOOK = 0.02
 
@@ -165,6 +167,7 @@ class Consumer:
         self._given_up = threading.Event()
         self._delivering = False
         self._turned: float | None = None  # None while the broker is waited for
+        self._levels_at = 0.0
 
     def on(self, type: str) -> Callable[[Handler], Handler]:
         """Handle messages of ``type`` with the decorated function; without `idempotent`, at least once."""
@@ -265,6 +268,9 @@ class Consumer:
                 return
             try:
                 self._turn(pipeline, shell, report, now, connected)
+                if connected and now >= self._levels_at:
+                    self._levels_at = now + LEVELS
+                    self._tell_levels()
             except TransportUnavailable as error:
                 log.warning("%s: %s; connecting again", self.service, error)
                 self._delivering, self._turned = False, None
@@ -311,6 +317,11 @@ class Consumer:
         if due is not None and due <= now:
             self._perform(pipeline.step(Tick(), now), shell, report)
         report.maybe(now)
+
+    def _tell_levels(self) -> None:
+        levels: Callable[[str], Mapping[str, float]] | None = getattr(self._transport, "levels", None)
+        for name, value in levels(self.queue).items() if levels is not None else ():
+            self._meter.level(f"{self.service}_{name}", value)
 
     def _publish(self, shell: _Shell, connected: bool) -> None:
         """Send what handlers publish.  What is not sent, because it cannot be, is told so at once."""

@@ -7,6 +7,7 @@
     idemp_audit.<field>.<replica>.difference         a gauge
     idemp_audit.looked                               when the auditor last judged, in seconds since 1970
     <service>_outbox_letters, _outbox_age            of a relay: how many wait, and the oldest for how long
+    <service>_ready, _out, _delayed, _consumers      of its queue on Redis Streams: lag, pending, and whose
 
 statsd gets the names as they are, from counters that are summed in the process and sent once a second.
 Prometheus gets their parts as labels.

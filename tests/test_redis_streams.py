@@ -21,7 +21,7 @@ from idemp import Consumer, Message, idempotent, open_store, open_transport, pub
 from idemp.dead import letters
 from idemp.errors import ConfigError, TransportUnavailable
 from idemp.message import Properties, decode
-from idemp.ports import Delivery, Publication
+from idemp.ports import Delivery, NoMeter, Publication
 from idemp.transports.redis_streams import RedisStreamsTransport
 from idemp.transports.shared_stream import entry, message
 from tests.servers import Redis
@@ -214,6 +214,35 @@ def test_depth_is_the_lag_of_what_is_followed(url: str) -> None:
         assert (waiting.ready, waiting.out, waiting.consumers) == (6, 4, 1)
         transport.connect()
         assert transport.depth("q") == 10
+
+
+def test_a_consumer_tells_lag_and_pending(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gauges, now and then: two that wait behind the one whose handler is at work."""
+    monkeypatch.setattr("idemp.consumer.LEVELS", 0.0)
+    levels: dict[str, float] = {}
+
+    class Gauges(NoMeter):
+        def level(self, name: str, value: float) -> None:
+            levels[name] = value
+
+    go_on = threading.Event()
+    with closing(streams(url)) as transport, closing(streams(url)) as other:
+        consumer = Consumer(transport, service="s", prefetch=1, meter=Gauges())
+
+        @consumer.on("t")
+        def handle(message: Message) -> None:
+            assert go_on.wait(SECONDS)
+
+        thread = threading.Thread(target=consumer.run)
+        thread.start()
+        until(lambda: "s_ready" in levels)
+        messages = [Message(f"{n}", "t", {}) for n in range(3)]
+        publish(other, [Publication(m.encode(), m.properties(), "events", "t") for m in messages])
+        until(lambda: (levels["s_ready"], levels["s_out"], levels["s_consumers"]) == (2.0, 1.0, 1.0))
+        go_on.set()
+        until(lambda: levels["s_ready"] == levels["s_out"] == 0.0)
+        consumer.stop()
+        thread.join(SECONDS)
 
 
 def test_a_shared_stream_has_no_routing_keys(url: str) -> None:

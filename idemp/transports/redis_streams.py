@@ -183,6 +183,11 @@ class RedisStreamsTransport:
         """What waits in ``queue``, with the lag of the streams that it follows; None if there is none."""
         return self._connected().look(queue)
 
+    def levels(self, queue: str) -> dict[str, float]:
+        """`look` as gauges: ``ready`` is the lag, ``out`` what is pending."""
+        found = self.look(queue)
+        return {name: float(value) for name, value in found._asdict().items()} if found else {}
+
     def readers(self, stream: str) -> tuple[int, list[tuple[str, str]]]:
         """How many entries a shared stream has; its groups and readers, and up to where each has read."""
         length, *flat = self._connected().readers(stream)
