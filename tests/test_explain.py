@@ -6,11 +6,16 @@ import json
 import re
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from idemp import open_store
+from idemp.ports import Claim, Claimed, Complete
 from tests.service import environment
 
 HANDLERS = """
@@ -126,6 +131,36 @@ def test_what_it_costs(folder: Path, name: str, least: int, most: int) -> None:
     assert found is not None, cost
     assert least < int(found[1]) < most
     assert abs(int(found[2]) - ids * int(found[1]) / 1024**2) <= 1
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("postgresql", 80, 600), ("redis", 80, 400)])
+def test_what_it_costs_on_a_server(
+    kind: str, least: int, most: int, request: pytest.FixtureRequest, folder: Path
+) -> None:
+    """By what the server remembers already; before it does, that is said."""
+    url = request.getfixturevalue(kind).database()
+    (folder / "served.py").write_text(
+        f"from idemp import idempotent, open_store\n@idempotent(open_store({url!r}), name='orders.new')\n"
+        "def handle(message):\n    pass\n"
+    )
+    with closing(open_store(url)) as store:
+        store.apply([])
+        nothing = explain(folder, "served:handle", "--rate", "10", "--json")
+        assert "is not known before it remembers some" in " ".join(json.loads(nothing.stdout)["cost"])
+        keys = [f"orders.new/{uuid4()}" for _ in range(3000)]
+        claims = store.apply([Claim(key) for key in keys])
+        tokens = [claim.token for claim in claims if isinstance(claim, Claimed)]
+        store.apply([Complete(key, token) for key, token in zip(keys, tokens, strict=True)])
+
+    def cost() -> str:
+        done = explain(folder, "served:handle", "--rate", "10", "--json")
+        return " ".join(json.loads(done.stdout)["cost"])
+
+    # PostgreSQL counts a moment later.
+    end = time.monotonic() + 30
+    while (found := re.search(r"(\d+) bytes an id .* remembered now", cost())) is None:
+        assert time.monotonic() < end
+    assert least < int(found[1]) < most
 
 
 def test_a_consumer_and_a_handler_without_a_policy(folder: Path) -> None:

@@ -227,7 +227,7 @@ def _cost(policy: Policy, rate: float) -> list[str]:
     kept, kind = policy.store.retention, kind_of(policy.store)
     measured = _size(policy, kind)
     if measured is None:
-        return [f"what an id takes in a {kind} store is not known here"]
+        return [f"what an id takes in {kind} is not known before it remembers some"]
     size, how = measured
     ids = rate * kept
     return [
@@ -248,6 +248,16 @@ def _size(policy: Policy, kind: str) -> tuple[float, str] | None:
             return _in_journal(
                 keys
             ), "in the journal, for as long as etcd keeps it; its own overhead comes on top"
+        case "postgresql":
+            from idemp.stores.postgresql_doctor import taken as in_postgresql
+
+            found = in_postgresql(policy.store.place)  # type: ignore[attr-defined]
+            return found and (found[0], f"in tables and indexes, by the {found[1]} that are remembered now")
+        case "redis":
+            from idemp.stores.redis_doctor import taken as in_redis
+
+            found = in_redis(policy.store.at)  # type: ignore[attr-defined]
+            return found and (found[0], f"in its memory, by {found[1]} that are remembered now")
     return None
 
 

@@ -80,6 +80,7 @@ class PostgresqlStore(SessionStore):
         self, place: Place, *, retention: float, session_ttl: float, clock: Clock | None = None
     ) -> None:
         super().__init__(partial(_Session, place, retention, session_ttl, clock or Clock()), retention)
+        self.place = place
 
     def apply(self, ops: Sequence[Op]) -> list[Reply]:
         """See `idemp.ports.Store`.  Raises `BadMessage` for a key that no index takes."""

@@ -137,3 +137,23 @@ def _namespace(place: Place, connection: Connection, found: list[Finding]) -> Lo
         found.append(Finding(place.shown, what, f"{dead} dead rows in {schema}.open", fix))
     [(retention,)] = _ask(connection, f"SELECT retention FROM {schema}.meta")
     return Looked(found, float(retention) or None)
+
+
+ENOUGH = 1000
+"""Ids that must be remembered, for what one takes to be more than a page that is nearly empty."""
+
+
+def taken(place: Place) -> tuple[float, int] | None:
+    """Bytes that a done id takes, tables and indexes, and of how many that was seen; None: of too few."""
+    try:
+        with closing(connect(place)) as connection:
+            [(size, ids)] = _ask(
+                connection,
+                "SELECT coalesce(sum(pg_total_relation_size(relid)), 0)::float8,"
+                " coalesce(sum(n_live_tup), 0)::bigint FROM pg_stat_user_tables"
+                " WHERE schemaname = %s AND relname LIKE 'done%%'",
+                [f"idemp_{place.namespace}"],
+            )
+    except psycopg.Error as error:
+        raise explain(place, error) from None
+    return None if ids < ENOUGH else (size / ids, ids)

@@ -74,6 +74,7 @@ class RedisStore(SessionStore):
         self, at: Server, *, retention: float, session_ttl: float, clock: Clock | None = None
     ) -> None:
         super().__init__(partial(_Session, at, retention, session_ttl, clock or Clock()), retention)
+        self.at = at
 
     def apply(self, ops: Sequence[Op]) -> list[Reply]:
         """See `idemp.ports.Store`.  Raises `BadMessage` for a key that is no Unicode."""

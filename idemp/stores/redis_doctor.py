@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -93,3 +94,19 @@ def _clock(at: Server, ahead: float) -> list[Finding]:
     evidence = f"this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} it"
     what = "its clock and this machine's differ, and the retention goes by clocks"
     return [Finding(at.shown, what, evidence, "run chronyd or ntpd on both")]
+
+
+LOOKED_AT = 1000
+"""Keys, of which it is asked how much they take."""
+
+
+def taken(at: Server) -> tuple[float, int] | None:
+    """Bytes that an id takes, and of how many that was seen; None: nothing is remembered."""
+    client: Any = redis.Redis(**at.options, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+    try:
+        with closing(client):
+            some = itertools.islice(client.scan_iter(f"{at.prefix}k:*", count=LOOKED_AT), LOOKED_AT)
+            sizes = [size for key in some if (size := client.memory_usage(key)) is not None]
+    except RedisError as error:
+        raise explain(at, error, StoreUnavailable) from None
+    return (sum(sizes) / len(sizes), len(sizes)) if sizes else None
