@@ -218,6 +218,7 @@ def test_claims_of_a_batch_that_broke_in_the_middle_are_given_back(
         store.apply([Claim("d")])  # the giving back could not be sent either
     broken.clear()
     assert isinstance(one(store, Claim("e")), Claimed)
+    assert isinstance(one(other, Get("a")), Free)  # which asks; a claim might be told what was heard before
     assert [type(state) for state in other.apply([Claim("a"), Claim("b"), Claim("c")])] == [Claimed] * 3
     assert one(other, Get("a")).attempt == 1
 
