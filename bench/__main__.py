@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,11 @@ def factors(
     chosen = _chosen(cells(), only)
     rates: dict[str, list[float]] = {cell.name: [] for cell in chosen}
     end = time.monotonic() + MINUTES * 60
-    with stack(STORES) as servers:
+    terminal = sys.stderr.isatty()
+    bar = click.progressbar(
+        length=rounds * len(chosen), label="factors", file=sys.stderr, hidden=not terminal
+    )
+    with stack(STORES) as servers, bar as shown:
         for number in range(rounds):
             if number and time.monotonic() > end:
                 click.echo(f"time is up after {number} of {rounds} rounds", err=True)
@@ -56,9 +61,10 @@ def factors(
             # Every other round backwards, so that nobody always runs after the same one.
             for cell in chosen if number % 2 == 0 else reversed(chosen):
                 rates[cell.name].append(run(cell.setting, servers, messages))
-                click.echo(
-                    f"round {number + 1}/{rounds}  {cell.name:34} {rates[cell.name][-1]:9.0f}/s", err=True
-                )
+                shown.update(1)
+                if not terminal:
+                    told = f"{cell.name:34} {rates[cell.name][-1]:9.0f}/s"
+                    click.echo(f"round {number + 1}/{rounds}  {told}", err=True)
     found = {cell.name: _summary(rates, cell) for cell in chosen}
     for name, each in found.items():
         ratios = "  ".join(f"{value:5.2f} x {over.split(': ')[1]}" for over, value in each["ratios"].items())
