@@ -41,7 +41,7 @@ lock: ## pin every dependency anew, for every platform, with its hashes
 	@$(PYTHON) -m venv .venv/lock
 	@.venv/lock/bin/pip install --quiet $(UV)
 	@.venv/lock/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --quiet --upgrade \
+		--generate-hashes --no-annotate --quiet --upgrade \
 		--custom-compile-command 'make lock' --output-file requirements.lock
 
 clean: ## remove what the other verbs made
