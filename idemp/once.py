@@ -40,6 +40,7 @@ from idemp.ports import (
     Claim,
     Claimed,
     Clock,
+    Done,
     Get,
     Inbox,
     Op,
@@ -141,7 +142,8 @@ class Context(msgspec.Struct, frozen=True):
 
 
 _running: ContextVar[Context | None] = ContextVar("idemp_running", default=None)
-_latest: ContextVar[Context | None] = ContextVar("idemp_latest", default=None)
+# As the arguments of `Context`, for most are never asked for.
+_latest: ContextVar[tuple[str, int, int, bool] | None] = ContextVar("idemp_latest", default=None)
 
 
 def context() -> Context:
@@ -149,10 +151,11 @@ def context() -> Context:
 
     Raises `IdempError` where there was none.
     """
-    found = _running.get() or _latest.get()
-    if found is None:
-        raise IdempError("context() is for the inside of an idempotent handler, or after a call of one")
-    return found
+    if (found := _running.get()) is not None:
+        return found
+    if (latest := _latest.get()) is not None:
+        return Context(*latest)
+    raise IdempError("context() is for the inside of an idempotent handler, or after a call of one")
 
 
 @contextmanager
@@ -279,7 +282,7 @@ class _Patience:
 def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     key, fingerprint = policy.key(args, kwargs), policy.fingerprint(args, kwargs)
     if (done := policy.store.recall(key)) is not None:
-        return _answer(policy, key, repeated(done, fingerprint))
+        return _again(policy, key, done, fingerprint)
     steps = protocol(policy, key, fingerprint)
     patience = _Patience(policy, key, Clock())
     verdict = drive(steps, lambda step: _perform(step, function, policy, key, args, kwargs, patience))
@@ -391,14 +394,22 @@ def ask(policy: Policy, current: Context, args: Any, kwargs: Any) -> Any:
         return Raised(error)
 
 
+def _again(policy: Policy, key: str, done: Done, fingerprint: bytes | None) -> Any:
+    """The first answer, which this process remembers: `_answer` in short."""
+    if fingerprint is not None:
+        return _answer(policy, key, repeated(done, fingerprint))
+    _latest.set((key, done.token, 0, True))
+    return policy.decode(done.result)
+
+
 def _answer(policy: Policy, key: str, verdict: Verdict) -> Any:
     """What the caller gets: the value, or an exception."""
     match verdict:
         case Ok(value, claim):
-            _latest.set(Context(key, claim.token, claim.attempt))
+            _latest.set((key, claim.token, claim.attempt, False))
             return value
         case Skipped(done):
-            _latest.set(Context(key, done.token, 0, replayed=True))
+            _latest.set((key, done.token, 0, True))
             return policy.decode(done.result)
         case Conflict():
             raise FingerprintConflict(key)
@@ -420,7 +431,7 @@ def _answer(policy: Policy, key: str, verdict: Verdict) -> Any:
 async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     key, fingerprint = policy.key(args, kwargs), policy.fingerprint(args, kwargs)
     if (done := policy.store.recall(key)) is not None:
-        return _answer(policy, key, repeated(done, fingerprint))
+        return _again(policy, key, done, fingerprint)
     steps = protocol(policy, key, fingerprint)
     patience = _Patience(policy, key, Clock())
     event: Any = None

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
@@ -86,33 +87,32 @@ class Route(NamedTuple):
     is_async: bool = False
 
 
-class Flight:
+class Flight(msgspec.Struct, eq=False):
     """One delivery on its way.  ``tag`` is None once its connection is gone.
 
     attempt: the one under which its handler was begun, or its resolver asked.
+    ran: what tracking knows of its handler's run.
     """
 
-    __slots__ = (
-        *("attempt", "delivery", "fingerprint", "key", "looks"),
-        *("message", "ran", "route", "since", "steps", "tag"),
-    )
+    delivery: Delivery
+    tag: int | None
+    message: Message | None = None
+    route: Route | None = None
+    key: str = ""
+    fingerprint: bytes | None = None
+    steps: Protocol | None = None
+    since: float = 0.0
+    looks: int = 0
+    attempt: int = 0
+    ran: Any = None
 
-    def __init__(self, delivery: Delivery, message: Message | None, route: Route | None, key: str) -> None:
-        self.tag: int | None = delivery.tag
-        self.delivery = delivery
-        self.message = message
-        self.route = route
-        self.key = key
-        self.fingerprint: bytes | None = None
-        self.steps: Protocol | None = None
-        self.since = 0.0
-        self.looks = 0
-        self.attempt = 0
-        self.ran: Any = None  # what tracking knows of its handler's run
+    def unguarded(self) -> bool:
+        """Whether its handler, if it has one, runs at least once."""
+        return self.route is None or self.route.policy is None
 
     def unsure(self) -> bool:
         """Whether it may have taken effect before, in an attempt whose end nobody saw."""
-        if self.route is None or self.route.policy is None:
+        if self.unguarded():
             return self.delivery.redelivered
         return self.attempt > _attempts(self.delivery) + 1
 
@@ -393,7 +393,7 @@ class Pipeline:
     def _deliver(self, delivery: Delivery) -> None:
         if self._stopping:
             return
-        flight = Flight(delivery, None, None, "")
+        flight = Flight(delivery, delivery.tag)
         try:
             message = decode(delivery.body, delivery.properties)
             route = self._routes.get(message.type)
@@ -487,8 +487,7 @@ class Pipeline:
 
     def _begin(self, flight: Flight, step: Op | Run | Ask) -> None:
         """File ``step``, unless it would begin something beside a suspect."""
-        assert flight.route is not None
-        if self._solitary and (type(step) is Claim or (type(step) is Run and flight.route.policy is None)):
+        if self._solitary and (type(step) is Claim or (type(step) is Run and flight.unguarded())):
             self._held_back.append((flight, step))
         elif isinstance(step, (Run, Ask)):
             self._work.append((flight, step))

@@ -275,7 +275,7 @@ def _reader(function: Callable[..., Any], option: str, spec: str | Callable[...,
             value = args[place]
         else:
             value = parameter.default
-        return _follow(value, path, spec)
+        return _follow(value, path, spec) if path else value
 
     return read
 

@@ -263,6 +263,11 @@ class _Session:
         if self._ended.is_set():
             raise Closed("this store was closed")
         replica = self._replica
+        if not replica.trusted:
+            return None
+        journal = replica.journal
+        if (done := journal.hot.get(key)) is not None or journal.unheard(key):
+            return done
         with replica.lock:
             return replica.journal.done(key) if replica.trusted else None
 

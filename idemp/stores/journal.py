@@ -32,6 +32,9 @@ from idemp.stores.records import (
 )
 from idemp.stores.seen import PLACES, Seen
 
+HOT = 4096
+"""Done keys that are kept ready because somebody asked for them; then it begins anew."""
+
 
 class Append(NamedTuple):
     """One batch.  ``wall``: the writer's clock, seconds since 1970.  ``seq`` counts from 1 in a session."""
@@ -137,6 +140,7 @@ class Journal:
     seqs: session -> its last append.  walls: session -> the clock of its last append.
     began: bucket -> the latest clock when its first append was written.
     opens: bucket -> what was open where it begins.
+    hot: what `done` found of late, as long as nothing is forgotten; may be read without the lock.
     """
 
     def __init__(self) -> None:
@@ -147,6 +151,7 @@ class Journal:
         self.walls: dict[str, float] = {}
         self.began: dict[int, float] = {}
         self.opens: dict[int, list[Opened]] = {}
+        self.hot: dict[str, Done] = {}
         self._ended: dict[str, int] = {}  # sessions declared dead -> the bucket where that was
         self._applied = 0  # appends
         self._keys = _Keys()
@@ -161,13 +166,20 @@ class Journal:
         """What is stored of a key."""
         return self._keys.get(key)
 
+    def unheard(self, key: str) -> bool:
+        """Whether no append that was applied says that ``key`` is done, as of most.  Needs no lock."""
+        return not self._keys.done.perhaps(key)
+
     def done(self, key: str) -> Done | None:
         """Its state, if it is done: what most duplicates ask."""
         found = self._keys.done.find(key)
         if found is None:
             return None
         token, place, result, fingerprint, attempt = found
-        return Done(token, result, fingerprint, self._keys.at(place), attempt)
+        if len(self.hot) >= HOT:
+            self.hot.clear()
+        done = self.hot[key] = Done(token, result, fingerprint, self._keys.at(place), attempt)
+        return done
 
     def has(self, session: str, seq: int) -> bool:
         """Whether that append is applied.  Who declared its session dead had all of them."""
@@ -265,7 +277,10 @@ class Journal:
 
     def _apply(self, fold: _Fold, record: Record) -> Reply:
         match record:
-            case Claim() | Takeover() | Forget():
+            case Claim() | Takeover():
+                return fold.apply(record)
+            case Forget():
+                self.hot.clear()
                 return fold.apply(record)
             case Complete(key, token):
                 return fold.apply(record if self._held(fold, key) == token else replace(record, token=0))
@@ -308,6 +323,7 @@ class Journal:
     def _raise(self, floor: int) -> None:
         """Drop what has not changed since before ``floor``."""
         self.floor = floor
+        self.hot.clear()
         self._keys.drop_before(floor)
         for bucket in [bucket for bucket in self.began if bucket < floor]:
             del self.began[bucket]

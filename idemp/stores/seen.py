@@ -119,6 +119,17 @@ class Seen:
                 return Record(token, place, *kept[token])
         return Record(token, place, *_PLAIN)
 
+    def perhaps(self, key: str) -> bool:
+        """Whether ``key`` may be here.  While another thread changes this, it may say either."""
+        first = hash(key)
+        number = first & self._mask
+        if number < self._split:
+            number = first & (2 * self._mask + 1)
+        try:
+            return _HASH(first) in self._cells[number]
+        except IndexError:  # they are being doubled just now
+            return True
+
     def remove(self, key: str) -> None:
         """Forget ``key``, if it is here."""
         first = hash(key)

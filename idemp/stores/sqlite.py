@@ -1,7 +1,7 @@
 """The embedded store: one SQLite file (WAL, synchronous=FULL), many threads and processes of one host.
 
 A batch is one transaction: load its keys, let `idemp.laws` decide, write what changed.  Each of
-these is one statement whatever the batch's size, because sqlite3 lets go of the GIL at every
+these is a statement or a few, whatever the batch's size, because sqlite3 lets go of the GIL at every
 step and a busy thread beside it would take it each time.
 
 Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to
@@ -18,9 +18,9 @@ import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,12 +37,15 @@ from idemp.stores.outbox import pack, unpack
 from idemp.stores.sqlite_inbox import HandlersConnection, Loaded, SqliteTransaction
 
 T = TypeVar("T")
+Row = tuple[Any, ...]
 
 log = logging.getLogger(__name__)
 
 LAYOUT = 1
 PATIENCE = 10.0
 """Seconds that a batch tries to get through before `StoreUnavailable`."""
+_MOST_ROWS = 256
+"""In one statement: SQLite takes 32 766 values."""
 _POLL = 0.01
 _SWEEP = 3600.0
 _SLICES = range(3)
@@ -63,6 +66,12 @@ CREATE TABLE IF NOT EXISTS open
     for n in _SLICES
 )
 
+
+def _excluded(*columns: str) -> str:
+    """What replaces a row's columns where there is one."""
+    return ", ".join(f"{column} = excluded.{column}" for column in columns)
+
+
 # The columns of an Entry, for open and for done; blobs travel as hexadecimal text.
 _OPEN_ENTRY = "o.state, o.token, o.attempt, o.session, o.at, o.reason, NULL, NULL"
 _DONE_ENTRY = (
@@ -80,18 +89,17 @@ _LOAD = (
     f"    FROM json_each(:keys) k CROSS JOIN done_{n} d ON d.key = k.value)"
     for n in _SLICES
 )
-_SAVE_OPEN = (
-    "INSERT OR REPLACE INTO open SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5,"
-    " value->>6 FROM json_each(?)"
+# Not INSERT OR REPLACE, which copies every page first that it may have to give back: three times the work.
+# Here a failure ends the transaction.
+_REPLACE = "INSERT OR FAIL INTO {} {} ON CONFLICT (key) DO UPDATE SET {}"
+_SAVE_OPEN = _REPLACE.format(
+    "open",
+    "SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6 FROM json_each(?)"
+    " WHERE true",
+    _excluded("state", "token", "attempt", "session", "at", "reason"),
 )
+_DONE_COLUMNS = _excluded("token", "attempt", "at", "result", "fingerprint")
 _DROP_OPEN = "DELETE FROM open WHERE key IN (SELECT value FROM json_each(?))"
-# Results and fingerprints come as one blob, and each row names its places in it.
-_SAVE_DONE = tuple(
-    f"INSERT OR REPLACE INTO done_{n} SELECT value->>0, value->>1, value->>2, value->>3,"
-    " iif(value->>5 IS NULL, NULL, substr(:blob, value->>4, value->>5)),"
-    " iif(value->>7 IS NULL, NULL, substr(:blob, value->>6, value->>7)) FROM json_each(:rows)"
-    for n in _SLICES
-)
 _DROP_DONE = tuple(f"DELETE FROM done_{n} WHERE key IN (SELECT value FROM json_each(?))" for n in _SLICES)
 _CONFIRM = "UPDATE session SET expires = ?, batch = ? WHERE id = ?"
 _SCAN = (
@@ -362,21 +370,19 @@ class _Session(Confirmed):
     def _save(self, db: sqlite3.Connection, ledger: Ledger, slice_now: int, token: int) -> None:
         """Write the changed keys; ``slice_now`` takes those that are done."""
         opened, done, gone = [], [], []
-        blob = bytearray()
         for key in ledger.changed:
             entry = ledger.entries.get(key)
             name = _escape(key)
             if entry is None:
                 gone.append(name)
             elif entry.state == DONE:
-                places = (*_place(blob, entry.result), *_place(blob, entry.fingerprint))
-                done.append((name, entry.token, entry.attempt, entry.at, *places))
+                done.append((name, entry.token, entry.attempt, entry.at, entry.result, entry.fingerprint))
             else:
                 opened.append((name, *astuple(entry)[:6]))
         if opened:
             db.execute(_SAVE_OPEN, (_json(opened),))
-        if done:
-            db.execute(_SAVE_DONE[slice_now], {"rows": _json(done), "blob": bytes(blob)})
+        for rows in _portions(done):
+            db.execute(_save_done(slice_now, len(rows)), [value for row in rows for value in row])
         if done or gone:
             db.execute(_DROP_OPEN, (_json([row[0] for row in done] + gone),))
         if gone:
@@ -592,13 +598,21 @@ def _entry(columns: Sequence[Any]) -> Entry:
     return Entry(*plain, *(None if blob is None else bytes.fromhex(blob) for blob in (result, fingerprint)))
 
 
-def _place(blob: bytearray, data: bytes | None) -> tuple[int | None, int | None]:
-    """Append ``data`` to ``blob``; where it is, as SQLite counts, and how long."""
-    if data is None:
-        return None, None
-    start = len(blob) + 1
-    blob += data
-    return start, len(data)
+@cache
+def _save_done(slice_now: int, rows: int) -> str:
+    """So many rows at once: JSON would be parsed anew for each column."""
+    values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * rows)
+    return _REPLACE.format(f"done_{slice_now}", f"VALUES {values}", _DONE_COLUMNS)
+
+
+def _portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """All rows, in portions of few different sizes, so that their statements stay prepared."""
+    start, size = 0, _MOST_ROWS
+    while start < len(rows):
+        while size > len(rows) - start:
+            size //= 2
+        yield rows[start : start + size]
+        start += size
 
 
 def _json(value: object) -> str:

@@ -43,6 +43,8 @@ HEARTBEAT = 30
 """Seconds, unless the URL names another."""
 BLOCKED = 60
 """Seconds that the broker may hold up publishing before the connection counts as lost."""
+RECEIVE = 1 << 16
+"""Bytes that are taken from the socket at once.  pika takes 4096, a dozen small messages."""
 
 _MOST = 65535  # deliveries that AMQP can count for basic.qos
 _CONNECTION = 1 << 48  # the tags of one connection and those of the next are so far apart
@@ -177,6 +179,10 @@ class _Connection(pika.SelectConnection):  # type: ignore[misc]
     def __init__(self, arrived: list[Delivery], first: int, *args: Any, **named: Any) -> None:
         self._reader = Reader(arrived, super()._on_data_available, first)
         super().__init__(*args, **named)
+
+    def _proto_connection_made(self, transport: Any) -> None:
+        transport._MAX_RECV_BYTES = RECEIVE  # a wish: another pika may have no such number
+        super()._proto_connection_made(transport)
 
     def _on_data_available(self, data_in: bytes) -> None:
         # The heartbeat looks at this number, to which pika adds what is handed on to it.
