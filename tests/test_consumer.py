@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from idemp import (
     open_transport,
     publish,
 )
-from idemp.consumer import _Shell
+from idemp.consumer import COLLECT, _Shell
 from idemp.message import Properties
 from idemp.ports import Claim, Claimed, Complete, Delivery, Done, Get, Op, Parked, Publication, Store
 
@@ -117,6 +119,28 @@ def test_one_worker_keeps_the_order(make: Callable[..., Bench]) -> None:
         bench.publish(*(Message(str(n), "t") for n in range(1000)))
         until(lambda: len(seen) == 1000)
     assert seen == [str(n) for n in range(1000)]
+
+
+def test_garbage_is_looked_for_seldom_unless_the_application_says_when(make: Callable[..., Bench]) -> None:
+    """While messages come, and as before afterwards."""
+    before = gc.get_threshold()
+    try:
+        for own, meanwhile in (((700, 10, 10), COLLECT), ((701, 10, 10), (701, 10, 10))):
+            bench = make()
+            seen: list[tuple[int, int, int]] = []
+
+            @bench.consumer.on("t")
+            def handle(message: Message, seen: list[tuple[int, int, int]] = seen) -> None:
+                seen.append(gc.get_threshold())
+
+            gc.set_threshold(*own)
+            with bench.running():
+                bench.publish(Message("1", "t"))
+                until(partial(len, seen))
+            assert seen == [meanwhile]
+            assert gc.get_threshold() == own
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_many_workers_work_at_once(make: Callable[..., Bench]) -> None:

@@ -29,7 +29,7 @@ from idemp.ports import (
     Release,
     Takeover,
 )
-from idemp.stores.journal import Append, Journal, OutOfOrder
+from idemp.stores.journal import HOT, Append, Journal, OutOfOrder
 from idemp.stores.records import (
     LINES,
     Begin,
@@ -193,6 +193,30 @@ def test_abandoned_and_forgotten() -> None:
     assert journal.apply(log.append("s", Complete("k", taken.token))) == [Applied()]
     assert journal.apply(log.append("s", Forget("k", taken.token))) == [Applied()]
     assert journal.state("k") == Free(0)
+
+
+def test_what_was_asked_for_is_ready_until_it_is_forgotten() -> None:
+    """By a person, or with its bucket; and it is never more than so many."""
+    log, journal = Log(), Journal()
+    keys = [f"k{n}" for n in range(HOT + 2)]
+    claims = journal.apply(log.append("s", *map(Claim, keys)))
+    tokens = [claim.token for claim in claims if isinstance(claim, Claimed)]
+    journal.apply(log.append("s", *(Complete(key, token) for key, token in zip(keys, tokens, strict=True))))
+    assert journal.unheard("other")
+    assert not journal.unheard("k0")
+    known = journal.done("k0")
+    assert known is not None
+    assert journal.hot == {"k0": known}
+    journal.apply(log.append("s", Forget("k0", known.token)))
+    assert journal.hot == {}
+    assert journal.done("k0") is None
+    for key in keys:
+        journal.done(key)
+    assert 0 < len(journal.hot) <= HOT
+    journal.apply(log.append("s", Begin(1)))
+    journal.apply(log.append("s", Raise(1)))
+    assert journal.hot == {}
+    assert journal.done("k1") is None
 
 
 def test_an_importer_drops_what_was_freed_where_the_others_do() -> None:

@@ -75,6 +75,13 @@ def until(what: Callable[[], Any]) -> Any:
 # ------------------------------------------------------------------ what is on the wire
 
 
+def test_much_is_taken_from_the_socket_at_once(transport: Transport) -> None:
+    """As long as pika has that number, which another pika may call otherwise."""
+    stream = transport._link._connection._transport  # type: ignore[attr-defined]
+    assert type(stream)._MAX_RECV_BYTES == 4096
+    assert stream._MAX_RECV_BYTES == rabbitmq_module.RECEIVE
+
+
 def test_a_plain_client_sees_what_was_sent(transport: Transport, amqp_url: str, unique: str) -> None:
     """Every property under AMQP's own name, and persistent."""
     given = Properties("id-1", "new_order", "cause", "shop", 1_700_000_000.9, "application/json", {"n": 1})

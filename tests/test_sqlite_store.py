@@ -32,7 +32,7 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.stores import open_store
-from idemp.stores.sqlite import SqliteStore
+from idemp.stores.sqlite import SqliteStore, _portions
 from idemp.transports import open_transport
 from idemp.transports.sqlite import SqliteTransport
 from tests.servers.need import missing
@@ -513,7 +513,7 @@ def test_a_full_disk_is_unavailable_and_loses_nothing(make: Any, wire: Wire) -> 
     [claimed] = store.apply([Claim("a")])
 
     def full(when: str, sql: str) -> None:
-        if when == "before" and sql.startswith("INSERT OR REPLACE INTO done"):
+        if when == "before" and "INTO done" in sql:
             raise sqlite3.OperationalError("database or disk is full")
 
     wire.fault = full
@@ -523,6 +523,32 @@ def test_a_full_disk_is_unavailable_and_loses_nothing(make: Any, wire: Wire) -> 
     assert isinstance(store.apply([Claim("a")])[0], Busy)
     assert store.apply([Complete("a", claimed.token, b"1")]) == [Applied()]
     assert isinstance(store.apply([Complete("a", 99)])[0], Lost)
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_batch(tmp_path: Path) -> None:
+    """Of its completions none or all took effect, though the statement has no journal of its own."""
+    most = [1 << 30]
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite3.connect(*args, **options)
+        connection.execute(f"PRAGMA max_page_count={most[0]}")
+        return connection
+
+    options = {"retention": 60.0, "session_ttl": 1e6, "clock": Time().clock, "connect": connect}
+    with closing(SqliteStore(f"{tmp_path}/seen.db", **options)) as store:  # type: ignore[arg-type]
+        keys = [f"{n}/{'x' * 500}" for n in range(200)]
+        claims = store.apply([Claim(key) for key in keys])
+        done = [Complete(key, claim.token, b"1") for key, claim in zip(keys, claims, strict=True)]  # type: ignore[union-attr]
+        session: Any = store._mine()
+        for room in (0, 7, 20):
+            most[0] = int(session._writer.execute("PRAGMA page_count").fetchone()[0]) + room
+            session._writer.execute(f"PRAGMA max_page_count={most[0]}")
+            with pytest.raises(StoreUnavailable, match="disk is full"):
+                store.apply(done)
+            most[0] = 1 << 30
+            session._reopen()
+            assert {type(state) for state in store.apply([Get(key) for key in keys])} == {Busy}
+        assert set(store.apply(done)) == {Applied()}
 
 
 def test_a_session_that_begins_while_freshness_is_asked(tmp_path: Path) -> None:
@@ -538,3 +564,12 @@ def test_a_session_that_begins_while_freshness_is_asked(tmp_path: Path) -> None:
 
         session._clock = Clock(steady=renewed)  # type: ignore[attr-defined]
         assert not store.fresh(claimed.token)
+
+
+@pytest.mark.parametrize("many", [0, 1, 2, 255, 256, 257, 1000])
+def test_rows_go_in_portions_of_few_sizes(many: int) -> None:
+    """All of them, in order: each size is a statement that stays prepared."""
+    rows = [(n,) for n in range(many)]
+    portions = list(_portions(rows))
+    assert [row for portion in portions for row in portion] == rows
+    assert {len(portion) for portion in portions} <= {1 << n for n in range(9)}

@@ -269,7 +269,7 @@ class _Session:
         if (done := journal.hot.get(key)) is not None or journal.unheard(key):
             return done
         with replica.lock:
-            return replica.journal.done(key) if replica.trusted else None
+            return journal.done(key)
 
     def _commit(self, ops: Sequence[Op]) -> list[Reply]:
         """Answer from memory what is certain there; append the rest, and act on its outcomes."""

@@ -289,9 +289,16 @@ MUTANTS = (
     Mutant(
         "a memory that is not trusted recalls nothing",
         "stores/etcd.py",
-        "return replica.journal.done(key) if replica.trusted else None",
-        "return replica.journal.done(key)",
+        "        if not replica.trusted:\n            return None\n",
+        "",
         unit("test_etcd_store.py::test_what_any_replica_did_is_recalled_without_asking_etcd"),
+    ),
+    Mutant(
+        "what is kept ready goes when a key is forgotten",
+        "stores/journal.py",
+        "            case Forget():\n                self.hot.clear()\n",
+        "            case Forget():\n",
+        unit("test_journal.py::test_what_was_asked_for_is_ready_until_it_is_forgotten"),
     ),
     Mutant(
         "nor because another one was",
