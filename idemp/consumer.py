@@ -302,12 +302,12 @@ class Consumer:
         deliveries = [event for event in came if type(event) is Delivery]
         if deliveries:
             self._perform(pipeline.step(Delivered(deliveries, self._clock.wall()), now), shell, report)
-        if shell.published:
-            for word in came:
-                if type(word) is Sent and (letter := shell.published.pop(word.number, None)) is not None:
-                    letter.set_result(word)
-        confirmed = [(flight, event.error, event.unroutable) for event in came if type(event) is Sent
-                     if (flight := shell.numbers.pop(event.number, None)) is not None]  # fmt: skip
+        words = [event for event in came if type(event) is Sent] if len(came) > len(deliveries) else []
+        for word in words if shell.published else ():
+            if (letter := shell.published.pop(word.number, None)) is not None:
+                letter.set_result(word)
+        confirmed = [(flight, word.error, word.unroutable) for word in words
+                     if (flight := shell.numbers.pop(word.number, None)) is not None]  # fmt: skip
         if confirmed:
             if any(hopeless for _, _, hopeless in confirmed):
                 self._declare()  # somebody may have deleted a queue of ours

@@ -26,6 +26,18 @@ MAX_BODY = 4 * 1024 * 1024
 
 _AMQP_TEXT = 255
 _strict = msgspec.json.Decoder().decode
+
+
+class _Usual(msgspec.Struct):
+    """The body that most messages have, which is read in one go."""
+
+    type: str
+    id: str
+    args: Any
+    specversion: Any = msgspec.UNSET
+
+
+_usual = msgspec.json.Decoder(_Usual).decode
 _CE_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-", "ce_")
 
 
@@ -95,6 +107,13 @@ def decode(body: bytes, properties: Properties) -> Message:
         raise BadMessage(f"the body has {len(body)} bytes; {MAX_BODY} are allowed")
     if properties.headers and (attributes := _binary_cloudevent(properties.headers)):
         return _from_cloudevent(attributes, _data(body, properties), properties)
+    try:
+        usual = _usual(body)
+    except (ValueError, RecursionError):
+        pass  # it is another one, or nothing that is accepted: see below
+    else:
+        if usual.specversion is msgspec.UNSET:
+            return _message(usual.id, usual.type, usual.args, properties)
     event = _json_object(body)
     if "specversion" in event and "source" in event:
         return _from_cloudevent(event, event.get("data", {}), properties)
