@@ -89,6 +89,8 @@ REPORT = 1.0
 """Seconds between two summary lines."""
 TOGETHER = 256
 """Operations that are worth a batch, also while more follows at once."""
+FEW = 4
+"""Operations that are asked at once, as those of an idle queue."""
 CONFIRM = 30.0
 """Seconds that the broker has to confirm what a handler published."""
 LEVELS = 5.0
@@ -321,6 +323,7 @@ class Consumer:
             self._perform(pipeline.step(event, now), shell, report)
         if due is not None and due <= now:
             self._perform(pipeline.step(Tick(), now), shell, report)
+        shell.ask_few()
         report.maybe(now)
 
     def _tell_levels(self) -> None:
@@ -504,6 +507,11 @@ class _Shell:
         _, unasked = self.unasked.setdefault(id(store), (store, []))
         unasked += ops
         if len(unasked) >= TOGETHER:
+            self.ask_now()
+
+    def ask_few(self) -> None:
+        """Where few came together few follow: to look for more would only take time."""
+        if self.unasked and sum(len(ops) for _, ops in self.unasked.values()) <= FEW:
             self.ask_now()
 
     def ask_now(self) -> None:
