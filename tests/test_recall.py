@@ -15,6 +15,7 @@ from idemp.errors import ConfigError
 from idemp.ports import Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Op, Reply
 from idemp.stores import open_store
 from idemp.stores.recall import LARGE, TRUST, Recall
+from idemp.stores.redis import _SCRIPT
 from tests.proxy import Proxy
 from tests.servers import PostgreSQL, Redis, need
 from tests.servers.pgbouncer import PgBouncer
@@ -353,3 +354,8 @@ def test_its_size_is_bounded(memory: Recall, hands: Hands) -> None:
         memory.learn(memory.era(), [(f"{n}", done(n))])
         assert len(memory._slices) <= 9
     assert len(memory._seen) <= 6
+
+
+def test_the_script_and_the_memory_agree_on_what_is_large() -> None:
+    """What is never kept need not be told."""
+    assert f"local LARGE = {LARGE} " in _SCRIPT
