@@ -33,6 +33,7 @@ def main(context: click.Context) -> None:
         context.invoke(decorators)
         context.invoke(latencies)
         context.invoke(redis_streams)
+        context.invoke(inboxes)
 
 
 @main.command()
@@ -75,9 +76,10 @@ def factors(
 @main.command("inbox")
 @click.option("--messages", default=10_000, show_default=True, help="Messages in a round.")
 @click.option("--rounds", default=3, show_default=True)
-def inboxes(messages: int, rounds: int) -> None:
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "inbox.json")
+def inboxes(messages: int = 10_000, rounds: int = 3, file: Path = RECORD / "inbox.json") -> None:
     """The inbox beside a consumer that inserts and commits message by message."""
-    inbox.measure(messages, rounds)
+    _keep(file, inbox.measure(messages, rounds))
 
 
 def _chosen(every: Sequence[Cell], only: str) -> list[Cell]:

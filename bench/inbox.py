@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import uuid
+from typing import Any
 
 import click
 
@@ -19,18 +20,27 @@ from idemp import Message
 STORES = ("sqlite", "postgresql")
 
 
-def measure(messages: int, rounds: int) -> None:
-    """Print messages a second of each, and how many times as fast the inbox is."""
+def measure(messages: int, rounds: int) -> dict[str, Any]:
+    """Messages a second of each, and how many times as fast the inbox is."""
+    cells: dict[str, Any] = {}
     with stack(("postgresql",)) as servers:
         for name in STORES:
-            found = []
+            rates: dict[str, list[float]] = {"insert": [], "inbox": []}
             for number in range(rounds):
-                order = ("insert", "inbox") if number % 2 == 0 else ("inbox", "insert")
-                rates = {kind: _round(servers, name, kind, messages) for kind in order}
-                found.append((rates["inbox"], rates["insert"]))
-            inbox, plain = (statistics.median(each) for each in zip(*found, strict=True))
-            ratio = statistics.median(mine / theirs for mine, theirs in found)
-            click.echo(f"{name:12} inbox {inbox:8.0f}/s   insert and commit {plain:8.0f}/s   {ratio:5.2f} x")
+                for kind in rates if number % 2 == 0 else reversed(rates):
+                    rates[kind].append(_round(servers, name, kind, messages))
+            ratio = statistics.median(a / b for a, b in zip(rates["inbox"], rates["insert"], strict=True))
+            plain = f"{name}: insert and commit"
+            cells[plain] = _summary(rates["insert"], {})
+            cells[f"{name}: inbox"] = _summary(rates["inbox"], {plain: ratio})
+    for name, each in cells.items():
+        ratios = "  ".join(f"{ratio:5.2f} x {over.split(': ')[1]}" for over, ratio in each["ratios"].items())
+        click.echo(f"{name:34} {each['median']:9.0f}/s  ({each['low']:.0f} to {each['high']:.0f})  {ratios}")
+    return {"messages": messages, "cells": cells}
+
+
+def _summary(rates: list[float], ratios: dict[str, float]) -> dict[str, Any]:
+    return {"median": statistics.median(rates), "low": min(rates), "high": max(rates), "ratios": ratios}
 
 
 def _round(servers: Stack, store: str, contender: str, count: int) -> float:

@@ -62,6 +62,7 @@ class Ledger:
 
     entries: key -> Entry, changed in place; what changed is in ``changed``.
     session: the one that claims.  token: the last one given out; grows with every claim and parking.
+    forgotten: keys that were done and are not any more.
     """
 
     entries: dict[str, Entry]
@@ -70,6 +71,7 @@ class Ledger:
     token: int
     now: float
     changed: set[str] = field(default_factory=set)
+    forgotten: set[str] = field(default_factory=set)
 
     def apply(self, op: Op) -> Reply:
         """Do one operation."""
@@ -108,6 +110,8 @@ class Ledger:
                     return self._put(key, Entry(PARKED, self.token, entry.attempt, "", self.now, reason))
             case Forget(_, token):
                 if isinstance(view(entry, self.alive), Done | Parked) and entry and entry.token == token:
+                    if entry.state == DONE:
+                        self.forgotten.add(key)
                     return self._put(key, None)
             case Get():
                 return view(entry, self.alive)

@@ -18,6 +18,9 @@ except ImportError:
     raise MissingExtra("redis://", "redis") from None
 
 
+_REFUSED = ("NOAUTH", "WRONGPASS")
+
+
 class Server(NamedTuple):
     """A namespace in a Redis.
 
@@ -34,6 +37,11 @@ class Server(NamedTuple):
     def prefix(self) -> str:
         """Of every key; the braces keep them on one node of a cluster."""
         return f"idemp:{{{self.namespace}}}:"
+
+    @property
+    def channel(self) -> str:
+        """Where its changes are told; channels are the same for all databases of a server."""
+        return f"{self.prefix}told:{self.options['db']}"
 
 
 def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Server:
@@ -103,7 +111,8 @@ def _check_durable(connection: Any, at: Server) -> None:
 def explain(at: Server, error: RedisError, unavailable: type[Unavailable]) -> IdempError:
     """What the caller is told of an error that repeating does not mend, or has not mended in time."""
     said = " ".join(str(error).split())
-    if isinstance(error, AuthenticationError | NoPermissionError) or said.startswith(("NOAUTH", "WRONGPASS")):
+    inside = "The user executing the script can't" in said
+    if inside or isinstance(error, AuthenticationError | NoPermissionError) or said.startswith(_REFUSED):
         return ConfigError(f"{at.shown} refuses: {said}; check the user, the password and its rights")
     if "DB index is out of range" in said:
         return ConfigError(f"{at.shown}: {said}; name a database that the server has")

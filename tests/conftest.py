@@ -1,12 +1,17 @@
 """What every test may ask for: a shared broker, a broker of its own, a name that nobody else uses."""
 
 import logging
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
 
 from tests.servers import Etcd, Graphite, PostgreSQL, RabbitMQ, Redis, Statsd, need
+from tests.servers.need import missing
 
 # It tells of every connection, many lines each: a failed test's report is for what idemp says.
 logging.getLogger("pika").setLevel(logging.WARNING)
@@ -103,3 +108,18 @@ def statsd(graphite: Graphite) -> Iterator[Statsd]:
 def unique() -> str:
     """A short name that no other test uses, for services, exchanges and queues."""
     return f"t{uuid4().hex[:10]}"
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A disk of 200 MB, where the server's user may go too."""
+    if os.geteuid() != 0:
+        missing("only root can make a small disk")
+    with TemporaryDirectory(prefix="idemp-disk-") as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m,mode=755", "tmpfs", folder], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)

@@ -24,6 +24,8 @@ def test_every_test_and_file_that_is_named_is_there(document: Path) -> None:
     for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         source = (ROOT / file).read_text()
         assert not name or f"def {name}(" in source, f"{document.name} names {file}::{name}"
+    for file in re.findall(r"`(bench/[\w/.]+)`", text):
+        assert (ROOT / file).exists(), f"{document.name} names {file}"
     for folder in re.findall(r"`(tests/[\w/]+/)`", text):
         assert (ROOT / folder).is_dir(), f"{document.name} names {folder}"
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
@@ -76,6 +78,12 @@ def test_the_speeds_are_those_on_record() -> None:
     for name, each in json.loads((record / "decorator.json").read_text())["calls"].items():
         [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
         assert spaced(round(each["median"])) in line
+    inbox = (ROOT / "docs/inbox.md").read_text()
+    for name, each in json.loads((record / "inbox.json").read_text())["cells"].items():
+        [line] = [line for line in inbox.splitlines() if line.startswith(f"| {name} |")]
+        assert all(spaced(round(each[which])) in line for which in ("median", "low", "high"))
+        for base, ratio in each["ratios"].items():
+            assert f"{ratio:.2f} x {base.split(': ')[1]}" in line
     for store, sizes in json.loads((record / "growth.json").read_text())["growth"].items():
         for size, each in sizes.items():
             assert f"| {store} | {spaced(int(size))} | {spaced(round(each['rate']))} |" in text
@@ -86,6 +94,50 @@ def test_the_pictures_are_of_the_record(tmp_path: Path) -> None:
     picture.draw_all(ROOT / "bench/record", tmp_path)
     for name in ("speed.svg", "growth.svg"):
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), f"{name}: bench pictures"
+
+
+def table(text: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table under a heading, by their first cell."""
+    part = text.partition(f"\n## {heading}\n")[2]
+    lines = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    return {name: rest for name, *rest in cells}
+
+
+NOWHERE = ("no server", "no such limit", "nothing")
+"""What needs no test, for there is no such thing."""
+
+
+def test_the_page_to_choose_by_names_its_evidence() -> None:
+    """Each cell of what a failure does has its test, or says that it was not run; each rate its record."""
+    text = (ROOT / "docs/stores.md").read_text()
+    failures = table(text, "What each failure does")
+    assert len(failures) >= 15
+    for failure, cells in failures.items():
+        assert len(cells) == 4, failure
+        for cell in cells:
+            named = re.search(r"`tests/[\w/]+\.py::\w+`", cell)
+            assert named or cell in NOWHERE or cell.endswith("not run"), f"{failure}: {cell}"
+    record = {
+        name: json.loads((ROOT / f"bench/record/{name}.json").read_text())
+        for name in ("factors", "latency", "growth")
+    }
+    rows = table(text, "Rate and memory")
+    stores = ("sqlite", "postgresql", "redis", "etcd")
+    base = [record["factors"]["cells"][f"base: {store}"] for store in stores]
+    told = {name.partition(":")[0]: cells for name, cells in rows.items()}
+    assert told["fresh messages a second, median"] == [spaced(round(each["median"])) for each in base]
+    ceiling = "of what a consumer could do that remembers nothing (the ceiling)"
+    assert told[ceiling] == [f"{each['ratios']['base: ceiling']:.2f}" for each in base]
+    one = "one message on an idle machine, until it is acknowledged, ms, median"
+    settled = [record["latency"]["latencies"][store]["settled"]["p50"] for store in stores]
+    assert told[one] == [f"{each:.2f}" for each in settled]
+    taken = told["a done key with an id of 32 characters and no result takes"]
+    for store, cell in (("sqlite", taken[0]), ("etcd", taken[3])):
+        assert cell.startswith(f"{record['growth']['growth'][store]['1000000']['bytes']:.0f} bytes")
+    for name, cells in rows.items():
+        for cell in cells if "`" not in name else ():
+            assert "`" in cell or "](" in cell or cell in NOWHERE or "of its" in cell, f"{name}: {cell}"
 
 
 @pytest.mark.parametrize(("mark", "said"), [("Consumer(", "['A-1', 'A-1-paid']"), ("configure(", '"handle"')])

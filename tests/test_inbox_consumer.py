@@ -19,12 +19,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from idemp import Consumer, Message, context, idempotent, open_store, open_transport, publish
+from idemp import Consumer, Message, Relay, context, idempotent, open_store, open_transport, publish
 from idemp.message import Properties
 from idemp.pipeline import Acknowledge, Delivered, Disconnected, Pipeline, Route, Tell, Transact, Transacted
 from idemp.policy import make_policy
 from idemp.ports import Claimed, Delivery, Done, Free, Get, Parked, Publication
 from idemp.protocol import NotRun, Ok, Verdict
+from tests.servers import PostgreSQL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -261,6 +262,46 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     assert kills >= 3
     assert bench.effects() == ids
     assert bench.sql("SELECT 1 FROM effect GROUP BY id HAVING count(*) > 1") == []
+
+
+def test_the_database_is_restarted_under_load(own_postgresql: PostgreSQL, unique: str) -> None:
+    """Killed and stopped with the consumer and its relay at work: both go on, and all is there once."""
+    bench = Bench(own_postgresql.url, f"memory://{unique}")
+    with closing(open_transport(bench.broker)) as other:
+        other.declare("billed", "out")
+        relay = Relay(bench.store, other)
+
+        @bench.consumer.on("t")
+        @idempotent(bench.store, name="s.t", transaction=True)
+        def handle(message: Message) -> None:
+            write(message)
+            context().publish("billed", {}, exchange="out")
+
+        ids = [f"{n:05}" for n in range(3000)]
+        publishing = threading.Thread(target=relay.run)
+        publishing.start()
+        try:
+            with bench.running():
+                for part, end in enumerate((own_postgresql.kill, own_postgresql.stop, own_postgresql.kill)):
+                    bench.publish(ids[part * 1000 : part * 1000 + 1000])
+                    bench.reach(part * 1000 + 100)
+                    end()
+                    own_postgresql.start()
+                bench.reach(len(ids))
+                until(lambda: bench.depth("s-queue") == 0)
+                until(lambda: bench.store.backlog().letters == 0)
+        finally:
+            relay.stop()
+            publishing.join(30)
+        assert bench.effects() == ids
+        with closing(open_transport(bench.broker)) as theirs:
+            theirs.consume("billed", 10_000)
+            came: list[Any] = []
+            while some := theirs.poll(0.2):
+                came += some
+        names = {each.properties.message_id for each in came if isinstance(each, Delivery)}
+        assert len(names) == len(ids)
+    bench.close()
 
 
 _POISON = """

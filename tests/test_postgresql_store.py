@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import psycopg
@@ -38,7 +36,6 @@ from idemp.stores import open_store, postgresql_line
 from idemp.stores.postgresql_line import explain
 from idemp.stores.postgresql_sql import MIGRATIONS, VERSION
 from tests.servers import PostgreSQL, need
-from tests.servers.need import missing
 from tests.servers.pgbouncer import PgBouncer
 
 
@@ -351,21 +348,6 @@ def test_no_connection_is_left(
                 claim(store, "key")
         sql(url, f"ALTER ROLE {unique} CONNECTION LIMIT 10")
         claim(store, "key")
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A disk of 200 MB, where the server's user may go too."""
-    if os.geteuid() != 0:
-        missing("only root can make a small disk")
-    with TemporaryDirectory(prefix="idemp-disk-") as folder:
-        place = Path(folder)
-        place.chmod(0o755)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m,mode=755", "tmpfs", folder], check=True)
-        try:
-            yield place
-        finally:
-            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def work_on(store: Any, done: list[str], batches: int) -> None:

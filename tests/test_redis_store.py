@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import Applied, Claim, Claimed, Complete, Done, Doubt, Free, Get, Lost, Op, Reply
@@ -64,16 +68,17 @@ def test_a_server_that_may_forget_is_refused(setting: str, value: str) -> None:
             claim(store, "key")
 
 
-def test_a_server_that_hides_its_settings_is_refused(redis: Redis, unique: str) -> None:
+def test_a_server_that_hides_its_settings_is_refused(request: pytest.FixtureRequest, unique: str) -> None:
     """With the right that it needs; and a user who may do nothing, with the command that was refused."""
-    redis.call("ACL", "SETUSER", unique, "on", ">theirs", "~*", "&*", "+@all", "-config")
-    url = f"redis://{unique}:theirs@127.0.0.1:{redis.port}/0"
+    server: Redis = request.getfixturevalue("redis")
+    server.call("ACL", "SETUSER", unique, "on", ">theirs", "~*", "&*", "+@all", "-config")
+    url = f"redis://{unique}:theirs@127.0.0.1:{server.port}/0"
     with closing(open_store(url)) as store, pytest.raises(ConfigError, match="allow it CONFIG GET") as told:
         claim(store, "key")
     assert "theirs" not in str(told.value)
     with closing(open_store(f"{url}?unsafe_durability=true")) as store:
         claim(store, unique)
-    redis.call("ACL", "SETUSER", unique, "-eval", "-evalsha")
+    server.call("ACL", "SETUSER", unique, "-eval", "-evalsha")
     unsafe = f"{url}?unsafe_durability=true"
     with closing(open_store(unsafe)) as store, pytest.raises(ConfigError, match="evalsha"):
         claim(store, "key")
@@ -109,6 +114,91 @@ def test_a_full_memory_is_unavailable_and_nothing_is_half_done(
 
     assert (states[0].token, states[1]) == (mine.token, Free(0))
     assert one(store, Complete("mine", mine.token)) == Applied()
+
+
+def test_a_full_disk_is_unavailable_and_nothing_is_half_done(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends rather than confirm what it cannot write; with room again, what was told as done is done."""
+    need("redis")
+    folder = small_disk / "server"
+    folder.mkdir()
+    done: list[str] = []
+
+    def work_on(store: Any, batches: int) -> None:
+        for _ in range(batches):
+            keys = [f"{len(done) + n}" for n in range(100)]
+            tokens = [reply.token for reply in store.apply([Claim(key) for key in keys])]
+            marks = [Complete(k, t, b"x" * 3000) for k, t in zip(keys, tokens, strict=True)]
+            assert set(store.apply(marks)) == {Applied()}
+            done.extend(keys)
+
+    with Redis(folder=folder) as server, closing(open_store(server.url)) as store:
+        work_on(store, 3)
+        ballast = small_disk / "ballast"
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"0" * 65_536)
+        monkeypatch.setattr("idemp.stores.redis.PATIENCE", 1.0)
+        with pytest.raises(StoreUnavailable) as full:
+            work_on(store, 1000)
+        monkeypatch.undo()
+        assert str(full.value).startswith(f"redis://127.0.0.1:{server.port}/0: ")
+        assert "\n" not in str(full.value)
+        ballast.unlink()
+        server.kill()
+        server.start()
+        assert {type(state) for state in store.apply([Get(key) for key in done])} == {Done}
+        left = store.apply([Get(f"{len(done) + n}") for n in range(100)])
+        assert len({type(state) for state in left}) == 1, "a batch is there, or not"
+        assert not isinstance(left[0], Done)
+        claim(store, "last")
+
+
+def test_connections_are_ended_under_load(own_redis: Redis, store: Any) -> None:
+    """Again and again, in whatever they are doing: every key is won once, and ends done."""
+    stop = threading.Event()
+
+    def work(number: int) -> list[str]:
+        done: list[str] = []
+        while not stop.is_set():
+            keys = [f"{number}/{len(done) + n}" for n in range(10)]
+            claims = store.apply([Claim(key) for key in keys])
+            assert {type(reply) for reply in claims} == {Claimed}, claims
+            ops = [Complete(k, c.token, k.encode()) for k, c in zip(keys, claims, strict=True)]
+            assert set(store.apply(ops)) == {Applied()}
+            done += keys
+        return done
+
+    with ThreadPoolExecutor(4) as pool:
+        works = [pool.submit(work, number) for number in range(4)]
+        ended = 0
+        try:
+            for _ in range(25):
+                time.sleep(0.04)
+                ended += int(own_redis.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"))
+        finally:
+            stop.set()
+        done = [key for each in works for key in each.result(60)]
+
+    assert ended >= 10
+    assert len(done) > 100
+    assert [state.result.decode() for state in store.apply([Get(key) for key in done])] == done
+
+
+def test_no_connection_is_left(own_redis: Redis, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unavailable in time; and it goes on once there is one."""
+    mine = claim(store, "key")
+    with closing(redis.Redis(port=own_redis.port, single_connection_client=True)) as line:
+        line.config_set("maxclients", 1)
+        line.client_kill_filter(_type="normal", skipme=True)
+        with monkeypatch.context() as short:
+            short.setattr("idemp.stores.redis.PATIENCE", 0.3)
+            with pytest.raises(StoreUnavailable, match="max number of clients"):
+                claim(store, "other")
+        line.config_set("maxclients", 100)
+    assert one(store, Complete("key", mine.token)) == Applied()
+    claim(store, "other")
 
 
 def test_the_script_is_flushed(own_redis: Redis, store: Any) -> None:
@@ -202,7 +292,7 @@ def test_an_idle_process_notices_a_lost_tail_by_its_heartbeat(own_redis: Redis) 
 def test_a_call_that_was_given_up_takes_no_effect_when_it_comes_late(store: Any) -> None:
     """It was on its way when its caller was told that it had failed, and the next batch had asked for it."""
     session = store._session
-    late = ("apply", session._id, 10_000, 7, session._last, *_words(Claim("key")))
+    late = ("apply", session._id, 10_000, 7, session._last, "told", 0, *_words(Claim("key")))
     assert session._call("void", session._id, 7) == [b"void"]
 
     session._call(*late)

@@ -11,14 +11,18 @@ half retentions.
 
 The session's row has an expiry by the server's clock, and the number of its last batch: after a lost
 connection that tells whether the commit took effect.  Who declares a session dead holds its row.
+
+Who forgets says so with NOTIFY.  Who asked `recall` once listens, and answers duplicates of what it saw done
+from memory (recall.py) as long as it hears.  It is not told of what others do, for notifications make
+all commits of a server wait for each other.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
+import select
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,17 +31,28 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
 from idemp.laws import Ledger, undoing, view
-from idemp.ports import Backlog, Busy, Clock, Get, Letter, Op, Reply, State, Transaction
+from idemp.ports import Backlog, Busy, Clock, Done, Get, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.outbox import unpack
 from idemp.stores.postgresql_sql import settings, statements
+from idemp.stores.recall import VOUCH, Recall
 
 try:
     import psycopg
     from psycopg import errors
 
-    from idemp.stores.postgresql_batch import BATCH_TOKENS, Head, Loaded, ask, decide, fold, run, save
+    from idemp.stores.postgresql_batch import (
+        BATCH_TOKENS,
+        Head,
+        Loaded,
+        ask,
+        decide,
+        done_now,
+        fold,
+        run,
+        save,
+    )
     from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
         Connection,
@@ -87,6 +102,10 @@ class PostgresqlStore(SessionStore):
         for op in ops:
             _check_key(op.key)
         return super().apply(ops)
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  What this process did, or was told of, while it listened."""
+        return self._session_here().recall(key)
 
     def transact(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
         """Apply ``ops`` in the transaction that is open on ``connection``: they commit with it or not at all.
@@ -183,9 +202,10 @@ class _Session(Confirmed):
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
         self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
-        self._lines = [self._writer, self._beater, self._reader]
+        self._lines = [self._writer, self._beater, self._reader, self._listener]
         self._idle: list[Line] = []  # for transactions with handlers in them
         self._reading = threading.Lock()
+        self._recall = Recall(clock)
         self._changed = threading.Condition()
         self._listens: bool | None = None  # None: nobody has waited yet
         self._ended = threading.Event()
@@ -235,7 +255,7 @@ class _Session(Confirmed):
             return []
         if all(isinstance(op, Get) for op in ops):
             return self._look(connection, ops)
-        unsure, sent = self._unsure, self._clock.steady()
+        unsure, sent, era = self._unsure, self._clock.steady(), self._recall.era()
         undo = [] if unsure is None else undoing(unsure.ops, unsure.replies)
         with connection.pipeline():
             connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
@@ -244,6 +264,7 @@ class _Session(Confirmed):
         loaded = asked.loaded()
         head = loaded.head
         self.retention, self._number = head.retention, head.number
+        self._recall.told(head.retention, head.now, sent)
         if unsure is None or head.batch != unsure.batch:
             undo = []
         elif unsure.batch == self._batch:
@@ -266,6 +287,10 @@ class _Session(Confirmed):
                 self._wake()
         else:
             connection.execute("ROLLBACK")
+        if ledger.forgotten:
+            self._recall.forget_all()
+        elif self._recall.follows:
+            self._recall.learn(era, done_now(ledger))
         return replies[len(undo) :]
 
     def _write(self, connection: Connection, loaded: Loaded, ledger: Ledger) -> None:
@@ -316,6 +341,7 @@ class _Session(Confirmed):
             raise Closed("this store was closed")
         transaction: PostgresqlTransaction | None = None
         line = self._idle.pop() if self._idle else self._new_line()
+        era, asked = self._recall.era(), self._clock.steady()
         try:
             if not self._id:
                 self.group.apply([])  # the retention that was named is in force from here on
@@ -324,6 +350,7 @@ class _Session(Confirmed):
                 with transaction.open():
                     result = work(transaction)
                     transaction.save()
+            transaction.teach(self._recall, era, asked)
             if transaction.tells:
                 self._wake()
         except (psycopg.Error, StoreUnavailable) as error:
@@ -405,6 +432,7 @@ class _Session(Confirmed):
                 self._last,
                 batch,
             )
+        self._recall.lose()
         self._be_born(connection)
 
     def _confirm(self, connection: Connection) -> bool:
@@ -477,6 +505,14 @@ class _Session(Confirmed):
             self._reader.drop()
 
     # ---------------------------------------------------------------- reading
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  From the first time on this process listens."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        if self._listens is None:
+            self._listen()
+        return self._recall.find(key)
 
     def wait(self, key: str, token: int, timeout: float) -> None:
         """Leave word that the key is awaited, and look at it when told, and now and then."""
@@ -551,20 +587,35 @@ class _Session(Confirmed):
     def _hear(self) -> None:
         while not self._ended.is_set():
             try:
-                with self._listener.use(math.inf) as connection:
+                with self._listener.use(PATIENCE) as connection:
                     if self._listener.pooled:
                         break  # who listens and who is told would be different connections
-                    run(connection, self._words.listen)
-                    self._listens = True
                     self._hear_on(connection)
             except (psycopg.Error, StoreUnavailable, ConfigError) as error:
                 log.info("%s: not listening: %s", self._place.shown, one_line(error))
-                self._listens = False
                 self._ended.wait(1.0)
+            self._listens = False
+            self._recall.lose()
+            self._listener.drop()
         self._listener.drop()
 
     def _hear_on(self, connection: Connection) -> None:
+        """Until something may go unheard.  A question that is answered says that the line is whole."""
+        connection.add_notify_handler(self._told)
+        asked = self._clock.steady()
+        run(connection, self._words.listen)
+        self._recall.begin(asked)
+        self._listens = True
         self._wake()  # what was said before goes unheard
-        while not self._ended.is_set():
-            for _ in connection.notifies(timeout=0.5, stop_after=1):
-                self._wake()
+        while not self._ended.is_set() and self._recall.follows:
+            select.select([connection.fileno()], [], [], VOUCH)
+            self._listener.limit(PATIENCE)
+            asked = self._clock.steady()
+            run(connection, "SELECT")
+            self._recall.vouch(asked)
+
+    def _told(self, said: psycopg.Notify) -> None:
+        if said.payload:
+            self._recall.forget_all()
+        else:
+            self._wake()

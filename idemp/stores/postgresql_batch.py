@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
 
 from idemp.laws import DONE, Entry, Ledger
-from idemp.ports import Forget, Get, Op, Takeover
+from idemp.ports import Done, Forget, Get, Op, Takeover
 from idemp.stores.postgresql_line import Connection
 from idemp.stores.postgresql_sql import Statements
 
@@ -105,9 +105,18 @@ def save(connection: Connection, words: Statements, loaded: Loaded, ledger: Ledg
     forgotten = [key.encode() for key in ledger.changed if key not in ledger.entries]
     for statement in words.drop_done if forgotten else ():
         run(connection, statement, [forgotten])
+    # Only then: notifications make all commits of a server wait for each other.
     if loaded.awaited & ledger.changed:
-        # Only then: notifications make all commits of a server wait for each other.
         run(connection, words.tell)
+    if ledger.forgotten:
+        run(connection, words.tell_forgotten)
+
+
+def done_now(ledger: Ledger) -> Iterator[tuple[str, Done]]:
+    """Keys and what is done, once it is committed."""
+    for key, entry in ledger.entries.items():
+        if entry.state == DONE:
+            yield key, Done(entry.token, entry.result, entry.fingerprint, entry.at, entry.attempt)
 
 
 def run(connection: Connection, text: str, values: Any = None) -> Rows:

@@ -19,9 +19,10 @@ from idemp.errors import KeyBusy, PermanentFailure
 from idemp.laws import Ledger
 from idemp.ports import Clock, Get, Op, Publication, Reply, Takeover
 from idemp.stores.outbox import pack
-from idemp.stores.postgresql_batch import BATCH_TOKENS, Head, Loaded, ask, decide, run, save
+from idemp.stores.postgresql_batch import BATCH_TOKENS, Head, Loaded, ask, decide, done_now, run, save
 from idemp.stores.postgresql_line import Connection, Line
 from idemp.stores.postgresql_sql import GIVEN, TAKE_TURNS, Statements, own
+from idemp.stores.recall import Recall
 
 ME = "in this transaction"
 """The session of its claims, which nobody ever sees."""
@@ -134,6 +135,12 @@ class PostgresqlTransaction:
         self.connection.row_factory = tuple_row
         self.connection.execute("ROLLBACK TO SAVEPOINT idemp", prepare=False)
         return True
+
+    def teach(self, recall: Recall, era: int, asked: float) -> None:
+        """What is done now, once it is committed.  ``era`` and ``asked``: of the moment before it began."""
+        if self._loaded is not None and self._ledger is not None:
+            recall.told(self._loaded.head.retention, self._loaded.head.now, asked)
+            recall.learn(era, done_now(self._ledger))
 
     def put(self, key: str, publications: Sequence[Publication]) -> None:
         """See `idemp.ports.Transaction`."""

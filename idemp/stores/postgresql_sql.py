@@ -111,6 +111,7 @@ class Statements(NamedTuple):
     clear: tuple[str, ...]
     listen: str
     tell: str
+    tell_forgotten: str
     put: str
     letters: str
     sent: str
@@ -183,6 +184,7 @@ _TEMPLATE = Statements(
     clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
     listen="LISTEN {s}",
     tell="NOTIFY {s}",
+    tell_forgotten="NOTIFY {s}, 'forgotten'",
     put="INSERT INTO {s}.outbox (key, at, letter)"
     " SELECT u.key, extract(epoch FROM clock_timestamp())::float8, u.letter"
     " FROM unnest(%b::bytea[], %b::bytea[]) WITH ORDINALITY AS u(key, letter, place) ORDER BY u.place",

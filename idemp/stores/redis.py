@@ -4,6 +4,9 @@ A key is one value: open ones stay, done ones expire by themselves after the ret
 key that expires, too; its value is the number of its last batch and what that answered.  So a batch
 whose reply was lost is sent again and answered, not done twice; and a server that names an earlier
 batch than it had confirmed has forgotten something.
+
+The script tells on a channel what is done and what is forgotten.  Who asked `recall` once listens, and
+answers duplicates from memory (recall.py) as long as everything is heard.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from idemp.ports import (
     Claimed,
     Clock,
     Complete,
+    Done,
     Forget,
     Get,
     Lost,
@@ -42,6 +46,7 @@ from idemp.ports import (
 from idemp.redis_server import Server, check, explain
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
+from idemp.stores.recall import VOUCH, Recall
 
 try:
     import redis
@@ -85,35 +90,41 @@ class RedisStore(SessionStore):
                 raise BadMessage(f"the key {op.key!r} is not valid Unicode") from None
         return super().apply(ops)
 
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  What this process or another one did while this one listened."""
+        session = self._mine()
+        assert isinstance(session, _Session)
+        return session.recall(key)
+
 
 # ------------------------------------------------------------------ operations and answers as Redis has them
 
 
 def _words(op: Op) -> tuple[Any, ...]:
-    """The eight fields of an operation."""
+    """The fields of an operation, as the script wants them."""
     match op:
         case Claim(key):
-            return ("claim", key, "", "", "", "", "", "")
-        case Get(key):
-            return ("get", key, "", "", "", "", "", "")
+            return ("claim", key)
         case Complete(key, token, result, fingerprint):
             flags = ("" if result is None else "r") + ("" if fingerprint is None else "f")
-            return ("complete", key, token, "", "", result or b"", fingerprint or b"", flags)
+            return ("complete", key, token, result or b"", fingerprint or b"", flags)
+        case Get(key):
+            return ("get", key)
         case Takeover(key, token):
-            return ("takeover", key, token, "", "", "", "", "")
+            return ("takeover", key, token)
         case Release(key, token, attempts):
-            return ("release", key, token, attempts, "", "", "", "")
+            return ("release", key, token, attempts)
         case Abandon(key, token, left):
-            return ("abandon", key, token, "" if left is None else left, "", "", "", "")
+            return ("abandon", key, token, "" if left is None else left)
         case Park(key, token, reason):
-            return ("park", key, token, "", reason.encode(errors="backslashreplace"), "", "", "")
+            return ("park", key, token, reason.encode(errors="backslashreplace"))
         case Forget(key, token):
-            return ("forget", key, token, "", "", "", "", "")
+            return ("forget", key, token)
 
 
 def _reply(op: Op, code: bytes, state: bytes, first: int) -> Reply:
     """What a code of the script, and the state that stood against it, mean."""
-    if code == b"A":
+    if code[:1] in (b"A", b"D"):
         return Applied()
     if code:
         number, attempt = code[1:].split(b" ")
@@ -146,6 +157,42 @@ def _entry(text: bytes) -> tuple[Entry | None, Callable[[str], bool]]:
         None if fingerprint < 0 else rest[behind:],
     )
     return entry, lambda _: busy
+
+
+def _learned(
+    ops: Sequence[Op], replies: Sequence[Reply], codes: Sequence[bytes], now: bytes
+) -> Iterator[tuple[str, Done]]:
+    """Keys and what is done, as the answer to a batch tells; ``now``: of the server, if it was the first."""
+    for op, reply, code in zip(ops, replies, codes, strict=True):
+        if type(reply) is Done:
+            yield op.key, reply
+        elif type(op) is Complete and now and code[:1] == b"D":
+            yield op.key, Done(op.token, op.result, op.fingerprint, int(now) / 1000, int(code[1:]))
+
+
+def _forgotten(lines: bytes, texts: bytes) -> list[tuple[str, int]]:
+    """Keys and tokens, as the channel tells them."""
+    found, at = [], 0
+    for line in lines.split(b","):
+        token, size = map(int, line.split(b" "))
+        found.append((texts[at : at + size].decode(), token))
+        at += size
+    return found
+
+
+def _done(now: bytes, lines: bytes, texts: bytes) -> list[tuple[str, Done]]:
+    """Keys and what is done, as the channel tells them."""
+    found, place, at = [], 0, int(now) / 1000
+    for line in lines.split(b",") if lines else ():
+        token, attempt, size, result, fingerprint = map(int, line.split(b" "))
+        key = texts[place : place + size].decode()
+        place += size
+        kept = texts[place : place + result] if result >= 0 else None
+        place += max(0, result)
+        mark = texts[place : place + fingerprint] if fingerprint >= 0 else None
+        place += max(0, fingerprint)
+        found.append((key, Done(token, kept, mark, at, attempt)))
+    return found
 
 
 # ------------------------------------------------------------------ the session
@@ -184,14 +231,10 @@ class _Session(Confirmed):
         self._confirmed = -ttl
         self._born = 0  # the last token before the session
         self._unsure: _Unsure | None = None
-        self._client: Any = redis.Redis(
-            **at.options,
-            protocol=2,
-            socket_timeout=TIMEOUT,
-            socket_connect_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=self._connected,  # type: ignore[arg-type]  # it gets the connection
-        )
+        self._client = self._connects(self._connected)
+        self._ear = self._connects(self._connected_to_listen)
+        self._heard_epoch = ""
+        self._recall = Recall(clock)
         self._changed = threading.Condition()
         self._listens: bool | None = None  # None: nobody has waited yet
         self._ended = threading.Event()
@@ -204,7 +247,17 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- one call
 
-    def _connected(self, connection: Any) -> None:
+    def _connects(self, begin: Callable[[Any], Any]) -> Any:
+        return redis.Redis(
+            **self._at.options,
+            protocol=2,
+            socket_timeout=TIMEOUT,
+            socket_connect_timeout=TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=begin,  # type: ignore[arg-type]  # it gets the connection
+        )
+
+    def _connected(self, connection: Any) -> str:
         """What each new connection begins with: the login, and what the server says of itself."""
         try:
             connection.on_connect()
@@ -215,6 +268,10 @@ class _Session(Confirmed):
         except BaseException:
             connection.disconnect()
             raise
+        return epoch
+
+    def _connected_to_listen(self, connection: Any) -> None:
+        self._heard_epoch = self._connected(connection)
 
     def _call(self, *words: Any) -> Any:
         """The script's answer.  Raises redis's errors and `_Restarted`."""
@@ -238,6 +295,7 @@ class _Session(Confirmed):
                 # Whether it forgot anything of mine, the next call finds out; until then nothing is fresh.
                 log.warning("%s began anew", self._at.shown)
                 self._epoch, self._confirmed = restarted.epoch, -self._ttl
+                self._recall.lose()
                 continue
             except RedisError as error:
                 failed = explain(self._at, error, StoreUnavailable)
@@ -257,25 +315,37 @@ class _Session(Confirmed):
         whole = self._with_undo(ops)
         self._unsure = _Unsure(self._batch, whole, len(ops))
         sent = self._clock.steady()
+        head = (int(self._ttl * 1000), self._batch, self._last, self._at.channel, int(self._recall.follows))
         words = [word for op in whole for word in _words(op)]
-        kind, *answer = self._call("apply", self._id, int(self._ttl * 1000), self._batch, self._last, *words)
+        era = self._recall.era()
+        kind, *answer = self._call("apply", self._id, *head, *words)
         self._unsure = None
         if kind in (b"dead", b"forgotten"):
             self._begin_anew(kind, *answer)
             return self._attempt(whole)[len(whole) - len(ops) :]
-        return self._answered(whole, kind, answer, sent)[len(whole) - len(ops) :]
+        return self._answered(whole, kind, answer, sent, era)[len(whole) - len(ops) :]
 
-    def _answered(self, ops: Sequence[Op], kind: bytes, answer: list[bytes], sent: float) -> list[Reply]:
+    def _answered(
+        self, ops: Sequence[Op], kind: bytes, answer: list[bytes], sent: float, era: int
+    ) -> list[Reply]:
+        now = b""
         if kind == b"again":
             codes, *states = answer
             first, _, said = codes.partition(b" ")
         else:
-            said, first, *states, retention, told = answer
+            said, first, *states, retention, told, now = answer
             self.retention = int(retention) / 1000
+            self._recall.told(self.retention, int(now) / 1000, sent)
             if told == b"1":
                 self._wake()
         each = said.split(b",")
         replies = [_reply(*one, int(first)) for one in zip(ops, each, states, strict=True)]
+        if self._recall.follows:
+            self._recall.learn(era, _learned(ops, replies, each, now))
+        if gone := [
+            (op.key, op.token) for op, code in zip(ops, each, strict=True) if code and type(op) is Forget
+        ]:
+            self._recall.forget(gone)
         if any(each):
             self._last, self._confirmed = self._batch, max(sent, self._confirmed)
             self._token = max(self._token, int(first) + len(ops))
@@ -306,7 +376,7 @@ class _Session(Confirmed):
         ttl, named = int(self._ttl * 1000), int(self._named * 1000)
         if self._id:
             self._client.delete(f"{self._at.prefix}s:{self._id}")
-        token, retention = self._call("born", new, ttl, named, self._token)
+        token, retention = self._call("born", new, ttl, named, self._token, self._at.channel)
         self.retention = int(retention) / 1000
         if self.retention > self._named:
             log.warning(
@@ -329,6 +399,7 @@ class _Session(Confirmed):
                 self._last,
                 int(named[0]),
             )
+        self._recall.lose()
         self._be_born()
 
     def _confirm(self) -> list[bytes] | None:
@@ -372,10 +443,19 @@ class _Session(Confirmed):
         self._wake()
         for thread in self._threads:
             thread.join(PATIENCE)
-        self._client.close()
-        self._client.connection_pool.disconnect()
+        for client in (self._client, self._ear):
+            client.close()
+            client.connection_pool.disconnect()
 
     # ---------------------------------------------------------------- reading
+
+    def recall(self, key: str) -> Done | None:
+        """See `idemp.ports.Store`.  From the first time on this process listens."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        if self._listens is None:
+            self._listen()
+        return self._recall.find(key)
 
     def wait(self, key: str, token: int, timeout: float) -> None:
         """Leave word that the key is awaited, and look at it when told, and now and then."""
@@ -451,17 +531,50 @@ class _Session(Confirmed):
     def _hear(self) -> None:
         while not self._ended.is_set():
             try:
-                with self._client.pubsub(ignore_subscribe_messages=True) as heard:
-                    heard.subscribe(f"{self._at.prefix}settled")
-                    self._listens = True
-                    self._wake()  # what was said before goes unheard
-                    while not self._ended.is_set():
-                        if heard.get_message(timeout=0.5):
-                            self._wake()
+                with self._ear.pubsub() as line:
+                    self._hear_on(line)
             except (RedisError, _Restarted, ConfigError) as error:
                 log.info("%s: not listening: %s", self._at.shown, error)
-                self._listens = False
                 self._ended.wait(1.0)
+            self._listens = False
+            self._recall.lose()
+
+    def _hear_on(self, line: Any) -> None:
+        """Until something may go unheard.  The answer to a ping comes behind all that was told before."""
+        pinged = self._clock.steady()
+        waits = True  # for the answer
+        line.subscribe(self._at.channel)
+        while not self._ended.is_set() and (waits or self._recall.follows):
+            said, now = line.get_message(timeout=VOUCH), self._clock.steady()
+            if said is not None:
+                kind = said["type"]
+                if kind == "subscribe":
+                    self._recall.begin(pinged)
+                    if self._heard_epoch != self._epoch:
+                        return
+                    self._listens, waits = True, False
+                    self._wake()  # what was said before goes unheard
+                elif kind == "pong":
+                    self._recall.vouch(pinged)
+                    waits = False
+                else:
+                    self._told(said["data"])
+            if now - pinged >= (TIMEOUT if waits else VOUCH):
+                if waits:
+                    raise redis.TimeoutError("it does not answer")
+                pinged, waits = now, True
+                line.ping()
+
+    def _told(self, said: bytes) -> None:
+        kind, _, rest = said.partition(b"\n")
+        if kind == b"F":
+            self._recall.forgotten(_forgotten(*rest.split(b"\n", 1)))
+        elif kind == b"D":
+            session, now, lines, texts = rest.split(b"\n", 3)
+            if session.decode() != self._id:
+                self._recall.learn(self._recall.era(), _done(now, lines, texts))
+        else:
+            self._wake()
 
 
 def exists(at: Server) -> bool:

@@ -67,6 +67,7 @@ class Spec:
     wait: float = 30.0
     backoff: float = 0.2
     fingerprint: str | None = None
+    transaction: bool = False
     strikes: Sequence[Strike] = field(default_factory=tuple)
 
 
@@ -116,6 +117,10 @@ class Striker:
 
 def consume(spec: Spec) -> None:
     """Be one consumer until SIGTERM."""
+    if spec.transaction:
+        from tests.reliability import inbox
+
+        return inbox.consume(spec)
     folder = Path(spec.folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("pika").setLevel(logging.CRITICAL)
