@@ -19,7 +19,7 @@ from idemp.audit.auditor import Auditor
 from idemp.audit.config import Config
 from idemp.audit.judge import Field
 from idemp.audit.messages import decoded
-from idemp.audit.state import AuditState
+from idemp.audit.state.sqlite import SqliteState
 from idemp.message import Properties
 from idemp.ports import Publication
 from idemp.transports import publish
@@ -63,7 +63,7 @@ def _audited(config: Config, reports: int) -> tuple[float, float]:
     """Seconds, and seconds of processor, until all are taken."""
     done = threading.Event()
 
-    class Counting(AuditState):
+    class Counting(SqliteState):
         taken = 0
 
         def save(self, *rows: Any, **more: Any) -> None:

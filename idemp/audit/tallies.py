@@ -59,12 +59,13 @@ class Changed(NamedTuple):
     """Buckets that are to be told, in report ``number``; versions: what `told` is to be given then.
 
     through: seconds since 1970; of those that end before, none is left out.  first: no report is known to
-    have arrived.
+    have arrived.  untimed: messages so far that did not say when they were published.
     """
 
     number: int
     through: float
     first: bool
+    untimed: int
     tallies: Mapping[str, Mapping[int, Tally]]
     versions: Sequence[tuple[int, str, int]]
 
@@ -95,7 +96,6 @@ class Tallies:
 
     def _open(self, length: int) -> None:
         path, wall = self.path, self._wall
-        self.started = wall()
         with self._transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
@@ -179,24 +179,19 @@ class Tallies:
             ).fetchall()
             if len(rows) > TOGETHER:
                 through = float(rows.pop()[1])
-            count = "UPDATE meta SET number = number + 1 RETURNING number, arrived"
-            number, arrived = db.execute(count).fetchone()
+            count = "UPDATE meta SET number = number + 1 RETURNING number, arrived, no_time"
+            number, arrived, untimed = db.execute(count).fetchone()
         tallies: dict[str, dict[int, Tally]] = {}
         for kind, place, *counted, _ in rows:
             tallies.setdefault(kind, {})[place] = self._honest(place, *counted)
         versions = [(version, kind, place) for kind, place, *_, version in rows]
-        return Changed(number, through, not arrived, tallies, versions)
+        return Changed(number, through, not arrived, untimed, tallies, versions)
 
     def told(self, versions: Sequence[tuple[int, str, int]]) -> None:
         """A report with these is safe in a queue."""
         with self._transaction() as db:
             db.executemany("UPDATE tally SET told = ? WHERE kind = ? AND start = ?", versions)
             db.execute("UPDATE meta SET arrived = 1")
-
-    def no_time(self) -> int:
-        """How many messages did not say when they were published."""
-        with self._explained():
-            return int(self._db().execute("SELECT no_time FROM meta").fetchone()[0])
 
     def _honest(self, place: int, n: int, checksum: str, unsure: int) -> Tally:
         return Tally(n, int(checksum, 16), unsure + (ANY if place <= self._gap else 0))
