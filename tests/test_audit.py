@@ -241,7 +241,7 @@ def test_a_report_that_comes_again_changes_nothing(kept_room: Room) -> None:
     room.run()
     room.send(replicas, id="two")
     room.counted(reports=2, repeated=3)
-    assert room.status()["fields"][0]["reason"] == "B has 1 of 3 samples"
+    assert room.status()["fields"][0]["reason"] == "S has 2 of 3 samples"
     done = finished("-m", "idemp", "audit", "status", str(room.file))
     assert "2 reports, 0 rejected, 3 repeated, 0 statuses unsent" in done.stdout
     room.say("S100 B90")
