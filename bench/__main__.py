@@ -121,8 +121,8 @@ def latencies(messages: int = 400, file: Path = RECORD / "latency.json") -> None
 @click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "audit.json")
 def audits(services: int, fields: int, reports: int, file: Path) -> None:
     """The auditor's reports a second, beside parsing them alone."""
-    with stack(()) as servers:
-        _keep(file, audit.measure(servers.broker, services, fields, reports))
+    with stack(("postgresql",)) as servers:
+        _keep(file, audit.measure(servers, services, fields, reports))
 
 
 @main.command()

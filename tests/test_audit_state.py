@@ -199,6 +199,15 @@ def test_a_file_that_is_no_state(tmp_path: Path) -> None:
         state.rows()
 
 
+def test_a_place_where_no_file_can_be(tmp_path: Path) -> None:
+    """Is told with what to do, and nothing is made."""
+    for path, part in ((tmp_path / "no" / "audit.db", "make it, or name another"), (tmp_path, "is a folder")):
+        with closing(open_state(str(path))) as state, pytest.raises(ConfigError, match=part):
+            state.rows()
+    assert list(tmp_path.iterdir()) == []
+    assert not Path(f"{tmp_path}.lock").exists()
+
+
 # ------------------------------------------------------------------ PostgreSQL
 
 

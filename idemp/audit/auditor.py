@@ -157,7 +157,7 @@ class Auditor:
                 log.warning("the broker is back")
             except StoreUnavailable as error:
                 # Nobody knows whether the last of it is kept: what is, is read; the rest comes again.
-                log.warning("%s; trying again", error)
+                log.warning("the state: %s; trying again", error)
                 if not self._begin_again(self._remember, self._start_anew):
                     return
                 log.warning("the state is back")
@@ -384,7 +384,8 @@ def _at(timestamp: float | None, wall: float) -> float:
         return wall
     if not wall - BEHIND <= timestamp <= wall + AHEAD:
         ahead = timestamp - wall
-        off = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{-ahead:.0f} s behind"
+        much = f"{abs(ahead) / 86400:.0f} d" if abs(ahead) > BEHIND else f"{abs(ahead):.0f} s"
+        off = f"{much} ahead of" if ahead > 0 else f"{much} behind"
         raise BadMessage(f"the clock of who reports is {off} the auditor's: timestamp {timestamp:.0f}")
     return min(timestamp, wall)
 

@@ -47,6 +47,10 @@ class SqliteState(SqlState):
         path = self._path
         if self._reading and not Path(path).exists():
             raise ConfigError(f"there is no file {path}: has `idemp audit run` been started here?")
+        if not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"the folder of {path} does not exist; make it, or name another file")
+        if Path(path).is_dir():
+            raise ConfigError(f"{path} is a folder; name a file in it")
         check_place(path)
         if not self._reading and self._lock is None:
             self._lock = alone(path, "another auditor is using", "state")
@@ -89,7 +93,7 @@ class SqliteState(SqlState):
         except sqlite3.DatabaseError as error:
             if "not a database" in str(error):
                 raise ConfigError(f"{self._path} is no SQLite file; name another one as state") from None
-            raise StoreUnavailable(f"the state {self._path}: {error}") from None
+            raise StoreUnavailable(f"{self._path}: {error}") from None
 
     def among(self, column: str) -> str:
         """See `SqlState`."""
