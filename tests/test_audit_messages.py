@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 import signal
 import sqlite3
 import threading
@@ -22,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp import Consumer, Message, idempotent, open_event_log, open_store, open_transport
 from idemp.audit.buckets import Buckets, Pair
 from idemp.audit.judge import Field, Judge, Row, State
 from idemp.audit.messages import Status, TallyReport, decoded
@@ -32,6 +33,7 @@ from idemp.audit.tally import ANY, Tally, hashed, together
 from idemp.errors import BadMessage, ConfigError, PermanentFailure
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Ran
+from idemp.tracking.tracker import tracking
 from idemp.transports import publish
 from tests.servers import RabbitMQ
 from tests.service import Program, finished, until
@@ -40,24 +42,30 @@ PATIENCE = 30.0
 LENGTH = 2
 SERVICE = """
 import sys
-from idemp import Consumer, idempotent, open_store, open_transport
+from idemp import Consumer, idempotent, open_event_log, open_store, open_transport
 from idemp.audit import Tallier
 from idemp.audit.tallies import Tallies
 
-url, service, folder, exchange, once = sys.argv[1:6]
+url, service, folder, exchange, once, log = sys.argv[1:7]
 tallies = Tallies(f"{folder}/{service}-tallies.db", length=2)
 audit = Tallier(tallies, open_transport(url), exchange=exchange, every=0.2)
 consumer = Consumer(
-    open_transport(url), service=f"{exchange}-{service}", exchange=f"{exchange}-events", audit=audit
+    open_transport(url),
+    service=f"{exchange}-{service}",
+    exchange=f"{exchange}-events",
+    audit=audit,
+    tracking=open_event_log(log) if log else None,
 )
-consumer.service = service
+if not log:
+    consumer.service = service
 
 def new_order(message):
     with open(f"{folder}/{service}-effects", "a") as effects:
         effects.write(message.id + "\\n")
 
 if once == "once":
-    new_order = idempotent(open_store(f"sqlite:///{folder}/{service}.db"), name="new_order")(new_order)
+    store = open_store(f"sqlite:///{folder}/{service}.db")
+    new_order = idempotent(store, name=f"{consumer.service}.new_order")(new_order)
 consumer.on("new_order")(new_order)
 consumer.run(ready=lambda: print("ready", flush=True))
 """
@@ -583,8 +591,9 @@ def test_a_consumer_counts_what_took_effect(tmp_path: Path, unique: str) -> None
 class Shop:
     """A broker, an auditor, and services that count."""
 
-    def __init__(self, url: str, folder: Path, name: str, settle: float) -> None:
-        self.url, self.folder, self.name = url, folder, name
+    def __init__(self, url: str, folder: Path, name: str, settle: float, log: str = "") -> None:
+        self.url, self.folder, self.name, self.log = url, folder, name, log
+        called = f"{name}-" if log else ""  # a replay knows a service by its queue
         self.file = folder / "config.yaml"
         self.programs: list[Program] = []
         self.last, self.settle = 0.0, settle
@@ -596,7 +605,9 @@ report_queue: {name}_out
 state: {folder}/audit.db
 tick: 100ms
 data:
-  new_order: {{type: messages, owner: shop, bucket: {LENGTH}s, settle: {settle:g}s, replicas: [billing: ]}}
+  new_order:
+    {{type: messages, bucket: {LENGTH}s, settle: {settle:g}s,
+      owner: {called}shop, replicas: [{called}billing: ]}}
 """)
 
     def start(self, *arguments: str, ready: str) -> Program:
@@ -609,7 +620,7 @@ data:
         return self.start("-m", "idemp", "audit", "run", str(self.file), ready="taking reports")
 
     def service(self, name: str, once: str = "once") -> Program:
-        where = self.url, name, str(self.folder), self.name, once
+        where = self.url, name, str(self.folder), self.name, once, self.log
         return self.start("-c", SERVICE, *where, ready="ready")
 
     def queue(self, service: str) -> str:
@@ -682,8 +693,8 @@ data:
 
 
 @contextmanager
-def shop(url: str, folder: Path, name: str, *, settle: float = 1.0) -> Iterator[Shop]:
-    built = Shop(url, folder, name, settle)
+def shop(url: str, folder: Path, name: str, *, settle: float = 1.0, log: str = "") -> Iterator[Shop]:
+    built = Shop(url, folder, name, settle, log)
     try:
         yield built
     finally:
@@ -733,6 +744,48 @@ def test_n3_three_lost_and_three_doubled_are_named(amqp_url: str, tmp_path: Path
                 *("-m", "idemp", "audit", "correct", tallies, "new_order", id, "1", "--length", f"{LENGTH}s")
             )
             assert done.stdout == f"{id} counts 1 times; before it were 2\n", done
+        room.becomes("ok")
+        assert room.explained() == (0, [])
+
+
+def test_n3_the_commands_that_explain_ends_with_make_it_green(
+    amqp_url: str, tmp_path: Path, unique: str
+) -> None:
+    """The story of what is missing, what a replay would do, and the replay: as they are printed."""
+    log = f"sqlite:///{tmp_path}/events.db"
+    with shop(amqp_url, tmp_path, unique, log=log) as room:
+        room.auditor()
+        room.service("shop")
+        billing = room.service("billing")
+        room.becomes("ok")
+        assert billing.stop() == 0
+        events = room.events(20)
+        with closing(open_event_log(log)) as events_log, tracking(events_log, "desk"):
+            room.publish(events[:2])
+            lost = room.lose("billing", 2)
+            room.publish(events[2:])
+        room.service("billing")
+        room.becomes("broken")
+        _, [found] = room.explained()
+        assert found["missing"] == dict.fromkeys(sorted(lost), 1)
+
+        places = {"IDEMP_TRACKING": log, "IDEMP_TRANSPORT": amqp_url}
+        people = finished("-m", "idemp", "audit", "explain", "new_order", str(room.file))
+        [story] = re.findall(r"idemp (trace \S+)$", people.stdout, re.M)
+        told = finished("-m", "idemp", *shlex.split(story), settings=places)
+        assert (told.returncode, f"{unique}-shop" in told.stdout, f"{unique}-billing" in told.stdout) == (
+            0,
+            True,
+            False,
+        )
+        for plan in found["plans"]:
+            words = shlex.split(plan.removeprefix("idemp "))
+            store = ("--store", f"sqlite:///{tmp_path}/billing.db")
+            told = finished("-m", "idemp", *words, *store, settings=places)
+            assert (told.returncode, "will run" in told.stdout) == (0, True), told
+            assert words.pop() == "--dry-run"
+            told = finished("-m", "idemp", *words, *store, "--yes", settings=places)
+            assert told.returncode == 0, told
         room.becomes("ok")
         assert room.explained() == (0, [])
 

@@ -29,6 +29,8 @@ PATIENCE = 10.0
 TOGETHER = 5000
 """Ids that are forgotten, or buckets that are told, at a time."""
 
+# Ids come in no order, so that a batch touches many pages: they are written back seldom, and kept at hand.
+_SETTINGS = ("journal_mode=WAL", "synchronous=NORMAL", "cache_size=-65536", "wal_autocheckpoint=16000")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta
     (instance TEXT, number INTEGER, born REAL, length INTEGER, boot TEXT, open INTEGER, gap REAL,
@@ -262,8 +264,8 @@ class Tallies:
         if db is None:
             db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
             self._opened.append(db)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
+            for setting in _SETTINGS:
+                db.execute(f"PRAGMA {setting}")
             self._local.db = db
         return db
 
