@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from bench import audit, decorator, growth, inbox, latency, picture, streams, tracking
+from bench import audit, decorator, growth, inbox, latency, picture, streams, tally, tracking
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
 
@@ -123,8 +123,17 @@ def latencies(messages: int = 400, file: Path = RECORD / "latency.json") -> None
 @click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "audit.json")
 def audits(services: int, fields: int, reports: int, file: Path) -> None:
     """The auditor's reports a second, beside parsing them alone."""
-    with stack(()) as servers:
-        _keep(file, audit.measure(servers.broker, services, fields, reports))
+    with stack(("postgresql",)) as servers:
+        _keep(file, audit.measure(servers, services, fields, reports))
+
+
+@main.command()
+@click.option("--messages", default=20_000, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "tally.json")
+def tallies(messages: int, rounds: int, file: Path) -> None:
+    """A consumer whose messages the audit counts, and one whose it does not."""
+    _keep(file, tally.measure(messages, rounds))
 
 
 @main.command()

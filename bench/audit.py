@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import random
 import resource
-import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, cast
 from uuid import uuid4
 
+from bench.stack import Stack
 from idemp import open_transport
 from idemp.audit import Report
 from idemp.audit.auditor import Auditor
 from idemp.audit.config import Config
 from idemp.audit.judge import Field
 from idemp.audit.messages import decoded
-from idemp.audit.state import AuditState
+from idemp.audit.state import SqlState, open_state
 from idemp.message import Properties
 from idemp.ports import Publication
 from idemp.transports import publish
@@ -27,70 +28,77 @@ from idemp.transports import publish
 PATIENCE = 120.0
 
 
-def measure(url: str, services: int, fields: int, reports: int) -> dict[str, Any]:
-    """Reports that wait on the broker at ``url``: how many a second are parsed, and are taken for good.
+def measure(servers: Stack, services: int, fields: int, reports: int) -> dict[str, Any]:
+    """Reports that wait on the broker: how many a second are parsed, and are taken for good, by each state.
 
     Services share their fields in pairs.
     """
-    name = f"bench-{uuid4().hex[:8]}"
     bodies = _bodies(services, fields, reports)
     began = time.perf_counter()
     for body in bodies:
         decoded(body)
     parsed = len(bodies) / (time.perf_counter() - began)
-    with tempfile.TemporaryDirectory() as folder:
-        config = _config(url, name, folder, services, fields)
-        with closing(open_transport(url)) as transport:
-            transport.declare(config.consumer_queue, name, "auditmq", kind="direct")
-            about = [Properties(message_id=uuid4().hex) for _ in bodies]
-            letters = [
-                Publication(body, each, name, "auditmq") for body, each in zip(bodies, about, strict=True)
-            ]
-            publish(transport, letters, timeout=PATIENCE)
-        took, busy = _audited(config, len(bodies))
-    return {
-        "services": services,
-        "fields": fields,
-        "reports": len(bodies),
-        "parsed": round(parsed),
-        "taken": round(len(bodies) / took),
-        "share": round(len(bodies) / took / parsed, 3),
-        "core": round(busy / took, 2),
-    }
+    found: dict[str, Any] = {
+        "services": services, "fields": fields, "reports": len(bodies), "parsed": round(parsed)
+    }  # fmt: skip
+    for name, state in (
+        ("sqlite", f"sqlite:///{servers.folder}/audit.db"),
+        ("postgresql", servers.store("postgresql")),
+    ):
+        took, busy = _audited(_filled(servers.broker, state, services, fields, bodies), len(bodies))
+        found[name] = {
+            "taken": round(len(bodies) / took),
+            "share": round(len(bodies) / took / parsed, 3),
+            "core": round(busy / took, 2),
+        }
+    return found
+
+
+def _filled(url: str, state: str, services: int, fields: int, bodies: Sequence[bytes]) -> Config:
+    """The settings of an auditor, whose reports wait."""
+    name = f"bench-{uuid4().hex[:8]}"
+    config = _config(url, name, state, services, fields)
+    with closing(open_transport(url)) as transport:
+        transport.declare(config.consumer_queue, name, "auditmq", kind="direct")
+        letters = [Publication(body, Properties(message_id=uuid4().hex), name, "auditmq") for body in bodies]
+        publish(transport, letters, timeout=PATIENCE)
+    return config
+
+
+class _Counting:
+    """A state; ``done`` is set when it has ``reports``."""
+
+    def __init__(self, inner: SqlState, reports: int) -> None:
+        self._inner, self._left = inner, reports
+        self.done = threading.Event()
+
+    def save(self, *rows: Any, **more: Any) -> None:
+        """See `SqlState`."""
+        self._inner.save(*rows, **more)
+        self._left -= (more.get("counts") or {}).get("reports", 0)
+        if self._left <= 0:
+            self.done.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def _audited(config: Config, reports: int) -> tuple[float, float]:
     """Seconds, and seconds of processor, until all are taken."""
-    done = threading.Event()
-
-    class Counting(AuditState):
-        taken = 0
-
-        def save(self, *rows: Any, **more: Any) -> None:
-            super().save(*rows, **more)
-            self.taken += (more.get("counts") or {}).get("reports", 0)
-            if self.taken >= reports:
-                done.set()
-
-    with closing(open_transport(config.dsn)) as transport:
+    ready = threading.Event()
+    with closing(open_transport(config.dsn)) as transport, closing(open_state(config.state)) as inner:
         transport.connect()
-
-        def audit() -> None:
-            with closing(Counting(config.state)) as state:
-                auditors.append(Auditor(transport, config, state))
-                auditors[0].run(ready=ready.set)
-
-        auditors: list[Auditor] = []
-        ready = threading.Event()
-        thread = threading.Thread(target=audit)
+        state = _Counting(inner, reports)
+        auditor = Auditor(transport, config, cast(SqlState, state))
+        thread = threading.Thread(target=partial(auditor.run, ready=ready.set))
         thread.start()
         if not ready.wait(PATIENCE):
             raise RuntimeError("the auditor did not start")
         began, used = time.perf_counter(), _processor()
-        if not done.wait(PATIENCE):
+        if not state.done.wait(PATIENCE):
             raise RuntimeError(f"the auditor did not take {reports} reports within {PATIENCE:g} s")
         took, busy = time.perf_counter() - began, _processor() - used
-        auditors[0].stop()
+        auditor.stop()
         thread.join(PATIENCE)
     return took, busy
 
@@ -106,7 +114,7 @@ def _bodies(services: int, fields: int, reports: int) -> list[bytes]:
     ]
 
 
-def _config(url: str, name: str, folder: str, services: int, fields: int) -> Config:
+def _config(url: str, name: str, state: str, services: int, fields: int) -> Config:
     pairs = tuple(
         Field(f"field_{pair}_{n}", "int", f"service-{2 * pair}", 3, {f"service-{2 * pair + 1}": Decimal(0)})
         for pair in range(services // 2)
@@ -118,7 +126,7 @@ def _config(url: str, name: str, folder: str, services: int, fields: int) -> Con
         exchange=name,
         consumer_queue=f"{name}-in",
         report_queue=f"{name}-out",
-        state=str(Path(folder) / "audit.db"),
+        state=state,
     )
 
 

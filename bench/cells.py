@@ -25,6 +25,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     ids: fresh, duplicates (done by the same process just before), again (done by another before it) or
     half (each id twice).  milliseconds, workers: what the handler takes, and in how many threads.
     share: of a round's messages, where a contender is slow.  tracking: the event log, "" for none.
+    tallies: the file in which the audit counts, "" for none.
     """
 
     contender: str
@@ -37,6 +38,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 1
     share: float = 1.0
     tracking: str = ""
+    tallies: str = ""
 
     def window(self) -> int:
         """The prefetch in force."""

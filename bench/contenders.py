@@ -30,9 +30,13 @@ import psycopg
 
 from bench.cells import IDEMP, Setting
 from idemp import Consumer, Message, context, idempotent, open_event_log, open_store, open_transport
+from idemp.audit import Tallier
+from idemp.audit.tallies import Tallies
 from idemp.ports import Delivery, Transport
 from idemp.stores.etcd_client import Client
 
+AUDIT = "bench-audit"
+"""The exchange of the auditor."""
 IDLE = 2.0
 """Seconds without a message after which one of several replicas takes the queue for empty."""
 
@@ -198,12 +202,16 @@ def idemp(job: Job, *, inbox: bool = False) -> Span:
     store.apply([])
     transport = Watched(open_transport(job.url), span)
     events = open_event_log(setting.tracking) if setting.tracking else None
+    audit = None
+    if setting.tallies:
+        audit = Tallier(Tallies(setting.tallies), open_transport(job.url), exchange=AUDIT)
     consumer = Consumer(
         transport,
         service=job.queue.removesuffix("-queue"),
         prefetch=setting.window(),
         workers=setting.workers,
         tracking=events,
+        audit=audit,
     )
     transport.last = consumer.stop
     pause = setting.milliseconds / 1000

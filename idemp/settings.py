@@ -47,6 +47,14 @@ def options(parts: SplitResult, known: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def namespace_in(found: Mapping[str, str]) -> str:
+    """Of a URL's options, as servers have it that name nothing longer; ``default`` if it names none."""
+    name = found.get("namespace", "default")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", name):
+        raise ConfigError(f"namespace={name!r}: up to 50 letters, digits, dots, dashes, underscores")
+    return name
+
+
 def sqlite_path(parts: SplitResult) -> str:
     """The file of ``sqlite:///relative.db`` or ``sqlite:////absolute.db``."""
     path = parts.path[1:]

@@ -21,13 +21,13 @@ from idemp.audit import Report, Reporter, Status
 from idemp.audit.auditor import Auditor
 from idemp.audit.config import Config, configured
 from idemp.audit.document import read
-from idemp.audit.state import AuditState
-from idemp.errors import ConfigError, TransportUnavailable, Unroutable
+from idemp.audit.state import open_state
+from idemp.errors import TransportUnavailable, Unroutable
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
 from idemp.transports import publish
 from idemp.transports.memory import MemoryTransport
-from tests.servers import RabbitMQ
+from tests.servers import PostgreSQL, RabbitMQ
 from tests.service import ROOT, Program, finished, until
 
 PATIENCE = 30.0
@@ -39,8 +39,9 @@ DIFFERENT = [Status("B", 0), Status("S", 0), Status("all", 0)]
 class Room:
     """A broker, names of one's own, settings and state in a folder, and the auditors in it."""
 
-    def __init__(self, url: str, folder: Path, name: str) -> None:
+    def __init__(self, url: str, folder: Path, name: str, state: str = "") -> None:
         self.url, self.folder, self.name = url, folder, name
+        self.state = state or f"{folder}/audit.db"
         self.file = folder / "config.yaml"
         self.programs: list[Program] = []
         self.settings()
@@ -51,7 +52,7 @@ class Room:
 dsn: {self.url}
 exchange: {self.name}
 consumer_queue: {self.name}_in
-state: {self.folder}/audit.db
+state: {self.state}
 tick: 100ms
 {f"report_queue: {self.name}_out" if reports else ""}
 {more}
@@ -70,9 +71,9 @@ data:
         self.programs[-1].wait_for("taking reports")
         return self.programs[-1]
 
-    def send(self, *bodies: bytes, timestamp: float | None = None) -> None:
+    def send(self, *bodies: bytes, timestamp: float | None = None, id: str = "") -> None:
         """As a service does."""
-        about = Properties(timestamp=timestamp)
+        about = Properties(message_id=id or None, timestamp=timestamp)
         with closing(open_transport(self.url)) as transport:
             publish(transport, [Publication(body, about, self.name, "auditmq") for body in bodies])
 
@@ -124,9 +125,18 @@ def room(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterato
         yield room
 
 
+@pytest.fixture(params=["sqlite", "rabbitmq", "postgresql"])
+def kept_room(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Room]:
+    """On either broker, and with either state."""
+    url = request.getfixturevalue("amqp_url") if request.param == "rabbitmq" else ""
+    state = request.getfixturevalue("postgresql").database() if request.param == "postgresql" else ""
+    with in_room(url or f"sqlite:///{tmp_path}/queues.db", tmp_path, unique, state) as room:
+        yield room
+
+
 @contextmanager
-def in_room(url: str, folder: Path, name: str) -> Iterator[Room]:
-    room = Room(url, folder, name)
+def in_room(url: str, folder: Path, name: str, state: str = "") -> Iterator[Room]:
+    room = Room(url, folder, name, state)
     try:
         yield room
     finally:
@@ -168,7 +178,7 @@ def test_the_table(room: Room) -> None:
     assert done.returncode == 1
     assert "sales" in done.stdout
     assert "S has never reported" in done.stdout
-    assert "4 reports, 0 rejected, 0 statuses unsent; next check" in done.stdout
+    assert "4 reports, 0 rejected, 0 repeated, 0 statuses unsent; next check" in done.stdout
 
 
 def test_a5_bad_reports_block_nobody(room: Room) -> None:
@@ -218,6 +228,26 @@ def test_what_is_good_in_a_report_counts(room: Room) -> None:
     ] * 4
 
 
+def test_a_report_that_comes_again_changes_nothing(kept_room: Room) -> None:
+    """It is known by its message id, after a kill too, and counted as repeated."""
+    room = kept_room
+    auditor = room.run()
+    owners, replicas = (Report(who, {"sales": n}).encode() for who, n in (("S", 100), ("B", 90)))
+    room.send(owners, id="one")
+    room.send(replicas, id="two")
+    room.send(replicas, replicas, id="two")
+    room.counted(reports=2, repeated=2)
+    auditor.stop(signal.SIGKILL)
+    room.run()
+    room.send(replicas, id="two")
+    room.counted(reports=2, repeated=3)
+    assert room.status()["fields"][0]["reason"] == "S has 2 of 3 samples"
+    done = finished("-m", "idemp", "audit", "status", str(room.file))
+    assert "2 reports, 0 rejected, 3 repeated, 0 statuses unsent" in done.stdout
+    room.say("S100 B90")
+    assert room.told(3) == OK
+
+
 def test_a_service_reports_in_a_line(room: Room) -> None:
     """It is safe in the queue when the call returns; before any auditor, the call says so."""
     with closing(open_transport(room.url)) as transport:
@@ -265,8 +295,9 @@ def test_a16_changes_are_lines_of_json(room: Room) -> None:
 # ------------------------------------------------------------------ ends and restarts
 
 
-def test_a14_kill_9_forgets_nothing_and_tells_nothing_twice(room: Room) -> None:
+def test_a14_kill_9_forgets_nothing_and_tells_nothing_twice(kept_room: Room) -> None:
     """In the middle of a window, and after a status."""
+    room = kept_room
     first = room.run()
     room.say("S100 B90 S100")
     room.counted(reports=3)
@@ -316,8 +347,9 @@ def test_a17_a_signal_ends_it_in_order(room: Room, how: signal.Signals) -> None:
     assert "Traceback" not in auditor.said()
 
 
-def test_a15_statuses_wait_for_a_queue(room: Room) -> None:
+def test_a15_statuses_wait_for_a_queue(kept_room: Room) -> None:
     """Nobody has bound one: they are kept through a kill, and told in order when somebody has."""
+    room = kept_room
     room.settings(reports=False)
     auditor = room.run()
     room.say(SYNCHRONOUS)
@@ -350,6 +382,28 @@ def test_a15_the_broker_goes_and_comes(own_rabbitmq: RabbitMQ, tmp_path: Path, u
             billing.report(sales=90)  # over a connection that was lost meanwhile
         assert room.told(3) == OK
         assert auditor.stop() == 0
+
+
+def test_a14_a15_the_state_goes_and_comes(own_postgresql: PostgreSQL, tmp_path: Path, unique: str) -> None:
+    """Its server is killed: nothing is acknowledged meanwhile, and the same auditor goes on where it was."""
+    with in_room(f"sqlite:///{tmp_path}/queues.db", tmp_path, unique, own_postgresql.url) as room:
+        auditor = room.run()
+        room.say("S100 B90 S100")
+        room.counted(reports=3)
+        own_postgresql.kill()
+        room.say("B90")
+        auditor.wait_for("trying again")
+        assert auditor.process.poll() is None
+        own_postgresql.start()
+        auditor.wait_for("the state is back")
+        assert room.told(3) == OK
+        room.counted(reports=4)
+        room.say("B80 B80 B80")
+        assert room.told(3) == DIFFERENT
+        own_postgresql.kill()
+        auditor.wait_for("trying again")
+        assert auditor.stop() == 0
+        assert "Traceback" not in auditor.said()
 
 
 # ------------------------------------------------------------------ topology
@@ -451,6 +505,17 @@ def test_status_of_an_audit_that_never_ran(tmp_path: Path) -> None:
     assert not (tmp_path / "none.db").exists()
 
 
+def test_explain_of_a_field_without_messages(tmp_path: Path) -> None:
+    """Says which have some; nothing is connected to."""
+    file = tmp_path / "config.yaml"
+    field = "{type: int, owner: S, samples: 2, replicas: [B: ]}"
+    file.write_text(f"dsn: amqp://h\nstate: {tmp_path}/none.db\ndata: {{sales: {field}}}\n")
+    for name, part in (("Sales", "Sales is of type int"), ("nosuch", "of type messages are: none")):
+        done = finished("-m", "idemp", "audit", "explain", name, str(file))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert part in done.stderr
+
+
 # ------------------------------------------------------------------ a lost confirm, in one process
 
 
@@ -481,7 +546,7 @@ def test_a_status_whose_confirm_is_lost_is_told_again_with_its_id(tmp_path: Path
     auditors: list[Auditor] = []
 
     def audit() -> None:
-        with closing(AuditState(str(state))) as kept:
+        with closing(open_state(str(state))) as kept:
             auditors.append(Auditor(Forgetful(unique), config, kept))
             auditors[0].run(ready=ready.set)
 
@@ -503,25 +568,6 @@ def test_a_status_whose_confirm_is_lost_is_told_again_with_its_id(tmp_path: Path
     names = [each.properties.message_id for each in found]
     assert names[0] == names[1]
     assert len(set(names)) == 3
-
-
-def test_a_file_that_is_no_state(tmp_path: Path) -> None:
-    """Is refused."""
-    file = tmp_path / "audit.db"
-    file.write_text("this is no database, and it is long enough to be seen as none" * 20)
-    with pytest.raises(ConfigError, match="no SQLite file"):
-        AuditState(str(file))
-
-
-def test_one_auditor_of_a_state(tmp_path: Path) -> None:
-    """A second is refused while the first lives; who only looks is not."""
-    path = str(tmp_path / "audit.db")
-    with closing(AuditState(path)):
-        with pytest.raises(ConfigError, match="another auditor is using"):
-            AuditState(path)
-        with closing(AuditState(path, reading=True)) as looking:
-            assert looking.looked() is None
-    AuditState(path).close()
 
 
 # ------------------------------------------------------------------ a crash at each step, in one process
@@ -567,18 +613,23 @@ class Steps:
 
 def live(config: Config, path: str, steps: Steps, ready: threading.Event, auditors: list[Auditor]) -> None:
     """One life of an auditor, to its end or its crash; what it held goes back to the broker."""
-    with closing(open_transport(config.dsn)) as transport, closing(AuditState(path)) as state:
+    with closing(open_transport(config.dsn)) as transport, closing(open_state(path)) as state:
         broken = steps.around(transport, "ack", "send"), steps.around(state, "save", "told")
         auditors.append(Auditor(broken[0], config, broken[1]))
         with suppress(Crash):
             auditors[-1].run(ready=ready.set)
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 @pytest.mark.parametrize("last", range(1, 31))
-def test_a14_a15_a_crash_at_any_step_loses_nothing(tmp_path: Path, unique: str, last: int) -> None:
+def test_a14_a15_a_crash_at_any_step_loses_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path, unique: str, kind: str, last: int
+) -> None:
     """Every status is told, in order; one that is told twice has the same id; none is false."""
     config = settled(unique)
     path = str(tmp_path / "audit.db")
+    if kind == "postgresql":
+        path = f"{request.getfixturevalue('postgresql').url}?namespace={unique}"
     auditors: list[Auditor] = []
     with closing(open_transport(config.dsn)) as transport:
         transport.declare(config.consumer_queue, config.exchange, config.consumer_routing_key)
@@ -608,5 +659,5 @@ def test_a14_a15_a_crash_at_any_step_loses_nothing(tmp_path: Path, unique: str, 
         assert {event.properties.message_id for event in again} <= found.keys()
         assert transport.depth(config.consumer_queue) == 0
         assert transport.depth(f"{config.consumer_queue}.dead") >= 1
-    with closing(AuditState(path, reading=True)) as state:
+    with closing(open_state(path, reading=True)) as state:
         assert state.unsent() == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import signal
 import sqlite3
 import threading
@@ -16,19 +18,22 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pika
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idemp import Consumer, Message, idempotent, open_store, open_transport
+from idemp import Consumer, Message, idempotent, open_event_log, open_store, open_transport
 from idemp.audit.buckets import Buckets, Pair
 from idemp.audit.judge import Field, Judge, Row, State
 from idemp.audit.messages import Status, TallyReport, decoded
+from idemp.audit.questions import Question
 from idemp.audit.tallies import Tallies
 from idemp.audit.tally import ANY, Tally, hashed, together
 from idemp.errors import BadMessage, ConfigError, PermanentFailure
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Ran
+from idemp.tracking.tracker import tracking
 from idemp.transports import publish
 from tests.servers import RabbitMQ
 from tests.service import Program, finished, until
@@ -37,24 +42,30 @@ PATIENCE = 30.0
 LENGTH = 2
 SERVICE = """
 import sys
-from idemp import Consumer, idempotent, open_store, open_transport
+from idemp import Consumer, idempotent, open_event_log, open_store, open_transport
 from idemp.audit import Tallier
 from idemp.audit.tallies import Tallies
 
-url, service, folder, exchange, once = sys.argv[1:6]
+url, service, folder, exchange, once, log = sys.argv[1:7]
 tallies = Tallies(f"{folder}/{service}-tallies.db", length=2)
 audit = Tallier(tallies, open_transport(url), exchange=exchange, every=0.2)
 consumer = Consumer(
-    open_transport(url), service=f"{exchange}-{service}", exchange=f"{exchange}-events", audit=audit
+    open_transport(url),
+    service=f"{exchange}-{service}",
+    exchange=f"{exchange}-events",
+    audit=audit,
+    tracking=open_event_log(log) if log else None,
 )
-consumer.service = service
+if not log:
+    consumer.service = service
 
 def new_order(message):
     with open(f"{folder}/{service}-effects", "a") as effects:
         effects.write(message.id + "\\n")
 
 if once == "once":
-    new_order = idempotent(open_store(f"sqlite:///{folder}/{service}.db"), name="new_order")(new_order)
+    store = open_store(f"sqlite:///{folder}/{service}.db")
+    new_order = idempotent(store, name=f"{consumer.service}.new_order")(new_order)
 consumer.on("new_order")(new_order)
 consumer.run(ready=lambda: print("ready", flush=True))
 """
@@ -124,6 +135,7 @@ class Two:
         self.files = {
             who: Tallies(str(folder / who), length=10, wall=lambda: self.now) for who in field.holders()
         }
+        self.started = dict.fromkeys(self.files, self.now)
 
     def ran(self, who: str, *ids: str, at: float | None = None, **how: bool) -> None:
         at = self.now if at is None else at
@@ -133,8 +145,8 @@ class Two:
         file = self.files[who]
         changed = file.changed(ending=ended)
         told = TallyReport(
-            who, file.instance, changed.number, file.born, file.started, file.length, changed.through, ended,
-            changed.first, changed.tallies,
+            who, file.instance, changed.number, file.born, self.started[who], file.length, changed.through,
+            ended, changed.first, changed.untimed, changed.tallies,
         )  # fmt: skip
         report = decoded(told.encode())
         assert report == told
@@ -199,6 +211,16 @@ def test_a_lost_one_and_a_doubled_one_are_broken(two: Two) -> None:
     assert two.all_reports(1083.0)[:2] == ([Status(B, 2), Status("all", 2)], State.OK)
 
 
+def test_what_is_not_compared_is_told(two: Two) -> None:
+    """A message without a timestamp is in no bucket: what is ok says so."""
+    two.all_reports(1001.0)
+    two.files[B].add([Ran("orders", "a", None), Ran("orders", "b", 1010.0)])
+    two.ran(S, "b", at=1010.0)
+    told, state, reason = two.all_reports(1021.0)
+    assert (told, state) == ([Status(B, 2), Status("all", 2)], State.OK)
+    assert reason == "1 messages of B had no timestamp, and are in no bucket"
+
+
 def test_a_report_that_is_lost_is_no_difference(two: Two) -> None:
     """Until who counts has told all, its bucket is not judged; what was not confirmed is told again."""
     two.all_reports(1001.0)
@@ -243,8 +265,49 @@ def test_who_comes_back_has_time_to_catch_up(two: Two) -> None:
     path = two.files[B].path
     two.files[B].close()
     two.files[B] = Tallies(path, length=10, wall=lambda: two.now)
+    two.started[B] = 1091.0
     assert two.all_reports(1091.0)[1] is State.SETTLING
-    assert two.all_reports(1120.0)[1] is State.BROKEN
+    assert two.all_reports(1121.0)[1] is State.BROKEN
+    for now in (1200.0, 1210.0):  # what was broken before it went is broken while it comes back
+        two.started[B] = now
+        assert two.all_reports(now)[1] is State.BROKEN
+
+
+def test_who_starts_twice_has_time_to_catch_up(two: Two) -> None:
+    """The time between the two starts was too short for it."""
+    two.all_reports(1001.0)
+    two.ran(S, "a", at=1150.0)
+    assert two.all_reports(1165.0)[1] is State.SETTLING
+    for now in (1200.0, 1215.0):
+        two.started[B] = now
+        assert two.all_reports(now)[1] is State.SETTLING
+    assert two.all_reports(1244.0)[1] is State.SETTLING
+    assert two.all_reports(1245.0)[1] is State.BROKEN
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_nothing_is_late_because_the_auditor_was_away(two: Two, restarted: bool) -> None:
+    """What its broker kept for it meanwhile comes first; what was late before is late all the time."""
+    two.all_reports(1001.0)
+    two.now = 1010.0
+    two.ran(S, "a")
+    two.all_reports(1021.0)
+    two.now = 1500.0
+    if restarted:
+        rows = [row for row in two.judge.changes() if row.text is not None]
+        two.judge = Judge([ORDERS], two.now, owner_reports=False)
+        assert two.judge.restore(rows) == []
+    two.judge.listening(two.now)
+    assert two.found()[1] is State.SETTLING
+    two.ran(B, "a", at=1010.0)
+    assert two.all_reports(1501.0)[1] is State.OK
+    two.ran(S, "b", at=1490.0)
+    assert two.all_reports(1532.0)[1] is State.SETTLING
+    assert two.all_reports(1562.0)[1] is State.BROKEN
+    for now in (1600.0, 1605.0):  # away twice, and not for long enough in between
+        two.now = now
+        two.judge.listening(now)
+        assert two.found()[1] is State.BROKEN
 
 
 def test_what_nobody_can_say_is_never_equal(two: Two) -> None:
@@ -297,14 +360,13 @@ def test_a_restart_of_the_auditor_changes_nothing(two: Two) -> None:
             two.ran(B, f"s{step}")
         for who in (S, B):
             two.report(who)
-        fresh = Judge([ORDERS], two.now, owner_reports=False)
+        fresh = Judge([ORDERS], two.now - ORDERS.settle, owner_reports=False)
         for row in two.judge.changes():
             if row.text is None:
                 del kept[row.name]
             else:
                 kept[row.name] = row.text
         assert fresh.restore([Row(*row) for row in kept.items()]) == []
-        fresh.listening(two.now)
         assert two.judge.tick(two.now, two.now) == fresh.tick(two.now, two.now)
         assert list(two.judge.verdicts()) == list(fresh.verdicts())
 
@@ -329,6 +391,8 @@ def test_a_flap_is_no_change(tmp_path: Path) -> None:
     [
         ({"length": 60}, "60 s long at B, and 10 s"),
         ({"through": 5000.0}, "which is not yet"),
+        ({"born": 5000.0}, "which is not yet"),
+        ({"started": 5000.0}, "which is not yet"),
     ],
 )
 def test_a_report_that_cannot_be_is_refused(two: Two, change: dict[str, Any], part: str) -> None:
@@ -351,12 +415,54 @@ def test_a_report_that_cannot_be_is_refused(two: Two, change: dict[str, Any], pa
         b'"first":true,"tallies":{"a":[[1,2,"no hexadecimal",0]]}}',
         b'{"service":"B","instance":"i","number":1,"born":NaN,"started":0,"length":1,"through":0,"ended":false,'
         b'"first":true,"tallies":[1]}',
+        b'{"service":"B","instance":"'
+        + b"i" * 201
+        + b'","number":1,"born":0,"started":0,"length":1,"through":0,'
+        b'"ended":false,"first":true,"tallies":{}}',
+        *(
+            b'{"service":"B","instance":"i","number":1,"born":%b,"started":%b,"length":1,"through":%b,'
+            b'"ended":false,"first":true,"tallies":{"a":[[1,%b,"0",%b]]}}' % numbers
+            for numbers in (
+                (b"-1e399", b"0", b"0", b"1", b"0"),
+                (b"0", b"1e399", b"0", b"1", b"0"),
+                (b"0", b"0", b"-1e399", b"1", b"0"),
+                (b"0", b"0", b"NaN", b"1", b"0"),
+                (b"0", b"0", b"0", b"-1", b"0"),
+                (b"0", b"0", b"0", b"1", b"-1"),
+                (b"0", b"0", b"0", b"1e99", b"0"),
+            )
+        ),
+        b'{"service":"B","instance":"nul \\u0000","number":1,"born":0,"started":0,"length":1,"through":0,'
+        b'"ended":false,"first":true,"tallies":{}}',
     ],
 )
 def test_what_is_no_report_of_tallies(body: bytes) -> None:
     """Says so."""
     with pytest.raises(BadMessage, match="no report of tallies"):
         decoded(body)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": ["orders"]},
+        {"after": 5},
+        {"reply_to": None},
+        {"start": 2**63},
+        {"start": 1e400},
+        {"slices": [None]},
+        {"slices": 5},
+        {"more": 1},
+    ],
+)
+def test_what_is_no_question(change: dict[str, Any]) -> None:
+    """Says so, and who is asked lives on."""
+    question = {**Question("ids", "orders", "q", 1)._asdict(), **change}
+    with pytest.raises(BadMessage, match="no question of an audit"):
+        Question.decode(json.dumps(question).encode())
+    assert Question.decode(Question("ids", "orders", "q", 1).encode()) == Question(
+        "ids", "orders", "q", 1, slices=[]
+    )
 
 
 # ------------------------------------------------------------------ the file
@@ -485,8 +591,9 @@ def test_a_consumer_counts_what_took_effect(tmp_path: Path, unique: str) -> None
 class Shop:
     """A broker, an auditor, and services that count."""
 
-    def __init__(self, url: str, folder: Path, name: str, settle: float) -> None:
-        self.url, self.folder, self.name = url, folder, name
+    def __init__(self, url: str, folder: Path, name: str, settle: float, log: str = "") -> None:
+        self.url, self.folder, self.name, self.log = url, folder, name, log
+        called = f"{name}-" if log else ""  # a replay knows a service by its queue
         self.file = folder / "config.yaml"
         self.programs: list[Program] = []
         self.last, self.settle = 0.0, settle
@@ -498,7 +605,9 @@ report_queue: {name}_out
 state: {folder}/audit.db
 tick: 100ms
 data:
-  new_order: {{type: messages, owner: shop, bucket: {LENGTH}s, settle: {settle:g}s, replicas: [billing: ]}}
+  new_order:
+    {{type: messages, bucket: {LENGTH}s, settle: {settle:g}s,
+      owner: {called}shop, replicas: [{called}billing: ]}}
 """)
 
     def start(self, *arguments: str, ready: str) -> Program:
@@ -511,7 +620,7 @@ data:
         return self.start("-m", "idemp", "audit", "run", str(self.file), ready="taking reports")
 
     def service(self, name: str, once: str = "once") -> Program:
-        where = self.url, name, str(self.folder), self.name, once
+        where = self.url, name, str(self.folder), self.name, once, self.log
         return self.start("-c", SERVICE, *where, ready="ready")
 
     def queue(self, service: str) -> str:
@@ -584,8 +693,8 @@ data:
 
 
 @contextmanager
-def shop(url: str, folder: Path, name: str, *, settle: float = 1.0) -> Iterator[Shop]:
-    built = Shop(url, folder, name, settle)
+def shop(url: str, folder: Path, name: str, *, settle: float = 1.0, log: str = "") -> Iterator[Shop]:
+    built = Shop(url, folder, name, settle, log)
     try:
         yield built
     finally:
@@ -637,6 +746,76 @@ def test_n3_three_lost_and_three_doubled_are_named(amqp_url: str, tmp_path: Path
             assert done.stdout == f"{id} counts 1 times; before it were 2\n", done
         room.becomes("ok")
         assert room.explained() == (0, [])
+
+
+def test_n3_the_commands_that_explain_ends_with_make_it_green(
+    amqp_url: str, tmp_path: Path, unique: str
+) -> None:
+    """The story of what is missing, what a replay would do, and the replay: as they are printed."""
+    log = f"sqlite:///{tmp_path}/events.db"
+    with shop(amqp_url, tmp_path, unique, log=log) as room:
+        room.auditor()
+        room.service("shop")
+        billing = room.service("billing")
+        room.becomes("ok")
+        assert billing.stop() == 0
+        events = room.events(20)
+        with closing(open_event_log(log)) as events_log, tracking(events_log, "desk"):
+            room.publish(events[:2])
+            lost = room.lose("billing", 2)
+            room.publish(events[2:])
+        room.service("billing")
+        room.becomes("broken")
+        _, [found] = room.explained()
+        assert found["missing"] == dict.fromkeys(sorted(lost), 1)
+
+        places = {"IDEMP_TRACKING": log, "IDEMP_TRANSPORT": amqp_url}
+        people = finished("-m", "idemp", "audit", "explain", "new_order", str(room.file))
+        [story] = re.findall(r"idemp (trace \S+)$", people.stdout, re.M)
+        told = finished("-m", "idemp", *shlex.split(story), settings=places)
+        assert (told.returncode, f"{unique}-shop" in told.stdout, f"{unique}-billing" in told.stdout) == (
+            0,
+            True,
+            False,
+        )
+        for plan in found["plans"]:
+            words = shlex.split(plan.removeprefix("idemp "))
+            store = ("--store", f"sqlite:///{tmp_path}/billing.db")
+            told = finished("-m", "idemp", *words, *store, settings=places)
+            assert (told.returncode, "will run" in told.stdout) == (0, True), told
+            assert words.pop() == "--dry-run"
+            told = finished("-m", "idemp", *words, *store, "--yes", settings=places)
+            assert told.returncode == 0, told
+        room.becomes("ok")
+        assert room.explained() == (0, [])
+
+
+def test_who_does_not_answer_is_one_sentence(amqp_url: str, tmp_path: Path, unique: str) -> None:
+    """Exit code 2: one that never counted, one that was killed, one whose queue is gone."""
+    with shop(amqp_url, tmp_path, unique) as room:
+        room.auditor()
+
+        def refused() -> str:
+            words = ("explain", "new_order", str(room.file), "--wait", "500ms", "--json")
+            done = finished("-m", "idemp", "audit", *words)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+            return done.stderr
+
+        assert refused() == "idemp: shop has never reported a tally, so it cannot be asked\n"
+        room.service("shop")
+        billing = room.service("billing")
+        room.becomes("ok")
+        billing.stop(signal.SIGKILL)
+        said = re.fullmatch(
+            r"idemp: billing \((\w{8})\) did not answer within 0\.5 s; is it running\?\n", refused()
+        )
+        assert said
+        with closing(Tallies(str(tmp_path / "billing-tallies.db"), length=LENGTH, alone=False)) as tallies:
+            assert tallies.instance.startswith(said[1])
+            connection = pika.BlockingConnection(pika.URLParameters(amqp_url))
+            connection.channel().queue_delete(f"{unique}.asked.{tallies.instance}")
+            connection.close()
+        assert f"billing ({said[1]}) cannot be asked, for nobody listens" in refused()
 
 
 def test_kill_9_of_services_auditor_and_broker(own_rabbitmq: RabbitMQ, tmp_path: Path, unique: str) -> None:

@@ -64,6 +64,8 @@ BELOW = {
 BESIDE = {
     ("idemp.eventlogs", "idemp.transports"),
     ("idemp.rates", "idemp.graphite"),
+    ("idemp.audit.state", "idemp.stores.postgresql"),
+    ("idemp.audit.state.postgresql", "idemp.stores.postgresql_line"),
     ("idemp.stores", "idemp.redis_server"),
     ("idemp.stores.redis", "idemp.redis_server"),
     ("idemp.stores.redis_doctor", "idemp.redis_server"),
@@ -170,7 +172,8 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.transports.redis_log": {"redis"},
         "idemp.redis_server": {"redis"},
         "idemp.metrics": {"statsd", "prometheus_client"},
-        "idemp.audit.state": {"sqlite3"},
+        "idemp.audit.state.sqlite": {"sqlite3"},
+        "idemp.audit.state.postgresql": {"psycopg"},
         "idemp.audit.tallies": {"sqlite3"},
         "idemp.audit.document": {"yaml"},
     }

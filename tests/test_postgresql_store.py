@@ -130,8 +130,7 @@ def test_tables_of_version_1_are_renewed(
     sql(url, f"CREATE ROLE {unique} LOGIN PASSWORD 'theirs'")
     theirs = postgresql.url_of(unique, "theirs", url.rpartition("/")[2])
     with monkeypatch.context() as older:
-        older.setattr(postgresql_line, "MIGRATIONS", MIGRATIONS[:1])
-        older.setattr(postgresql_line, "VERSION", 1)
+        older.setattr(postgresql_line, "STORE", postgresql_line.STORE._replace(migrations=MIGRATIONS[:1]))
         with closing(open_store(url)) as store:
             assert one(store, Complete("key", claim(store, "key").token, b"result")) == Applied()
     assert sql(url, "SELECT to_regclass('idemp_default.outbox')") == [(None,)]

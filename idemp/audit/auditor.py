@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from idemp.audit.config import Config
 from idemp.audit.judge import Judge, Row, Verdict
 from idemp.audit.messages import Status, TallyReport, decoded
-from idemp.errors import BadMessage, TransportUnavailable
+from idemp.errors import BadMessage, StoreUnavailable, TransportUnavailable, Unavailable
 from idemp.message import Properties
 from idemp.ports import Clock, Delivery, Publication, Sent, Transport
 
@@ -44,7 +44,7 @@ Shown = tuple[str, str, str, Verdict]
 
 
 class Keeper(Protocol):
-    """What the auditor knows, on disk: see state.py."""
+    """What the auditor knows, on disk: see `idemp.audit.state`."""
 
     def rows(self) -> list[tuple[str, str]]: ...
 
@@ -84,7 +84,7 @@ class Auditor:
 
     show: given all of it at each judgement, and when that was, in seconds since 1970.
 
-    Of one state file and one queue there must be one auditor: two would share the reports.
+    Of one state and one queue there must be one auditor: two would share the reports.
     """
 
     def __init__(
@@ -119,20 +119,25 @@ class Auditor:
     def run(self, *, ready: Callable[[], None] | None = None) -> None:
         """Audit until `stop`, SIGTERM or SIGINT.
 
-        ready: called once, when reports can arrive.  Raises `ConfigError` or `TransportUnavailable` if it
-        cannot start, and `StoreUnavailable` if the state cannot be written; losses of the broker are
-        waited out.
+        ready: called once, when reports can arrive.  Raises `ConfigError`, `StoreUnavailable` or
+        `TransportUnavailable` if it cannot start; losses of the broker and of the state are waited out.
         """
-        unused = self._judge.restore([Row(*row) for row in self._state.rows()])
-        if unused:
-            log.warning("no longer audited, so forgotten: %s", ", ".join(unused))
-            self._state.forget(unused)
-        self._seen = {(field.name, who): verdict for field, who, verdict in self._judge.verdicts()}
+        self._remember()
         self._start()
         with _signals(self.stop):
             if ready is not None:
                 ready()
             self._loop()
+
+    def _remember(self) -> None:
+        """Know what was kept, and nothing else."""
+        judge = judge_of(self._config, self._clock.steady())
+        unused = judge.restore([Row(*row) for row in self._state.rows()])
+        if unused:
+            log.warning("no longer audited, so forgotten: %s", ", ".join(unused))
+            self._state.forget(unused)
+        self._judge = judge
+        self._seen = {(field.name, who): verdict for field, who, verdict in judge.verdicts()}
 
     # ---------------------------------------------------------------- the loop
 
@@ -147,8 +152,15 @@ class Auditor:
                 self._tell()
             except TransportUnavailable as error:
                 log.warning("%s; connecting again", error)
-                if not self._connect_again():
+                if not self._begin_again(self._start_anew):
                     return
+                log.warning("the broker is back")
+            except StoreUnavailable as error:
+                # Nobody knows whether the last of it is kept: what is, is read; the rest comes again.
+                log.warning("the state: %s; trying again", error)
+                if not self._begin_again(self._remember, self._start_anew):
+                    return
+                log.warning("the state is back")
         with suppress(TransportUnavailable):  # what is not confirmed comes again, and is told again
             self._end()
 
@@ -184,25 +196,28 @@ class Auditor:
         self._transport.consume(self._config.consumer_queue, PREFETCH, name=self._config.consumer_name)
         self._judge.listening(self._clock.steady())
 
-    def _connect_again(self) -> bool:
-        """Until the broker is back (true), or the auditor is told to stop (false)."""
+    def _start_anew(self) -> None:
+        self._transport.connect()
+        self._start()
+
+    def _begin_again(self, *steps: Callable[[], None]) -> bool:
+        """Until all of ``steps`` are done (true), or the auditor is told to stop (false)."""
         self._letters, self._refused, self._telling, self._patience = {}, [], None, 0.0
         try:
             for attempt in tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(TransportUnavailable),
+                retry=tenacity.retry_if_exception_type(Unavailable),
                 wait=tenacity.wait_random_exponential(0.2, max=10),
                 stop=tenacity.stop_when_event_set(self._stopping),
                 sleep=tenacity.sleep_using_event(self._stopping),
                 reraise=True,
             ):
                 with attempt:
-                    self._transport.connect()
-                    self._start()
-        except TransportUnavailable:
+                    for step in steps:
+                        step()
+        except Unavailable:
             if not self._stopping.is_set():
                 raise
             return False
-        log.warning("the broker is back")
         return True
 
     # ---------------------------------------------------------------- reports come
@@ -369,7 +384,8 @@ def _at(timestamp: float | None, wall: float) -> float:
         return wall
     if not wall - BEHIND <= timestamp <= wall + AHEAD:
         ahead = timestamp - wall
-        off = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{-ahead:.0f} s behind"
+        much = f"{abs(ahead) / 86400:.0f} d" if abs(ahead) > BEHIND else f"{abs(ahead):.0f} s"
+        off = f"{much} ahead of" if ahead > 0 else f"{much} behind"
         raise BadMessage(f"the clock of who reports is {off} the auditor's: timestamp {timestamp:.0f}")
     return min(timestamp, wall)
 

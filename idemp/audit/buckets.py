@@ -3,7 +3,7 @@
 A service counts in one or more instances, whose tallies add up.  A bucket is closed when it has ended
 for each instance of both services; it differs when count or checksum do.  What differs is given the
 field's ``settle`` seconds since it ended, since anything came to it, and since an instance started: a
-message may be on its way.
+message may be on its way.  While the auditor was away, or its broker was, nothing is late.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class Found(NamedTuple):
 
 @dataclass(slots=True)
 class _Instance:
-    """A process that counts.  heard: on the clock that never jumps; since: what it has told from then on."""
+    """A process that counts.
+
+    heard: on the clock that never jumps; since: what it has told from then on.  before: until when it went
+    on undisturbed, before it started; 0 if nobody knows.
+    """
 
     number: int
     through: float
@@ -56,13 +60,17 @@ class _Instance:
     ended: bool
     at: float
     heard: float
+    untimed: int
+    before: float
 
 
 class Buckets:
     """What services have counted.  pairs: what is compared with what; keep: seconds until it is forgotten."""
 
     def __init__(self, pairs: Sequence[Pair], now: float, keep: float) -> None:
-        self._now, self._keep = now, keep
+        self._listened, self._keep = now, keep
+        self._longest = max((pair.settle for pair in pairs), default=0.0)
+        self._judged: float | None = None  # until when it listened for long enough, in seconds since 1970
         self._pairs: dict[tuple[str, str], list[Pair]] = defaultdict(list)
         self._fields = {pair.field.lower(): pair for pair in pairs}
         for pair in pairs:
@@ -89,8 +97,8 @@ class Buckets:
                     f"the buckets of {kind} are {report.length} s long at {report.service},"
                     f" and {pair.length} s in the auditor's settings"
                 )
-        if report.through > at + report.length:
-            raise BadMessage(f"the report is of {moment(report.through)}, which is not yet")
+        if (newest := max(report.born, report.started, report.through)) > at + report.length:
+            raise BadMessage(f"the report is of {moment(newest)}, which is not yet")
         instances = self._instances[report.service]
         known = instances.get(report.instance)
         if known is not None and report.number <= known.number:
@@ -98,8 +106,20 @@ class Buckets:
         first = report.born if report.first else report.through
         since = first if known is None else known.since
         through = max(report.through, known.through if known else 0.0)
+        before = known.before if known else 0.0
+        if known and report.started != known.started and report.started >= known.started + self._longest:
+            before = known.through
         instances[report.instance] = _Instance(
-            report.number, through, since, report.born, report.started, report.ended, at, now
+            report.number,
+            through,
+            since,
+            report.born,
+            report.started,
+            report.ended,
+            at,
+            now,
+            report.untimed,
+            before,
         )
         self.changed["instance", report.service, report.instance] = None
         for kind, pair in kinds.items():
@@ -131,14 +151,17 @@ class Buckets:
         return together(self._parts[field, service].get(start, {}).values())
 
     def listening(self, now: float) -> None:
-        """Silence before counts for nobody."""
-        self._now = now
+        """Silence before counts for nobody, and what is late has its time to settle from now on."""
+        self._listened = now
         for instances in self._instances.values():
             for each in instances.values():
                 each.heard = max(each.heard, now)
 
-    def forget(self, wall: float) -> None:
-        """What is older than is kept, and instances that have not been heard for as long."""
+    def look(self, now: float, wall: float) -> None:
+        """All is compared now; what is too old is forgotten, and who was not heard for as long."""
+        if self._fields and now - self._listened >= self._longest:
+            self._judged = wall
+            self.changed["judged",] = None
         over = wall - self._keep
         for (field, service), starts in self._parts.items():
             for start in [start for start in starts if start < over]:
@@ -166,15 +189,26 @@ class Buckets:
             return Found("settling", "no bucket is closed yet")
         odd = sorted(start for start in self._odd[pair.field, pair.replica] if lower <= start <= last)
         differ = [start for start in odd if not Tally.may_be(*self._both(pair, start))]
-        calm = wall - pair.settle
-        if any(each.started > calm for who in both for each in self._instances[who].values()):
-            calm = 0.0
+        judged = wall if now - self._listened >= pair.settle else self._judged or 0.0
+        calm = judged - pair.settle
+        instances = [each for who in both for each in self._instances[who].values()]
+        calm = min([calm, *(each.before - pair.settle for each in instances if each.started > calm)])
         moved = self._moved[pair.field]
         late = [start for start in differ if max(start + pair.length, moved.get(start, 0.0)) <= calm]
         for finding, starts in (("differs", late), ("unsure", [x for x in odd if x not in differ])):
             if starts:
                 return self._found(finding, pair, starts)
-        return self._found("settling", pair, differ) if differ else self._found("same", pair, [last])
+        if differ:
+            return self._found("settling", pair, differ)
+        return self._found("same", pair, [last])._replace(reason=self._untimed(pair))
+
+    def _untimed(self, pair: Pair) -> str:
+        """What is not compared."""
+        both = (pair.owner, pair.replica)
+        untimed = {who: sum(each.untimed for each in self._instances[who].values()) for who in both}
+        return "; ".join(
+            f"{n} messages of {who} had no timestamp, and are in no bucket" for who, n in untimed.items() if n
+        )
 
     def _found(self, finding: str, pair: Pair, starts: Sequence[int]) -> Found:
         owners, replicas = self._both(pair, starts[0])
@@ -233,22 +267,29 @@ class Buckets:
                     each.started,
                     each.ended,
                     each.at,
+                    each.untimed,
+                    each.before,
                 ]
             case "tally", (field, service, name, start):
                 part = self._parts[field, service].get(int(start), {}).get(name)
                 moved = self._moved[field].get(int(start), 0.0)
                 return part and [part.count, f"{part.checksum:x}", part.unsure, moved]
+            case "judged", ():
+                return self._judged
         raise ValueError(kind)
 
     def restore(self, kind: str, about: Sequence[str], kept: Any) -> bool:
         """Whether anybody asks for it."""
         match kind, about:
             case "instance", [service, name] if any(service == who for _, who in self._pairs):
-                number, through, since, born, started, ended, at = kept
+                number, through, since, born, started, ended, at, untimed, before = kept
                 self._instances[service][name] = _Instance(
-                    number, through, since, born, started, ended, at, self._now
+                    number, through, since, born, started, ended, at, self._listened, untimed, before
                 )
                 return True
+            case "judged", []:
+                self._judged = kept
+                return bool(self._fields)
             case "tally", [field, service, name, start] if (field, service) in self._pairs:
                 count, checksum, unsure, moved = kept
                 tally = Tally(count, int(checksum, 16), unsure)

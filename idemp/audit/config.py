@@ -10,13 +10,15 @@ from decimal import Decimal
 from typing import NamedTuple, TypeVar
 
 from idemp.audit.judge import MESSAGES, NUMBERS, STRING, Field, Tolerance
-from idemp.audit.messages import EVERYBODY, Unfit, number
+from idemp.audit.messages import EVERYBODY, NAME, Unfit, fit, number
 from idemp.audit.nodes import Node
 from idemp.errors import ConfigError
 from idemp.settings import duration
 
 T = TypeVar("T")
 
+PLACE = 2000
+"""Bytes that the URL of a server has at most, or the name of a file."""
 KINDS = (*NUMBERS, STRING, MESSAGES)
 
 
@@ -94,12 +96,16 @@ class _Reader:
         table = self.table(root, "the file", KEYS)
         if "dsn" not in table:
             self.fault(root, "dsn is missing; write it like dsn: amqp://guest:guest@localhost:5672/")
-        texts = {name: self.text(table[key], key) for key, name in TEXTS.items() if key in table}
+        texts = {
+            name: self.text(table[key], key, PLACE if key == "state" else NAME)
+            for key, name in TEXTS.items()
+            if key in table
+        }
         switches = {name: self.switch(table[name], name) for name in SWITCHES if name in table}
         tick = self.seconds(table["tick"], "tick") if "tick" in table else 5.0
         keep = self.seconds(table["keep"], "keep") if "keep" in table else 86400.0
         port = self.whole(table["prometheus"], "prometheus", 1, 65535) if "prometheus" in table else None
-        dsn = self.text(table["dsn"], "dsn") if "dsn" in table else ""
+        dsn = self.text(table["dsn"], "dsn", PLACE) if "dsn" in table else ""
         if dsn and "://" not in dsn:
             self.fault(table["dsn"], "dsn is no URL; write it like amqp://guest:guest@localhost:5672/")
         fields = self.fields(table["data"]) if "data" in table else ()
@@ -113,6 +119,7 @@ class _Reader:
         table = self.named(node, "data", "a table of fields")
         spelled: dict[str, str] = {}
         for name, each in table.items():
+            self.name(name, each, "data")
             other = spelled.setdefault(name.lower(), name)
             if other != name:
                 self.fault(
@@ -162,6 +169,10 @@ class _Reader:
         self.service(owner, node, f"{where}.owner")
         return owner
 
+    def name(self, name: str, node: Node, where: str) -> None:
+        if name and not fit(name):
+            self.fault(node, f"{where}: {name[:40]!r} is no name; it has up to {NAME} bytes, all printable")
+
     def service(self, name: str, node: Node, where: str) -> None:
         if name == EVERYBODY:
             self.fault(node, f"{where}: no service can be called {EVERYBODY!r}, which is the overall status")
@@ -181,6 +192,7 @@ class _Reader:
         found: dict[str, Decimal] = {}
         for table in node.items if node.items is not None else [node]:
             for name, each in self.named(table, where, "a list of services, or a table").items():
+                self.name(name, each, where)
                 self.service(name, each, where)
                 found[name] = self.offset(each, f"{where}.{name}", kind)
         return found
@@ -229,11 +241,11 @@ class _Reader:
             found[name.lower()] = each
         return found
 
-    def text(self, node: Node, where: str) -> str:
+    def text(self, node: Node, where: str, most: int = NAME) -> str:
         if not node.text:
             self.fault(node, f"{where} must be a text that is not empty")
-        elif len(node.text.encode()) > 200:
-            self.fault(node, f"{where} has more than 200 bytes, which a broker's name cannot have")
+        elif not fit(node.text, most):
+            self.fault(node, f"{where} must have up to {most} bytes, all of them printable")
         return node.text or ""
 
     def number(self, node: Node, where: str) -> Decimal:

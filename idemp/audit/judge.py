@@ -211,11 +211,12 @@ class Judge:
 
     def tick(self, now: float, wall: float) -> list[Status]:
         """Judge everything; what is to be told, because it has changed.  wall: seconds since 1970."""
-        self.buckets.forget(wall)
+        self.buckets.look(now, wall)
         for field in self._fields.values():
             for replica in field.replicas:
                 self._judge(field, replica, now, wall)
-        told = [status for service in self._order() for status in self._tell(service)]
+        worst, unknown = self._worst(), UNKNOWN if self._publish_unknown else None
+        told = [new for who in self._order() for new in self._tell(who, worst.get(who, unknown))]
         if told and self._known():
             told.append(Status(EVERYBODY, min(self._known())))
         return told
@@ -317,18 +318,16 @@ class Judge:
         owners = [field.owner for field in fields] if self._owner_reports else []
         return list(dict.fromkeys(replicas + owners))
 
-    def _status(self, service: str) -> int | None:
-        """The worst of its fields, as far as it is known."""
-        known = [
-            verdict.status
-            for field, replica, verdict in self.verdicts()
-            if service == replica or (self._owner_reports and service == field.owner)
-            if verdict.status is not None
-        ]
-        return min(known, default=UNKNOWN if self._publish_unknown else None)
+    def _worst(self) -> dict[str, int]:
+        """Of each service the worst of its fields, as far as they are known."""
+        worst: dict[str, int] = {}
+        for field, replica, verdict in self.verdicts():
+            for who in (replica, field.owner) if self._owner_reports else (replica,):
+                if verdict.status is not None:
+                    worst[who] = min(verdict.status, worst.get(who, verdict.status))
+        return worst
 
-    def _tell(self, service: str) -> Iterator[Status]:
-        status = self._status(service)
+    def _tell(self, service: str, status: int | None) -> Iterator[Status]:
         if status is not None and status != self._told.get(service, UNKNOWN):
             self._told[service] = status
             self._changed[_name("told", service)] = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from idemp.audit.tally import Tally
+from idemp.audit.tally import MODULUS, Tally
 from idemp.errors import BadMessage
 from idemp.message import MAX_BODY
 
@@ -20,6 +20,8 @@ UNKNOWN = -1
 EVERYBODY = "all"
 """The service name of the overall status."""
 
+NAME = 200
+"""Bytes that the name of a service, a field or a process has at most."""
 LARGEST = 400
 """Digits that a number may have, and the power of ten up to which it may go, in either direction."""
 
@@ -75,9 +77,10 @@ class TallyReport(NamedTuple):
     """A process of ``service`` tells its closed buckets that have changed.
 
     instance: its name, the same after a restart; number: of the report, growing.  born: when it began to
-    count; started: when it began for the last time.  length: seconds in a bucket.  through: all its buckets
-    that end before are told, and those that are in no report are empty.  ended: it counts no more for now.
-    first: nothing was told before.  Times in seconds since 1970.
+    count; started: when it had its broker anew for the last time, and could go on.  length: seconds in a
+    bucket.  through: all its buckets that end before are told, and those that are in no report are empty.
+    ended: it counts no more for now.  first: nothing was told before.  untimed: messages so far that did
+    not say when they were published, and are in no bucket.  Times in seconds since 1970.
     """
 
     service: str
@@ -89,6 +92,7 @@ class TallyReport(NamedTuple):
     through: float
     ended: bool
     first: bool
+    untimed: int
     tallies: Mapping[str, Mapping[int, Tally]]
     """Message type -> where the bucket begins -> what is in it."""
 
@@ -106,7 +110,7 @@ def written(tallies: Mapping[int, Tally]) -> list[list[Any]]:
 def tallied(rows: Any) -> dict[int, Tally]:
     """What `written` wrote.  Raises `ValueError` or `TypeError`."""
     return {
-        _whole(place): Tally(_whole(count), int(checksum, 16), _whole(unsure))
+        _whole(place): Tally(_number(count), int(checksum, 16) % MODULUS, _number(unsure))
         for place, count, checksum, unsure in rows
     }
 
@@ -121,21 +125,27 @@ def decoded(body: bytes) -> Report | TallyReport:
             _text(told["service"]),
             _text(told["instance"]),
             _whole(told["number"]),
-            float(told["born"]),
-            float(told["started"]),
+            _moment(told["born"]),
+            _moment(told["started"]),
             _whole(told["length"]),
-            float(told["through"]),
+            _moment(told["through"]),
             told["ended"] is True,
             told["first"] is True,
+            _number(told.get("untimed", 0)),
             {kind: tallied(rows) for kind, rows in told["tallies"].items()},
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise BadMessage(f"this is no report of tallies: {type(error).__name__}: {error}") from None
 
 
+def fit(name: str, most: int = NAME) -> bool:
+    """Whether anything can be called that, in ``most`` bytes: who keeps a name must be able to show it."""
+    return name.isprintable() and 0 < len(name.encode()) <= most
+
+
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r} is no name")
+    if not isinstance(value, str) or not fit(value):
+        raise ValueError(f"{str(value)[:40]!r} is no name")
     return value
 
 
@@ -144,6 +154,21 @@ def _whole(value: Any) -> int:
     if whole is None or whole != value or abs(whole) >= 2**63:
         raise ValueError(f"{value!r} is no whole number")
     return whole
+
+
+def _number(value: Any) -> int:
+    whole = _whole(value)
+    if whole < 0:
+        raise ValueError(f"{value!r} is less than nothing")
+    return whole
+
+
+def _moment(value: Any) -> float:
+    """Seconds since 1970, before the year 10000."""
+    at = float(value)
+    if not 0 <= at < 2.5e11:
+        raise ValueError(f"{at:g} is no time")
+    return at
 
 
 def number(text: str) -> Decimal | Unfit:

@@ -43,9 +43,13 @@ class Question(NamedTuple):
         """The question in ``body``.  Raises `BadMessage`."""
         try:
             told = cls(**json.loads(body))
-            slices = [int(each) for each in told.slices]
-            return told._replace(number=int(told.number), start=int(told.start), slices=slices)
-        except (ValueError, TypeError, RecursionError) as error:
+            if not all(isinstance(each, str) for each in (told.about, told.kind, told.reply_to, told.after)):
+                raise TypeError("a name is no text")
+            start, slices = int(told.start), [int(each) for each in told.slices]
+            if abs(start) >= 2**63:
+                raise ValueError(f"no bucket begins at {start}")
+            return told._replace(number=int(told.number), start=start, slices=slices)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise BadMessage(f"this is no question of an audit: {error}") from None
 
 
@@ -73,5 +77,5 @@ class Answer(NamedTuple):
             ids = [(str(id), int(n), int(unsure)) for id, n, unsure in told["ids"]]
             tallies = tallied(told["tallies"])
             return cls(int(told["number"]), str(told["instance"]), tallies, ids, told["more"] is True)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise BadMessage(f"this is no answer of an audit: {error}") from None

@@ -44,6 +44,8 @@ class Told(Protocol):
     @property
     def first(self) -> bool: ...
     @property
+    def untimed(self) -> int: ...
+    @property
     def tallies(self) -> Mapping[str, Mapping[int, Tally]]: ...
     @property
     def versions(self) -> Sequence[tuple[int, str, int]]: ...
@@ -54,7 +56,6 @@ class Counted(Protocol):
 
     instance: str
     born: float
-    started: float
     length: int
 
     def add(self, runs: Sequence[Ran]) -> None: ...
@@ -99,6 +100,7 @@ class Tallier:
         self._exchange, self._routing_key = exchange, routing_key
         self._every, self._keep, self._clock = every, keep, clock or Clock()
         self._service = ""
+        self._since = 0.0
         self._stopping = threading.Event()
         self._queue = asked_queue(exchange, tallies.instance)
         self._sent = 0
@@ -143,6 +145,7 @@ class Tallier:
         self._transport.connect()
         self._transport.declare(self._queue, expires=EXPIRES)
         self._transport.consume(self._queue, 1)
+        self._since = self._clock.wall()
         due = self._clock.steady()
         while not self._stopping.is_set():
             if self._clock.steady() >= due:
@@ -168,11 +171,12 @@ class Tallier:
             tallies.instance,
             changed.number,
             tallies.born,
-            tallies.started,
+            self._since,
             tallies.length,
             changed.through,
             ending,
             changed.first,
+            changed.untimed,
             changed.tallies,
         )
         error = self._safe(report.encode(), patience)

@@ -29,6 +29,8 @@ PATIENCE = 10.0
 TOGETHER = 5000
 """Ids that are forgotten, or buckets that are told, at a time."""
 
+# Ids come in no order, so that a batch touches many pages: they are written back seldom, and kept at hand.
+_SETTINGS = ("journal_mode=WAL", "synchronous=NORMAL", "cache_size=-65536", "wal_autocheckpoint=16000")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta
     (instance TEXT, number INTEGER, born REAL, length INTEGER, boot TEXT, open INTEGER, gap REAL,
@@ -59,12 +61,13 @@ class Changed(NamedTuple):
     """Buckets that are to be told, in report ``number``; versions: what `told` is to be given then.
 
     through: seconds since 1970; of those that end before, none is left out.  first: no report is known to
-    have arrived.
+    have arrived.  untimed: messages so far that did not say when they were published.
     """
 
     number: int
     through: float
     first: bool
+    untimed: int
     tallies: Mapping[str, Mapping[int, Tally]]
     versions: Sequence[tuple[int, str, int]]
 
@@ -95,7 +98,6 @@ class Tallies:
 
     def _open(self, length: int) -> None:
         path, wall = self.path, self._wall
-        self.started = wall()
         with self._transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
@@ -179,24 +181,19 @@ class Tallies:
             ).fetchall()
             if len(rows) > TOGETHER:
                 through = float(rows.pop()[1])
-            count = "UPDATE meta SET number = number + 1 RETURNING number, arrived"
-            number, arrived = db.execute(count).fetchone()
+            count = "UPDATE meta SET number = number + 1 RETURNING number, arrived, no_time"
+            number, arrived, untimed = db.execute(count).fetchone()
         tallies: dict[str, dict[int, Tally]] = {}
         for kind, place, *counted, _ in rows:
             tallies.setdefault(kind, {})[place] = self._honest(place, *counted)
         versions = [(version, kind, place) for kind, place, *_, version in rows]
-        return Changed(number, through, not arrived, tallies, versions)
+        return Changed(number, through, not arrived, untimed, tallies, versions)
 
     def told(self, versions: Sequence[tuple[int, str, int]]) -> None:
         """A report with these is safe in a queue."""
         with self._transaction() as db:
             db.executemany("UPDATE tally SET told = ? WHERE kind = ? AND start = ?", versions)
             db.execute("UPDATE meta SET arrived = 1")
-
-    def no_time(self) -> int:
-        """How many messages did not say when they were published."""
-        with self._explained():
-            return int(self._db().execute("SELECT no_time FROM meta").fetchone()[0])
 
     def _honest(self, place: int, n: int, checksum: str, unsure: int) -> Tally:
         return Tally(n, int(checksum, 16), unsure + (ANY if place <= self._gap else 0))
@@ -267,8 +264,8 @@ class Tallies:
         if db is None:
             db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
             self._opened.append(db)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
+            for setting in _SETTINGS:
+                db.execute(f"PRAGMA {setting}")
             self._local.db = db
         return db
 

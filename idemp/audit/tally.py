@@ -17,7 +17,8 @@ SLICES = 256
 """Into which a bucket's ids fall by their hash, so that only few of them need to be compared by name."""
 ANY = 2**32
 """Unsure: nobody knows how many, after a power loss."""
-_MODULUS = 2**128
+MODULUS = 2**128
+"""Of checksums."""
 
 
 def hashed(id: str) -> int:
@@ -39,7 +40,7 @@ class Tally(NamedTuple):
 
     def plus(self, hash: int, times: int = 1, unsure: int = 0) -> Tally:
         """With a message so many times more."""
-        checksum = (self.checksum + times * hash) % _MODULUS
+        checksum = (self.checksum + times * hash) % MODULUS
         return Tally(self.count + times, checksum, self.unsure + unsure)
 
     def same(self, other: Tally) -> bool:
@@ -60,4 +61,4 @@ def together(tallies: Iterable[Tally]) -> Tally:
     count, checksum, unsure = 0, 0, 0
     for each in tallies:
         count, checksum, unsure = count + each.count, checksum + each.checksum, unsure + each.unsure
-    return Tally(count, checksum % _MODULUS, unsure)
+    return Tally(count, checksum % MODULUS, unsure)

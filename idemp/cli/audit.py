@@ -24,7 +24,7 @@ from idemp.audit.buckets import Pair, moment
 from idemp.audit.config import Config, configured
 from idemp.audit.explain import Asker, Difference, NoAnswer, differences
 from idemp.audit.judge import MESSAGES, Judge, Row, State, Verdict, shown
-from idemp.audit.state import AuditState
+from idemp.audit.state import SqlState, init_state, open_state
 from idemp.audit.tallies import Tallies
 from idemp.cli.keys import age
 from idemp.cli.options import Duration, about, escaped, json_option, key
@@ -60,7 +60,7 @@ def run(file: str | None, as_json: bool, influx: bool) -> None:
     with about("dsn"):
         transport = open_transport(config.dsn)
     board = _Board(config.tick, influx)
-    with closing(transport), closing(_state(config)) as state, _lamps(config, board):
+    with closing(transport), _state(config) as state, _lamps(config, board):
         with about("dsn"):
             transport.connect()
         auditor = Auditor(transport, config, state, say=_line if as_json else None, show=board.show)
@@ -73,10 +73,10 @@ def run(file: str | None, as_json: bool, influx: bool) -> None:
 def status(file: str | None, as_json: bool) -> int:
     """Show what the auditor found; exit code 1 unless all is ok.
 
-    Reads the state file only: no broker is asked.
+    Reads the state only: no broker is asked.
     """
     config = settings(file)
-    with closing(_state(config, reading=True)) as state:
+    with _state(config, reading=True) as state:
         judge = judge_of(config, 0.0)
         judge.restore([Row(*row) for row in state.rows()])
         looked, counts, unsent = state.looked(), state.counts(), state.unsent()
@@ -93,10 +93,8 @@ def status(file: str | None, as_json: bool) -> int:
     else:
         _show([(field.name, field.owner, who, verdict) for field, who, verdict in found], now)
         next_check = "" if looked is None else f"; next check {_in(sum(looked) - now)}"
-        rejected = counts.get("rejected", 0)
-        click.echo(
-            f"{counts.get('reports', 0)} reports, {rejected} rejected, {unsent} statuses unsent{next_check}"
-        )
+        taken = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("reports", "rejected", "repeated"))
+        click.echo(f"{taken}, {unsent} statuses unsent{next_check}")
     return 0 if all(verdict.state is State.OK for *_, verdict in found) else 1
 
 
@@ -111,12 +109,12 @@ def explain(field: str, file: str | None, wait: float, as_json: bool) -> int:
     Asks the services over the broker.  FIELD is of type messages.
     """
     config = settings(file)
-    with closing(_state(config, reading=True)) as state:
-        judge = judge_of(config, 0.0)
-        judge.restore([Row(*row) for row in state.rows()])
+    judge = judge_of(config, 0.0)
     pairs = judge.pairs(field)
     if not pairs:
         raise ConfigError(_no_messages(config, field))
+    with _state(config, reading=True) as state:
+        judge.restore([Row(*row) for row in state.rows()])
     with about("dsn"):
         transport = open_transport(config.dsn)
     with closing(transport):
@@ -155,6 +153,18 @@ def correct(tallies: str, kind: str, id: str, times: int, length: float, at: flo
     click.echo(f"{escaped(id)} counts {times} times; before it were {before}")
 
 
+@audit.command()
+@click.argument("url")
+@click.option("--grant", metavar="ROLE", default="", help="Let this role use the tables.")
+def init(url: str, grant: str) -> None:
+    """Make the tables of the state at URL, or renew them for this version of idemp.
+
+    An auditor makes them by itself if its user may; this is for a user who may not, and for a new version.
+    """
+    with about("URL"):
+        click.echo(f"{init_state(url, grant)}.")
+
+
 # ------------------------------------------------------------------ settings
 
 
@@ -185,9 +195,15 @@ def _text(file: str | None) -> tuple[str, str]:
         raise ConfigError(f"{name} is no text in UTF-8") from None
 
 
-def _state(config: Config, *, reading: bool = False) -> AuditState:
+@contextmanager
+def _state(config: Config, *, reading: bool = False) -> Iterator[SqlState]:
+    """The state, connected."""
     with about("state"):
-        return AuditState(config.state, reading=reading)
+        state = open_state(config.state, reading=reading)
+    with closing(state):
+        with about("state"):
+            state.looked()
+        yield state
 
 
 # ------------------------------------------------------------------ what is published

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, unquote
 
 from idemp.errors import ConfigError
 from idemp.ports import Store
-from idemp.settings import duration, hidden, options, split, sqlite_path, switch
+from idemp.settings import duration, hidden, namespace_in, options, split, sqlite_path, switch
 
 RETENTION = 24 * 3600.0
 """Seconds that done is remembered unless the URL says otherwise."""
@@ -98,13 +98,6 @@ def init_store(url: str, grant: str = "") -> str:
     return f"{made}; {grant} may use them" if grant else made
 
 
-def _namespace(found: Mapping[str, str]) -> str:
-    name = found.get("namespace", "default")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", name):
-        raise ConfigError(f"namespace={name!r}: up to 50 letters, digits, dots, dashes, underscores")
-    return name
-
-
 def check_exists(url: str) -> None:
     """Raise `ConfigError` if there is no store at ``url`` yet: to look at one must not make it."""
     parts = split(url)
@@ -147,7 +140,7 @@ def namespace_of(url: str) -> str:
         case "etcd":
             return etcd_of(url)[2]
         case "postgresql" | "postgres" | "redis" | "rediss":
-            return _namespace(options(parts, {**_OPTIONS, **_OF[parts.scheme]}))
+            return namespace_in(options(parts, {**_OPTIONS, **_OF[parts.scheme]}))
     return parts.scheme
 
 
@@ -157,7 +150,7 @@ def postgresql_of(url: str) -> Any:
 
     parts = split(url)
     found = options(parts, {**_OPTIONS, **_POSTGRESQL})
-    return place(parts, found, _namespace(found))
+    return place(parts, found, namespace_in(found))
 
 
 def redis_of(url: str) -> Any:
@@ -166,7 +159,7 @@ def redis_of(url: str) -> Any:
 
     parts = split(url)
     found = options(parts, {**_OPTIONS, **_REDIS})
-    return server(parts, found, _namespace(found))
+    return server(parts, found, namespace_in(found))
 
 
 def etcd_of(url: str) -> tuple[list[str], Callable[[list[str]], Any], str]:

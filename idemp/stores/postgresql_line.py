@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote
@@ -18,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import Clock
 from idemp.settings import switch
-from idemp.stores.postgresql_sql import GRANTS, MIGRATIONS, VERSION
+from idemp.stores.postgresql_sql import GRANTS, MIGRATIONS
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,21 @@ _REFUSED = re.compile(
 )
 
 
+class Tables(NamedTuple):
+    """Of one kind.
+
+    prefix: of the schemas' names.  migrations: version by version, statements with ``{s}`` for the schema.
+    init: the command that makes them.
+    """
+
+    prefix: str
+    migrations: Sequence[Sequence[str]]
+    init: str
+
+
+STORE = Tables("idemp_", MIGRATIONS, "idemp init URL")
+
+
 class Place(NamedTuple):
     """A namespace in a database.
 
@@ -49,14 +64,17 @@ class Place(NamedTuple):
     shown: str
     namespace: str
     unsafe: bool = False
+    tables: Tables = STORE
 
     @property
     def schema(self) -> str:
         """Of the namespace's tables, quoted."""
-        return sql.Identifier(f"idemp_{self.namespace}").as_string(None)
+        return sql.Identifier(f"{self.tables.prefix}{self.namespace}").as_string(None)
 
 
-def place(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Place:
+def place(
+    parts: SplitResult, found: Mapping[str, str], namespace: str, tables: Tables | None = None
+) -> Place:
     """What a URL's parts and options name.  Several hosts are written ``host1:5432,host2:5432``."""
     login, _, hosts = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
@@ -74,7 +92,8 @@ def place(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Place
         conninfo["target_session_attrs"] = "read-write"
     shown = f"postgresql://{hosts}{parts.path}"
     unsafe = switch(found.get("unsafe_durability", ""))
-    return Place({name: value for name, value in conninfo.items() if value}, shown, namespace, unsafe)
+    given = {name: value for name, value in conninfo.items() if value}
+    return Place(given, shown, namespace, unsafe, tables or STORE)
 
 
 class Line:
@@ -179,9 +198,9 @@ def check(connection: Connection, place: Place) -> bool:
     version = _version(connection, place) if there else 0
     if version == 0:
         _create(connection, place)
-    elif version < VERSION:
-        raise ConfigError(f"{place.shown} has tables of an older idemp; run: idemp init URL")
-    elif version > VERSION:
+    elif version < len(place.tables.migrations):
+        raise ConfigError(f"{place.shown} has tables of an older idemp; run: {place.tables.init}")
+    elif version > len(place.tables.migrations):
         raise ConfigError(f"{place.shown} has tables of a newer idemp (version {version}); upgrade idemp")
     return bool(process != connection.info.backend_pid)
 
@@ -225,7 +244,7 @@ def _create(connection: Connection, place: Place) -> None:
     except errors.InsufficientPrivilege:
         raise ConfigError(
             f"{place.shown} has no tables for namespace {place.namespace!r}, and this user may not make them;"
-            " run: idemp init URL --grant THIS_USER, with the URL of a user who may create a schema"
+            f" run: {place.tables.init} --grant THIS_USER, with the URL of a user who may create a schema"
         ) from None
 
 
@@ -244,15 +263,15 @@ def migrate(connection: Connection, place: Place, grant: str = "") -> list[int]:
             columns = "(version int PRIMARY KEY, at timestamptz NOT NULL)"
             run(f"CREATE TABLE IF NOT EXISTS {schema}.migration {columns}")
         before = _version(connection, place)
-        new = list(range(before + 1, VERSION + 1))
+        new = list(range(before + 1, len(place.tables.migrations) + 1))
         for version in new:
-            for statement in MIGRATIONS[version - 1]:
+            for statement in place.tables.migrations[version - 1]:
                 run(statement.replace("{s}", schema))
             run(f"INSERT INTO {schema}.migration VALUES (%s, now())", version)
         for statement in GRANTS if grant else ():
             run(statement.format(s=schema, role=sql.Identifier(grant).as_string(None)))
     if new:
-        log.info("%s: made the tables of %s, version %d", place.shown, schema, VERSION)
+        log.info("%s: made the tables of %s, version %d", place.shown, schema, new[-1])
     return new
 
 
@@ -262,7 +281,7 @@ def migrate(connection: Connection, place: Place, grant: str = "") -> list[int]:
 def forbidden(place: Place, error: psycopg.Error) -> ConfigError:
     """For a user who may not use the tables."""
     return ConfigError(
-        f"{place.shown}: {one_line(error)}; run: idemp init URL --grant THIS_USER, as the tables' owner"
+        f"{place.shown}: {one_line(error)}; run: {place.tables.init} --grant THIS_USER, as the tables' owner"
     )
 
 
@@ -271,7 +290,7 @@ def explain(place: Place, error: psycopg.Error) -> Exception:
     if isinstance(error, errors.InsufficientPrivilege):
         return forbidden(place, error)
     if isinstance(error, errors.UndefinedTable | errors.InvalidSchemaName):
-        return ConfigError(f"{place.shown}: {one_line(error)}; run: idemp init URL")
+        return ConfigError(f"{place.shown}: {one_line(error)}; run: {place.tables.init}")
     return StoreUnavailable(f"{place.shown}: {one_line(error)}")
 
 
