@@ -32,6 +32,8 @@ BATCH = 2000
 ROUNDS = 3
 MESSAGES = 20_000
 HOURS = 24
+PATIENCE = 300.0
+"""Seconds that etcd may take to write its database anew."""
 
 
 def measure(stores: Sequence[str], most: int) -> dict[str, Any]:
@@ -78,8 +80,8 @@ def _compacted(etcd: Etcd) -> int:
     revision = client.range("none").revision
     client.close()
     member = etcd.members[0]
-    member.call("/v3/kv/compaction", revision=str(revision), physical=True)
-    member.call("/v3/maintenance/defragment")
+    member.call("/v3/kv/compaction", patience=PATIENCE, revision=str(revision), physical=True)
+    member.call("/v3/maintenance/defragment", patience=PATIENCE)
     return int(member.call("/v3/maintenance/status")["dbSize"])
 
 

@@ -27,6 +27,7 @@ from idemp.ports import (
     Free,
     Get,
     Inbox,
+    Lost,
     Op,
     Release,
     Reply,
@@ -81,6 +82,68 @@ def sql(url: str, *statements_: str) -> list[Any]:
 def idemp(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "idemp", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+# ------------------------------------------------------------------ the short way
+
+
+def test_a_key_that_is_done_while_it_is_claimed(store: Any, url: str) -> None:
+    """Its claim waits for who completes it, finds no row of it any more, and then that it is done."""
+    with closing(open_store(url)) as other, psycopg.connect(url) as line, ThreadPoolExecutor(1) as pool:
+        theirs = claim(other, "key")
+        line.execute("DELETE FROM idemp_default.open")
+        line.execute(
+            "INSERT INTO idemp_default.done_0 VALUES ('key', %s, 1, extract(epoch FROM now()), '7')",
+            [theirs.token],
+        )
+        mine = pool.submit(one, store, Claim("key"))
+        until(lambda: sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        line.commit()
+        done = mine.result(30)
+    assert isinstance(done, Done)
+    assert (done.token, done.result) == (theirs.token, b"7")
+
+
+def test_a_completion_does_not_wait_the_short_way(store: Any, url: str) -> None:
+    """It would wait out of order.  A key that another transaction holds goes the long way, in order."""
+    mine = claim(store, "key")
+    with psycopg.connect(url) as line, ThreadPoolExecutor(1) as pool:
+        line.execute("SELECT FROM idemp_default.open WHERE key = 'key' FOR UPDATE")
+        reply = pool.submit(one, store, Complete("key", mine.token))
+        until(lambda: store._session._detours)
+        assert not reply.done()
+        line.commit()
+        assert reply.result(30) == Applied()
+
+
+def test_what_cannot_go_the_short_way_leaves_no_trace(store: Any) -> None:
+    """One wrong operation and the whole batch goes the long way, where each gets its own answer."""
+    old = claim(store, "old")
+    store.apply([Complete("old", old.token, b"1")])
+    mine = claim(store, "mine")
+    for wrong, kind in ((Complete("lost", 99), Lost), (Claim("old"), Done)):
+        store._session._detours = 0
+        key = f"with {kind.__name__}"
+        replies = store.apply([Claim(key), wrong])
+        assert [type(reply) for reply in replies] == [Claimed, kind]
+        assert store._session._detours
+        assert type(one(store, Get(key))) is Busy
+    store._session._detours = 0
+    assert one(store, Complete("mine", mine.token, b"2", b"print")) == Applied()
+    assert not store._session._detours
+    assert one(store, Complete("mine", mine.token, b"2", b"print")) == Applied()
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_attempts_are_kept_the_short_way(store: Any, attempts: int) -> None:
+    """By claims of keys that are free and by what is recorded of them."""
+    for attempt in range(1, attempts):
+        store.apply([Release("key", claim(store, "key").token, attempt)])
+    last = claim(store, "key")
+    store._session._detours = 0
+    store.apply([Complete("key", last.token, b"1")])
+    done = one(store, Get("key"))
+    assert (last.attempt, type(done), done.attempt) == (attempts, Done, attempts)  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------ tables and rights

@@ -140,6 +140,28 @@ def test_a_lost_reply_is_resolved(far: Far, store: Any, monkeypatch: pytest.Monk
         assert isinstance(one(other, Claim("new")), Done)
 
 
+@pytest.mark.parametrize("when", ["request", "commit"])
+def test_a_lost_reply_to_a_usual_batch(
+    far: Far, store: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The same for what most batches are, which has a way of its own."""
+    mine = claim(store, "done").token
+    if when == "request":
+        far.proxy.lose()
+    else:
+        lose_the_last_reply(far, store, monkeypatch)
+
+    won, ended = store.apply([Claim("new"), Complete("done", mine, b"1")])
+
+    assert far.proxy.counts.lost == 1
+    assert (type(won), ended) == (Claimed, Applied())
+    assert one(store, Complete("new", won.token)) == Applied()
+    with closing(far.open(url=far.straight)) as other:
+        states = other.apply([Get("new"), Get("done")])
+    assert [type(state) for state in states] == [Done, Done]
+    assert states[1].result == b"1"
+
+
 def test_a_claim_that_nobody_heard_of_is_given_back(
     far: Far, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
-from idemp.laws import Ledger, undoing, view
+from idemp.laws import undoing, view
 from idemp.ports import Backlog, Busy, Clock, Done, Get, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
@@ -46,12 +46,16 @@ try:
         BATCH_TOKENS,
         Head,
         Loaded,
+        Quick,
         ask,
+        attempt,
         decide,
         done_now,
         fold,
+        quick,
         run,
         save,
+        went,
     )
     from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
@@ -81,6 +85,8 @@ MAX_KEY = 2600
 _HOLD = 5.0  # how long a batch waits for another's keys, and may hold its own if this host stands still
 _SWEEP = 3600.0
 _MARGIN = 2.0
+DETOURS = 8
+"""Batches that go the long way at once, after one that could not go the short way."""
 _POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications come
 
 
@@ -197,6 +203,8 @@ class _Session(Confirmed):
         self._batch = 0
         self._last = 0  # the batch that the session's row names, if the server forgot nothing
         self._number = 0  # the highest of the server's numbers that came
+        self._slice = 0  # that takes what is done, when the server last said so
+        self._detours = 0  # batches that do not try the short way
         self._confirmed = -ttl
         self._born = 0  # the last token before the session
         self._swept = clock.steady()
@@ -255,6 +263,8 @@ class _Session(Confirmed):
             return []
         if all(isinstance(op, Get) for op in ops):
             return self._look(connection, ops)
+        if self._unsure is None and (replies := self._shortly(connection, ops)) is not None:
+            return replies
         unsure, sent, era = self._unsure, self._clock.steady(), self._recall.era()
         undo = [] if unsure is None else undoing(unsure.ops, unsure.replies)
         with connection.pipeline():
@@ -281,7 +291,7 @@ class _Session(Confirmed):
         replies = [ledger.apply(op) for op in [*undo, *ops]]
         if ledger.changed:
             self._unsure = _Unsure(self._batch, [*undo, *ops], replies)
-            self._write(connection, loaded, ledger)
+            self._write(connection, partial(save, connection, self._words, loaded, ledger))
             self._settle(self._batch, sent)
             if loaded.awaited & ledger.changed:
                 self._wake()
@@ -293,9 +303,48 @@ class _Session(Confirmed):
             self._recall.learn(era, done_now(ledger))
         return replies[len(undo) :]
 
-    def _write(self, connection: Connection, loaded: Loaded, ledger: Ledger) -> None:
+    def _shortly(self, connection: Connection, ops: Sequence[Op]) -> list[Reply] | None:
+        """The same by the short way, which most batches can go; None, and nothing done, if it cannot."""
+        batch = quick(ops)
+        if batch is None or self._detours:
+            self._detours = max(0, self._detours - 1)
+            return None
+        replies = self._quickly(connection, ops, batch)
+        if replies is None:
+            self._detours = DETOURS
+        return replies
+
+    def _quickly(self, connection: Connection, ops: Sequence[Op], batch: Quick) -> list[Reply] | None:
+        sent, era, slice_now = self._clock.steady(), self._recall.era(), self._slice
         with connection.pipeline():
-            save(connection, self._words, loaded, ledger)
+            connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+            connection.execute(self._settings)
+            tried = attempt(connection, self._words, self._id, batch, slice_now)
+        found = went(tried)
+        row = tried.head.fetchone()
+        assert row is not None
+        head = Head(*row)
+        self.retention, self._number, self._slice = head.retention, head.number, head.slice
+        self._recall.told(head.retention, head.now, sent)
+        alive = head.alive and head.batch == self._last
+        if found is None or not alive or head.slice != slice_now:
+            connection.execute("ROLLBACK")
+            return None
+        replies = [found.replies[op.key] for op in ops]
+        self._unsure = _Unsure(self._batch, ops, replies)
+        told = [self._words.tell] if found.awaited else []
+        self._write(connection, lambda: [run(connection, text) for text in told])
+        self._settle(self._batch, sent)
+        if found.awaited:
+            self._wake()
+        if self._recall.follows:
+            self._recall.learn(era, found.done)
+        return replies
+
+    def _write(self, connection: Connection, what: Callable[[], object]) -> None:
+        """Write the last of a batch, in a pipeline, and commit."""
+        with connection.pipeline():
+            what()
             run(connection, self._words.confirm, [self._ttl, self._batch, self._id])
             connection.execute("COMMIT")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from idemp.laws import DONE, Entry, Ledger
-from idemp.ports import Done, Forget, Get, Op, Takeover
+from idemp.ports import Applied, Claim, Claimed, Complete, Done, Forget, Get, Op, Reply, Takeover
 from idemp.stores.postgresql_line import Connection
 from idemp.stores.postgresql_sql import Statements
 
@@ -74,6 +74,95 @@ def ask(
     run(connection, words.holders, {"me": session if held_too else "", "taken": taken})
     head = run(connection, words.head, {"me": session})
     return Asked(seen, head, run(connection, words.load, {"keys": keys}))
+
+
+# ------------------------------------------------------------------ the short way
+
+
+class Quick(NamedTuple):
+    """A batch as most are: claims of keys that nobody knows, and completions of what was claimed here.
+
+    Both by their keys' order, so that of two transactions one waits for the other.
+    """
+
+    claims: list[bytes]
+    ends: list[Complete]
+
+
+class Tried(NamedTuple):
+    """Answers that come when the pipeline ends: whether the short way leads there."""
+
+    quick: Quick
+    made: Rows | None
+    known: Rows | None
+    ended: Rows | None
+    head: Rows
+
+
+class Went(NamedTuple):
+    """The short way led there, if the head is that of a live session: the replies, and what was done.
+
+    awaited: whether somebody waits for one of the completed.
+    """
+
+    replies: dict[str, Reply]
+    done: list[tuple[str, Done]]
+    awaited: bool
+
+
+def quick(ops: Sequence[Op]) -> Quick | None:
+    """``ops``, if they are such a batch by their looks."""
+    claims = [op.key.encode() for op in ops if type(op) is Claim]
+    ends = [op for op in ops if type(op) is Complete]
+    if len(claims) + len(ends) < len(ops) or len({op.key for op in ops}) < len(ops):
+        return None
+    return Quick(sorted(claims), sorted(ends, key=lambda op: op.key.encode()))
+
+
+def attempt(connection: Connection, words: Statements, session: str, quick: Quick, slice_now: int) -> Tried:
+    """In a pipeline: write what the batch wants, as if nothing spoke against it.
+
+    Claims come first, for they may have to wait; the completed are not waited for.  Whether a claimed key
+    is done is asked when it is held, for it may have been done a moment before.
+    """
+    made = known = ended = None
+    if quick.claims:
+        values = {"keys": quick.claims, "me": session, "step": BATCH_TOKENS}
+        made = run(connection, words.claim, values)
+        known = run(connection, words.known, values)
+    if quick.ends:
+        values = {
+            "keys": [op.key.encode() for op in quick.ends],
+            "tokens": [op.token for op in quick.ends],
+            "results": [op.result for op in quick.ends],
+            "prints": [op.fingerprint for op in quick.ends],
+        }
+        ended = run(connection, words.finish[slice_now % 3], values)
+    run(connection, words.holders, {"me": session, "taken": []})
+    return Tried(quick, made, known, ended, run(connection, words.head, {"me": session}))
+
+
+def went(tried: Tried) -> Went | None:
+    """What came of it; None if something spoke against it, so that all of it must be undone."""
+    quick, replies, done, awaited = tried.quick, dict[str, Reply](), list[tuple[str, Done]](), False
+    if tried.made is not None and tried.known is not None:
+        (first, many), (known,) = tried.made.fetchall()[0], tried.known.fetchall()[0]
+        if known or many < len(quick.claims):
+            return None
+        for token, key in enumerate(quick.claims, first + 1):
+            replies[key.decode()] = Claimed(token, 1)
+    if tried.ended is not None:
+        many, awaited, attempts, at = tried.ended.fetchall()[0]
+        if many < len(quick.ends):
+            return None
+        for op in quick.ends:
+            replies[op.key] = Applied()
+            if attempts == 1:
+                done.append((op.key, Done(op.token, op.result, op.fingerprint, at)))
+    return Went(replies, done, awaited)
+
+
+# ------------------------------------------------------------------ the long way
 
 
 def decide(loaded: Loaded, session: str) -> Ledger:

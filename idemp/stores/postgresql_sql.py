@@ -87,8 +87,13 @@ class Statements(NamedTuple):
     order, so that of two transactions one waits for the other; answers the keys that are done and
     need no hold, which those that are ``firm`` do.  holders: holds the sessions that may be declared dead,
     and mine.  head: what the batch needs to know.  load: the keys' rows.
+
+    claim, known, finish: the short way of `idemp.stores.postgresql_batch.Quick`.
     """
 
+    claim: str
+    known: str
+    finish: tuple[str, ...]
     lock: str
     holders: str
     head: str
@@ -118,7 +123,33 @@ class Statements(NamedTuple):
     backlog: str
 
 
+_NOW = "extract(epoch FROM statement_timestamp())::float8"
+_DO_UPDATE = (
+    " ON CONFLICT (key) DO UPDATE SET token = excluded.token, attempt = excluded.attempt,"
+    " at = excluded.at, result = excluded.result, fingerprint = excluded.fingerprint"
+)
+
 _TEMPLATE = Statements(
+    claim="WITH n AS MATERIALIZED (SELECT nextval('{s}.token') * %(step)s::bigint AS first),"
+    " made AS (INSERT INTO {s}.open (key, state, token, attempt, session, at)"
+    f" SELECT k.key, 'claimed', n.first + k.place, 1, %(me)s, {_NOW}"
+    " FROM unnest(%(keys)b::bytea[]) WITH ORDINALITY AS k(key, place), n ORDER BY k.key"
+    " ON CONFLICT (key) DO NOTHING RETURNING 1)"
+    " SELECT n.first, (SELECT count(*) FROM made) FROM n",
+    known="SELECT EXISTS (SELECT FROM unnest(%(keys)b::bytea[]) AS k(key) CROSS JOIN LATERAL ("
+    + " UNION ALL ".join(f"SELECT FROM {{s}}.done_{n} d WHERE d.key = k.key" for n in SLICES)
+    + ") every)",
+    finish=tuple(
+        "WITH held AS MATERIALIZED (SELECT k.*, o.attempt, o.awaited"
+        " FROM unnest(%(keys)b::bytea[], %(tokens)b::bigint[], %(results)b::bytea[], %(prints)b::bytea[])"
+        " AS k(key, token, result, fingerprint) JOIN {s}.open o ON o.key = k.key"
+        " WHERE o.token = k.token AND o.state = 'claimed' ORDER BY o.key FOR UPDATE OF o SKIP LOCKED),"
+        " gone AS (DELETE FROM {s}.open o USING held WHERE o.key = held.key),"
+        f" ended AS (INSERT INTO {{s}}.done_{n} SELECT key, token, attempt, {_NOW}, result, fingerprint"
+        f" FROM held{_DO_UPDATE})"
+        f" SELECT count(*), coalesce(bool_or(awaited), false), coalesce(max(attempt), 1), {_NOW} FROM held"
+        for n in SLICES
+    ),
     lock="WITH k AS (SELECT * FROM unnest(%(keys)b::bytea[], %(firm)b::bool[]) AS k(key, firm)),"
     f" seen AS MATERIALIZED (SELECT d.key, {_DONE} FROM k CROSS JOIN LATERAL {_NEWEST} d WHERE NOT k.firm"
     " AND NOT EXISTS (SELECT FROM {s}.open o WHERE o.key = k.key)),"
@@ -143,9 +174,7 @@ _TEMPLATE = Statements(
     drop_open="DELETE FROM {s}.open WHERE key = ANY(%b::bytea[])",
     save_done=tuple(
         f"INSERT INTO {{s}}.done_{n} SELECT * FROM unnest("
-        "%b::bytea[], %b::bigint[], %b::int[], %b::float8[], %b::bytea[], %b::bytea[])"
-        " ON CONFLICT (key) DO UPDATE SET token = excluded.token, attempt = excluded.attempt,"
-        " at = excluded.at, result = excluded.result, fingerprint = excluded.fingerprint"
+        f"%b::bytea[], %b::bigint[], %b::int[], %b::float8[], %b::bytea[], %b::bytea[]){_DO_UPDATE}"
         for n in SLICES
     ),
     drop_done=tuple(f"DELETE FROM {{s}}.done_{n} WHERE key = ANY(%b::bytea[])" for n in SLICES),

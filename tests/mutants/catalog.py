@@ -387,6 +387,20 @@ MUTANTS = (
         unit("test_etcd_store.py::test_what_any_replica_did_is_recalled_without_asking_etcd"),
     ),
     Mutant(
+        "a key that is held is asked for once more whether it is done",
+        "stores/postgresql_batch.py",
+        "        if known or many < len(quick.claims):",
+        "        if many < len(quick.claims):",
+        unit("test_postgresql_store.py::test_a_key_that_is_done_while_it_is_claimed"),
+    ),
+    Mutant(
+        "a batch of which not all went the short way goes the long way as a whole",
+        "stores/postgresql_batch.py",
+        "        if many < len(quick.ends):\n            return None\n",
+        "",
+        unit("test_postgresql_store.py::test_what_cannot_go_the_short_way_leaves_no_trace"),
+    ),
+    Mutant(
         "what is kept ready goes when a key is forgotten",
         "stores/journal.py",
         "            case Forget():\n                self.hot.clear()\n",

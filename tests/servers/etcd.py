@@ -179,9 +179,9 @@ class Member:
         status = self._status()
         return "leader" in status and status["leader"] == status["header"]["member_id"]
 
-    def call(self, path: str, **fields: Any) -> Any:
-        """What its JSON gateway answers: ``call("/v3/auth/enable")``."""
-        return _json(f"http://{self.endpoint}{path}", json.dumps(fields).encode())
+    def call(self, path: str, *, patience: float = 1.0, **fields: Any) -> Any:
+        """What its JSON gateway answers within ``patience`` seconds: ``call("/v3/auth/enable")``."""
+        return _json(f"http://{self.endpoint}{path}", json.dumps(fields).encode(), patience)
 
     def _status(self) -> dict[str, Any]:
         try:
@@ -268,8 +268,8 @@ def _peer(port: int) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def _json(url: str, body: bytes | None = None) -> Any:
+def _json(url: str, body: bytes | None = None, patience: float = 1.0) -> Any:
     # Without the proxies of the environment: it is this machine.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(url, body, timeout=1) as answer:
+    with direct.open(url, body, timeout=patience) as answer:
         return json.load(answer)
