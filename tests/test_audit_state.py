@@ -177,6 +177,14 @@ def test_no_place_for_a_state(place: str, part: str) -> None:
         open_state(place)
 
 
+def test_a_missing_extra_is_one_sentence() -> None:
+    """With the line to type; nothing of it is needed for a file."""
+    code = "import sys; sys.modules['psycopg'] = None\nfrom idemp.audit.state import open_state\n"
+    done = finished("-c", code + "open_state('audit.db').close(); open_state('postgresql://h/d')")
+    assert done.returncode == 1
+    assert "pip install 'idemp[postgresql]'" in done.stderr.splitlines()[-1]
+
+
 # ------------------------------------------------------------------ SQLite
 
 
