@@ -211,7 +211,7 @@ def test_an_installation_starts_no_service(tmp_path: Path, before: str | None) -
 
 def ask(etcd: Etcd, path: str, **texts: str) -> dict[str, Any]:
     """Its JSON gateway wants keys and values in base 64."""
-    coded = {name: base64.b64encode(text.encode()).decode() for name, text in texts.items()}
+    coded: dict[str, Any] = {name: base64.b64encode(text.encode()).decode() for name, text in texts.items()}
     answer: dict[str, Any] = etcd.members[0].call(path, **coded)
     return answer
 
