@@ -198,12 +198,13 @@ class _Session:
         try:
             with self._as_store_error():
                 self._prepare()
+                self._import(clock.steady() + PATIENCE)  # before there is a lease, which it may outlast
                 self._begin_session()
-                self._import(clock.steady() + PATIENCE)
                 self._import_seed(clock.steady() + PATIENCE)
         except BaseException:
             client.close()
             raise
+        threading.Thread(target=self._keep_lease, name="idemp-etcd-lease", daemon=True).start()
         threading.Thread(target=self._keep, name="idemp-etcd-keeper", daemon=True).start()
         look = (client, self._layout.floor, lambda: self._replica.journal.floor > 0, self._ended)
         threading.Thread(target=keep_looking, args=look, name="idemp-etcd-health", daemon=True).start()
@@ -611,12 +612,21 @@ class _Session:
         # earlier one is in doubt.
         return not token or token // LINES > self._born
 
+    def _keep_lease(self) -> None:
+        """Thrice in a time to live, whatever else takes long, like an import."""
+        while not self._ended.wait(self._ttl / 3):
+            try:
+                self._keep_alive()
+            except Closed:
+                return  # between the look at whether it ended and the call
+            except EtcdError as error:
+                log.warning("keeping the session of %s: %s", self._layout.root, error)
+
     def _keep(self) -> None:
-        """Thrice in a time to live, and often enough for the buckets."""
+        """As often, and often enough for the buckets."""
         pause = min(self._ttl / 3, self.retention / SLICES)
         while not self._ended.wait(pause):
             try:
-                self._keep_alive()
                 with self.group.paused():
                     if not self._ended.is_set():
                         self._keep_journal(self._clock.steady() + self._ttl / 3)

@@ -6,11 +6,12 @@ memory untrusted until it is imported again.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from idemp.ports import Clock, Reply
 from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
@@ -19,6 +20,8 @@ from idemp.stores.records import Opened, decode_open, names
 
 log = logging.getLogger(__name__)
 
+MANY = 100_000
+"""Done keys, for which an import takes much for itself."""
 PAGE = 100
 """Keys in one page of an import: each may have a megabyte."""
 
@@ -36,6 +39,12 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _give_back() -> None:
+    """To the system, what an import took and freed: some C libraries keep it, as much again as the memory."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Layout:
@@ -144,6 +153,8 @@ class Replica:
             for batch in early:
                 self._feed(batch)
             self.changed.notify_all()
+        if journal.remembered() >= MANY:
+            _give_back()
 
     def _read(self, revision: int, tails: Tails) -> Journal:
         """The journal as it stood at ``revision``: the snapshot at the floor and the log from there."""
