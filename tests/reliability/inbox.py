@@ -263,7 +263,7 @@ def play(shared: Servers, cell: Cell, seed: int = 0) -> list[str]:
             run.ready(run.start(transaction=True))
             run.until(lambda: not run.left(), "the last is at rest")
             run.end()
-        found = [*_judged(run, place, deaths), *_expected(cell, committed)]
+        found = [*judged(run, place, deaths), *_expected(cell, committed)]
         if before and cell.step.startswith("count.") and any(id == AIMED for id, _, _ in before):
             found.append("an effect of who was killed in the middle of it is there")
         if not found:
@@ -276,7 +276,8 @@ def _expected(cell: Cell, committed: bool) -> Iterator[str]:
         yield f"right after the kill its effect is {'' if committed else 'not '}there"
 
 
-def _judged(run: Run, place: Place, deaths: int) -> Iterator[str]:
+def judged(run: Run, place: Place, deaths: int) -> Iterator[str]:
+    """What is wrong with what a run left, in which so many died with the aimed message."""
     one, two = place.effects("one"), place.effects("two")
     for id, times in Counter(id for id, _, _ in one).items():
         if times != 1:
