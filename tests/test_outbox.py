@@ -566,7 +566,9 @@ def under_kills(chain: Chain, broker: str, seconds: float) -> tuple[list[str], i
             kills += 1
         for name in names:
             until(lambda name=name: chain.orders(name) >= len(orders), 180)  # type: ignore[misc]
-        until(lambda: not any(transport.depth(f"{name}-queue") for name in names))
+        # The other one had nothing to do for too long.
+        look = stack.enter_context(closing(open_transport(broker)))
+        until(lambda: not any(look.depth(f"{name}-queue") for name in names))
     return orders, kills
 
 
