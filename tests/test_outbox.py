@@ -472,7 +472,8 @@ relay = Relay(store, open_transport(broker))
 @idempotent(store, name=name, transaction=True)
 def handle(message):
     connection = context().connection
-    connection.execute(f"INSERT INTO ledger VALUES ('{message.args['order']}', {context().attempt})")
+    values = f"'{message.args['order']}', {context().attempt}, '{message.id}'"
+    connection.execute(f"INSERT INTO ledger VALUES ({values})")
     if following:
         context().publish("order", message.args, exchange=following)
 
@@ -491,7 +492,8 @@ ledger.execute("PRAGMA synchronous=OFF")  # it is killed, not the machine
 @consumer.on("order")
 @idempotent(open_store(url), name=name, attempts=100)
 def handle(message):
-    ledger.execute("INSERT INTO ledger VALUES (?, ?)", [message.args["order"], context().attempt])
+    row = [message.args["order"], context().attempt, message.id]
+    ledger.execute("INSERT INTO ledger VALUES (?, ?, ?)", row)
     if following:
         context().publish("order", message.args, exchange=following)
 
@@ -508,8 +510,8 @@ class Chain:
     ledgers: Mapping[str, str]
 
     def rows(self, name: str) -> list[Any]:
-        """Order and attempt of each effect."""
-        return sql(self.ledgers[name], "SELECT id, attempt FROM ledger ORDER BY id, attempt")
+        """Order, attempt and message id of each effect."""
+        return sql(self.ledgers[name], "SELECT id, attempt, message FROM ledger ORDER BY id, attempt")
 
     def orders(self, name: str) -> int:
         """How many it had."""
@@ -546,7 +548,7 @@ def under_kills(chain: Chain, broker: str, seconds: float) -> tuple[list[str], i
     with ExitStack() as stack:
         transport = stack.enter_context(closing(open_transport(broker)))
         for name in names:
-            sql(chain.ledgers[name], "CREATE TABLE ledger (id TEXT, attempt INT)")
+            sql(chain.ledgers[name], "CREATE TABLE ledger (id TEXT, attempt INT, message TEXT)")
             transport.declare(f"{name}-queue", name)
         running = {name: chain.start(stack, name, broker) for name in names}
         end = time.monotonic() + seconds
@@ -564,7 +566,9 @@ def under_kills(chain: Chain, broker: str, seconds: float) -> tuple[list[str], i
             kills += 1
         for name in names:
             until(lambda name=name: chain.orders(name) >= len(orders), 180)  # type: ignore[misc]
-        until(lambda: not any(transport.depth(f"{name}-queue") for name in names))
+        # The other one had nothing to do for too long.
+        look = stack.enter_context(closing(open_transport(broker)))
+        until(lambda: not any(look.depth(f"{name}-queue") for name in names))
     return orders, kills
 
 
@@ -577,22 +581,21 @@ def wrong(chain: Chain, orders: list[str]) -> list[str]:
     found: list[str] = []
     for name in chain.stores:
         rows = chain.rows(name)
-        had = [order for order, _ in rows]
+        had = [order for order, _, _ in rows]
         found += [f"{name} lost {order}" for order in sorted(set(orders) - set(had))]
         found += [f"{name} invented {order}" for order in sorted(set(had) - set(orders))]
         again = Counter(had)
         if chain.service is _INBOX_SERVICE:
             found += [f"{name} had {order} {n} times" for order, n in again.items() if n > 1]
             continue
-        doubled = [order for order, n in again.items() if n > 1]
+        ids = {order: message for order, _, message in rows if again[order] > 1}
         with closing(open_store(chain.stores[name])) as store:
-            states = dict(zip(doubled, store.apply([Get(f"{name}/{each}") for each in doubled]), strict=True))
-        for order, state in states.items():
-            attempts = [attempt for each, attempt in rows if each == order]
-            recorded = isinstance(state, Done | Busy | Doubt) and state.attempt >= max(attempts) >= len(
-                attempts
-            )
-            if len(set(attempts)) < len(attempts) or not recorded:
+            states = store.apply([Get(f"{name}/{message}") for message in ids.values()])
+        for order, state in zip(ids, states, strict=True):
+            mine = [(attempt, message) for each, attempt, message in rows if each == order]
+            attempts = [attempt for attempt, _ in mine]
+            known = isinstance(state, Done | Busy | Doubt) and state.attempt >= max(attempts) >= len(attempts)
+            if len(set(attempts)) < len(attempts) or {id for _, id in mine} != {ids[order]} or not known:
                 found.append(f"{name} had {order} in attempts {attempts}, and it is {state}")
     return found
 
@@ -642,8 +645,8 @@ def test_the_judge_of_a_chain_finds_what_is_planted(
 ) -> None:
     """A lost one, one from nowhere, a doubled one; without an inbox, one whose doubt is not on record."""
     url = new_database("app")
-    sql(url, "CREATE TABLE ledger (id TEXT, attempt INT)")
-    for row in ("'a', 1", "'a', 2", "'c', 1"):
+    sql(url, "CREATE TABLE ledger (id TEXT, attempt INT, message TEXT)")
+    for row in ("'a', 1, 'x'", "'a', 2, 'x'", "'c', 1, 'y'"):
         sql(url, f"INSERT INTO ledger VALUES ({row})")
     inbox = Chain(_INBOX_SERVICE, {"s": url}, {"s": url})
     assert wrong(inbox, ["a", "b"]) == ["s lost b", "s invented c", "s had a 2 times"]

@@ -311,7 +311,8 @@ def test_a_reply_that_the_news_overtook_teaches_nothing(memory: Recall, hands: H
         asked = memory.era()
         news()
         memory.learn(asked, [("key", done(1))])
-        memory.begin(hands.now)
+        if not memory.follows:
+            memory.begin(hands.now)
         assert memory.find("key") is None
 
 

@@ -233,6 +233,11 @@ def play(shared: Servers, cell: Cell, seed: int = 0) -> list[str]:
     """Run a cell; every violation."""
     with Run(shared, cell.store, "rabbitmq") as run, ExitStack() as stack:
         place = Place(run)
+        looking = stack.enter_context(closing(open_transport(run.transport)))
+
+        def at_rest() -> bool:
+            return not looking.depth(run.queue) and not run.left()
+
         ids = [*IDS, *IDS[::2], AIMED]
         random.Random(seed).shuffle(ids)
         run.send(ids)
@@ -255,15 +260,15 @@ def play(shared: Servers, cell: Cell, seed: int = 0) -> list[str]:
             committed = cell.step in COMMITTED
         for _ in range(2):  # the second time all of them are late duplicates
             run.until(lambda: {id for id, _, _ in place.effects()} == {*IDS}, "each took effect")
-            run.until(lambda: not run.left(), "nothing waits")
+            run.until(at_rest, "nothing waits")
             run.send(IDS)
-        run.until(lambda: not run.left(), "nothing waits")
+        run.until(at_rest, "nothing waits")
         run.end()
         while run.left():  # what was on its way between broker and consumer at that moment
             run.ready(run.start(transaction=True))
-            run.until(lambda: not run.left(), "the last is at rest")
+            run.until(at_rest, "the last is at rest")
             run.end()
-        found = [*_judged(run, place, deaths), *_expected(cell, committed)]
+        found = [*judged(run, place, deaths), *_expected(cell, committed)]
         if before and cell.step.startswith("count.") and any(id == AIMED for id, _, _ in before):
             found.append("an effect of who was killed in the middle of it is there")
         if not found:
@@ -276,7 +281,8 @@ def _expected(cell: Cell, committed: bool) -> Iterator[str]:
         yield f"right after the kill its effect is {'' if committed else 'not '}there"
 
 
-def _judged(run: Run, place: Place, deaths: int) -> Iterator[str]:
+def judged(run: Run, place: Place, deaths: int) -> Iterator[str]:
+    """What is wrong with what a run left, in which so many died with the aimed message."""
     one, two = place.effects("one"), place.effects("two")
     for id, times in Counter(id for id, _, _ in one).items():
         if times != 1:
