@@ -22,6 +22,7 @@ from bench.cells import Setting
 from bench.contenders import Job
 from bench.stack import Stack, contend, fill, stack
 from idemp import Message, open_store
+from idemp.bars import bar
 from idemp.ports import Claim, Claimed, Complete
 from idemp.stores.etcd_client import Client
 from tests.servers import Etcd
@@ -39,10 +40,12 @@ PATIENCE = 300.0
 def measure(stores: Sequence[str], most: int) -> dict[str, Any]:
     """Each store at each size up to ``most``."""
     found: dict[str, Any] = {store: {} for store in stores}
-    with stack(()) as servers:
+    sizes = [size for size in SIZES if size <= most]
+    with stack(()) as servers, bar(len(found) * sum(sizes), "growths", least=1) as step:
         for store in found:
-            for size in (size for size in SIZES if size <= most):
+            for size in sizes:
                 found[store][str(size)] = each = _one(servers, store, size)
+                step(size)
                 click.echo(f"{store:7} {size:9} ids: {json.dumps(each)}")
     return {"retention_hours": HOURS, "growth": found}
 
