@@ -8,12 +8,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import redis as redis_py
 
-from idemp import open_store
+from idemp import open_store, open_transport, publish
 from idemp.cli import main
 from idemp.eventlogs import open_event_log
 from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis, need
 from tests.service import finished
+from tests.test_dead import _dead_letter
 from tests.test_deeds import as_loud_as_before
 
 OF_A_STORE: dict[str, list[str]] = {
@@ -153,9 +155,12 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         store.apply([])
     with closing(open_event_log(f"sqlite:///{tmp_path}/events.db")) as log:
         log.prune(0.0)
+    with closing(open_transport(f"sqlite:///{tmp_path}/queues.db")) as transport:
+        transport.declare("orders-queue.dead")
+        publish(transport, [_dead_letter("orders-queue", "orders.new_order/1")])
 
     def check(command: str, arguments: list[str], *more: str, part: str) -> None:
-        words = [each.format(folder=tmp_path) for each in [*command.split(), *arguments, *more]]
+        words = [each.replace("{folder}", str(tmp_path)) for each in [*command.split(), *arguments, *more]]
         monkeypatch.setattr(sys, "argv", ["idemp", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended, as_loud_as_before():
@@ -173,7 +178,9 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def secret_redis() -> Iterator[Redis]:
     """One that wants a password."""
     need("redis")
-    with Redis(options={"requirepass": "right"}) as server:
+    with Redis() as server:
+        with closing(redis_py.Redis.from_url(server.url)) as client:
+            client.config_set("requirepass", "right")  # the server's helper asks without one
         yield server
 
 

@@ -18,7 +18,7 @@ from idemp.cli.publish import size_of
 from idemp.errors import BadMessage, ConfigError, Unavailable
 from idemp.eventlogs import open_event_log
 from idemp.eventlogs.collector import QUEUE, PublishingLog, collect
-from idemp.ports import Batch, Event, EventLog, Transport
+from idemp.ports import Batch, Event, EventLog, Query, Transport
 from idemp.tracking.envelope import read_line
 
 _AGAIN = 1.0
@@ -42,6 +42,8 @@ def track(lines: IO[str] | None, tracking: str, transport: str, as_json: bool) -
         if isinstance(log, PublishingLog):
             raise ConfigError("a collector keeps events in sqlite:/// or postgresql://, not in a broker")
     with closing(log):
+        with about("--tracking (IDEMP_TRACKING)"):
+            log.find(Query(), limit=1)  # whether it answers
         if lines is not None:
             return _import(log, lines, as_json)
         with transport_at(transport) as broker:
