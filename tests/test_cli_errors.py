@@ -224,9 +224,13 @@ def test_every_command_of_a_store(kind: str, what: str, wrong: Callable[[str, st
         said(command, arguments, "--store", wrong(kind, what), part="--store (IDEMP_STORE): ")
 
 
-# Without a password it is guest's, which RabbitMQ takes.
+# Without a password it is guest's, which RabbitMQ takes; another server is waited for, see above.
 @pytest.mark.parametrize(
-    ("kind", "what"), [*(("redis", what) for what in WRONG), *(("amqp", what) for what in WRONG[:-1])]
+    ("kind", "what"),
+    [
+        *(("redis", what) for what in WRONG),
+        *(("amqp", what) for what in ("a closed port", "no host", "a wrong password")),
+    ],
 )
 def test_every_command_of_a_broker(kind: str, what: str, wrong: Callable[[str, str], str], said: Say) -> None:
     """The same of the broker."""
