@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import click
 from bench import audit, decorator, growth, inbox, latency, picture, streams, tally, tracking
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
+from idemp.bars import bar
 
 RECORD = Path(__file__).parent / "record"
 MINUTES = 15.0
@@ -50,11 +50,7 @@ def factors(
     chosen = _chosen(cells(), only)
     rates: dict[str, list[float]] = {cell.name: [] for cell in chosen}
     end = time.monotonic() + MINUTES * 60
-    terminal = sys.stderr.isatty()
-    bar = click.progressbar(
-        length=rounds * len(chosen), label="factors", file=sys.stderr, hidden=not terminal
-    )
-    with stack(STORES) as servers, bar as shown:
+    with stack(STORES) as servers, bar(rounds * len(chosen), "factors", least=1) as step:
         for number in range(rounds):
             if number and time.monotonic() > end:
                 click.echo(f"time is up after {number} of {rounds} rounds", err=True)
@@ -62,10 +58,9 @@ def factors(
             # Every other round backwards, so that nobody always runs after the same one.
             for cell in chosen if number % 2 == 0 else reversed(chosen):
                 rates[cell.name].append(run(cell.setting, servers, messages))
-                shown.update(1)
-                if not terminal:
-                    told = f"{cell.name:34} {rates[cell.name][-1]:9.0f}/s"
-                    click.echo(f"round {number + 1}/{rounds}  {told}", err=True)
+                step(1)
+                told = f"{cell.name:34} {rates[cell.name][-1]:9.0f}/s"
+                click.echo(f"round {number + 1}/{rounds}  {told}", err=True)
     found = {cell.name: _summary(rates, cell) for cell in chosen}
     for name, each in found.items():
         ratios = "  ".join(f"{value:5.2f} x {over.split(': ')[1]}" for over, value in each["ratios"].items())

@@ -21,8 +21,9 @@ from idemp.audit.config import Config
 from idemp.audit.judge import Field
 from idemp.audit.messages import decoded
 from idemp.audit.state import SqlState, open_state
+from idemp.bars import watching
 from idemp.message import Properties
-from idemp.ports import Publication
+from idemp.ports import Progress, Publication
 from idemp.transports import publish
 
 PATIENCE = 120.0
@@ -69,7 +70,7 @@ class _Counting:
     """A state; ``done`` is set when it has ``reports``."""
 
     def __init__(self, inner: SqlState, reports: int) -> None:
-        self._inner, self._left = inner, reports
+        self._inner, self._left, self._reports = inner, reports, reports
         self.done = threading.Event()
 
     def save(self, *rows: Any, **more: Any) -> None:
@@ -78,6 +79,10 @@ class _Counting:
         self._left -= (more.get("counts") or {}).get("reports", 0)
         if self._left <= 0:
             self.done.set()
+
+    def progress(self) -> Progress:
+        """How many it has."""
+        return Progress(self._reports - self._left, self._reports)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -95,8 +100,9 @@ def _audited(config: Config, reports: int) -> tuple[float, float]:
         if not ready.wait(PATIENCE):
             raise RuntimeError("the auditor did not start")
         began, used = time.perf_counter(), _processor()
-        if not state.done.wait(PATIENCE):
-            raise RuntimeError(f"the auditor did not take {reports} reports within {PATIENCE:g} s")
+        with watching("audits", state.progress):
+            if not state.done.wait(PATIENCE):
+                raise RuntimeError(f"the auditor did not take {reports} reports within {PATIENCE:g} s")
         took, busy = time.perf_counter() - began, _processor() - used
         auditor.stop()
         thread.join(PATIENCE)

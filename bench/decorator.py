@@ -18,6 +18,7 @@ import click
 
 from bench.stack import Stack, stack
 from idemp import idempotent, open_store
+from idemp.bars import bar
 from tests.servers import Redis
 
 THREADS = 32
@@ -28,7 +29,11 @@ Call = Callable[[str], Any]
 def measure(seconds: float, rounds: int) -> dict[str, Any]:
     """Alternating rounds of each; medians and their ratios."""
     rates: dict[str, list[float]] = {}
-    with stack() as servers, Redis(options={"appendonly": "no"}) as redis:
+    with (
+        stack() as servers,
+        Redis(options={"appendonly": "no"}) as redis,
+        bar(rounds * 3 * 2, "decorators", least=1) as step,
+    ):
         subjects = {
             "powertools": powertools(redis.port),
             "idemp, etcd": ours(servers, "etcd"),
@@ -38,7 +43,9 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
             for name, call in subjects.items():
                 call("warm")
                 rates.setdefault(f"duplicate, 1 thread: {name}", []).append(rate(call, 1, seconds, ["warm"]))
+                step(1)
                 rates.setdefault(f"fresh, {THREADS} threads: {name}", []).append(rate(call, THREADS, seconds))
+                step(1)
     found = {}
     for name, each in rates.items():
         base = rates[name.split(":")[0] + ": powertools"]

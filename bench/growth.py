@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bench.cells import Setting
 from bench.contenders import Job
 from bench.stack import Stack, contend, fill, stack
 from idemp import Message, open_store
+from idemp.bars import bar
 from idemp.ports import Claim, Claimed, Complete
 from idemp.stores.etcd_client import Client
 from tests.servers import Etcd
@@ -39,25 +40,28 @@ PATIENCE = 300.0
 def measure(stores: Sequence[str], most: int) -> dict[str, Any]:
     """Each store at each size up to ``most``."""
     found: dict[str, Any] = {store: {} for store in stores}
-    with stack(()) as servers:
+    sizes = [size for size in SIZES if size <= most]
+    with stack(()) as servers, bar(len(found) * len(sizes) * (1 + 2 * ROUNDS), "growths", least=1) as step:
         for store in found:
-            for size in (size for size in SIZES if size <= most):
-                found[store][str(size)] = each = _one(servers, store, size)
+            for size in sizes:
+                found[store][str(size)] = each = _one(servers, store, size, step)
                 click.echo(f"{store:7} {size:9} ids: {json.dumps(each)}")
     return {"retention_hours": HOURS, "growth": found}
 
 
-def _one(servers: Stack, store: str, size: int) -> dict[str, Any]:
+def _one(servers: Stack, store: str, size: int, step: Callable[[int], None]) -> dict[str, Any]:
     if store == "sqlite":
         urls = [f"sqlite:///{servers.folder}/{name}-{size}.db" for name in ("full", "empty")]
         _remember(urls[0], size)
+        step(1)
         held = Path(urls[0].removeprefix("sqlite:///")).stat().st_size
-        return {"bytes": round(held / size, 1), **_throughput(servers, store, *urls)}
+        return {"bytes": round(held / size, 1), **_throughput(servers, store, urls[0], urls[1], step)}
     with Etcd(quota_bytes=8 << 30) as etcd, Etcd() as other:
         _remember(etcd.url + "full", size)
+        step(1)
         held = _compacted(etcd)
         ready = json.loads(_python("bench.growth", "ready", etcd.url + "full", str(size)))
-        rates = _throughput(servers, store, etcd.url + "full", other.url + "empty")
+        rates = _throughput(servers, store, etcd.url + "full", other.url + "empty", step)
         return {"bytes": round(held / size, 1), **ready, **rates}
 
 
@@ -85,7 +89,9 @@ def _compacted(etcd: Etcd) -> int:
     return int(member.call("/v3/maintenance/status")["dbSize"])
 
 
-def _throughput(servers: Stack, store: str, full: str, empty: str) -> dict[str, Any]:
+def _throughput(
+    servers: Stack, store: str, full: str, empty: str, step: Callable[[int], None]
+) -> dict[str, Any]:
     """Fresh messages a second on both, in turns."""
     rates: dict[str, list[float]] = {full: [], empty: []}
     for _ in range(ROUNDS):
@@ -95,6 +101,7 @@ def _throughput(servers: Stack, store: str, full: str, empty: str) -> dict[str, 
             fill(servers.broker, queue, messages)
             [span] = contend(Job(Setting(contender=store), servers.broker, queue, 0, MESSAGES, url))
             rates[url].append(MESSAGES / (span["ended"] - span["began"]))
+            step(1)
     rate = statistics.median(rates[full])
     ratio = statistics.median(a / b for a, b in zip(rates[full], rates[empty], strict=True))
     # What that rate would fill in a retention: ids in memory and in the store.

@@ -16,6 +16,7 @@ from bench.cells import Setting
 from bench.contenders import INSERT, Job, database
 from bench.stack import Stack, contend, fill, stack
 from idemp import Message
+from idemp.bars import bar
 
 STORES = ("sqlite", "postgresql")
 
@@ -23,12 +24,14 @@ STORES = ("sqlite", "postgresql")
 def measure(messages: int, rounds: int) -> dict[str, Any]:
     """Messages a second of each, and how many times as fast the inbox is."""
     cells: dict[str, Any] = {}
-    with stack(("postgresql",)) as servers:
+    turns = len(STORES) * rounds * 2
+    with stack(("postgresql",)) as servers, bar(turns, "inbox", least=1) as step:
         for name in STORES:
             rates: dict[str, list[float]] = {"insert": [], "inbox": []}
             for number in range(rounds):
                 for kind in rates if number % 2 == 0 else reversed(rates):
                     rates[kind].append(_round(servers, name, kind, messages))
+                    step(1)
             ratio = statistics.median(a / b for a, b in zip(rates["inbox"], rates["insert"], strict=True))
             plain = f"{name}: insert and commit"
             cells[plain] = _summary(rates["insert"], {})

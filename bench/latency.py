@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -20,6 +20,7 @@ import pika
 
 from bench.stack import stack
 from idemp import Consumer, Message, idempotent, open_store, open_transport, publish
+from idemp.bars import bar
 from idemp.ports import Publication, Transport
 from idemp.stores.etcd_client import Client
 
@@ -32,15 +33,16 @@ WARM = 20
 def measure(messages: int) -> dict[str, Any]:
     """Milliseconds p50 and p99 of each, and what that is over plain."""
     found: dict[str, Any] = {}
-    with stack(NAMES) as servers:
+    total = len(NAMES) * (messages + WARM) + messages
+    with stack(NAMES) as servers, bar(total, "latencies", least=1) as step:
         for name in NAMES:
-            samples = _one(name, servers.broker, servers.store(name), messages)
+            samples = _one(name, servers.broker, servers.store(name), messages, step)
             found[name] = {
                 "started": _spread([started - sent for sent, started, _ in samples]),
                 "settled": _spread([settled - sent for sent, _, settled in samples]),
             }
         host = servers.urls["etcd"].removeprefix("etcd://").partition("/")[0]
-        found["one etcd put"] = {"settled": _spread(_puts(host, messages))}
+        found["one etcd put"] = {"settled": _spread(_puts(host, messages, step))}
     base = found["plain"]["settled"]
     for name, each in found.items():
         each["added"] = {part: round(each["settled"][part] - base[part], 3) for part in base}
@@ -54,7 +56,9 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50": round(cuts[49] * 1000, 3), "p99": round(cuts[98] * 1000, 3)}
 
 
-def _one(name: str, broker: str, store: str, messages: int) -> list[tuple[float, float, float]]:
+def _one(
+    name: str, broker: str, store: str, messages: int, step: Callable[[int], None]
+) -> list[tuple[float, float, float]]:
     """(sent, handler began, acknowledged) of each message but the first ones."""
     queue = f"l{uuid.uuid4().hex[:8]}-queue"
     transport = open_transport(broker)
@@ -71,12 +75,13 @@ def _one(name: str, broker: str, store: str, messages: int) -> list[tuple[float,
             publish(transport, [Publication(message.encode(), message.properties(), "", queue)])
             started, settled = json.loads(consumer.stdout.readline())
             samples.append((sent, started, settled))
+            step(1)
         consumer.terminate()
     transport.close()
     return samples[WARM:]
 
 
-def _puts(host: str, count: int) -> list[float]:
+def _puts(host: str, count: int, step: Callable[[int], None]) -> list[float]:
     client = Client([host])
     took = []
     for number in range(count):
@@ -84,6 +89,7 @@ def _puts(host: str, count: int) -> list[float]:
         began = time.monotonic()
         client.put(f"/bench/{number}", b"true")
         took.append(time.monotonic() - began)
+        step(1)
     client.close()
     return took
 

@@ -19,6 +19,7 @@ import click
 import redis
 
 from idemp import Consumer, Message, idempotent, open_store, open_transport, publish
+from idemp.bars import bar
 from idemp.ports import Publication
 from tests.servers import Redis
 
@@ -32,11 +33,16 @@ PAD = "x" * 120
 def measure(messages: int, rounds: int) -> dict[str, Any]:
     """Alternating rounds; the median of the ratios within a round."""
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
-    with Redis() as server, Redis(options={"appendfsync": "everysec"}) as forgetful:
+    with (
+        Redis() as server,
+        Redis(options={"appendfsync": "everysec"}) as forgetful,
+        bar(rounds * len(NAMES), "streams", least=1) as step,
+    ):
         for number in range(rounds):
             for name in NAMES if number % 2 == 0 else reversed(NAMES):
                 url = forgetful.url if name == "plain, forgetful" else server.url
                 rates[name].append((ours if name == "idemp" else plain)(url, messages))
+                step(1)
                 click.echo(f"round {number + 1}/{rounds}  {name:16} {rates[name][-1]:9.0f}/s", err=True)
     found = {name: _summary(rates, name) for name in NAMES}
     for name, each in found.items():

@@ -15,7 +15,8 @@ import click
 from bench.cells import Setting
 from bench.stack import run, stack
 from idemp import open_event_log
-from idemp.ports import Batch, Event, EventLog, Query
+from idemp.bars import bar, watching
+from idemp.ports import Batch, Event, EventLog, Progress, Query
 from idemp.tracking import flow, trace
 
 CHAIN = 4
@@ -33,13 +34,14 @@ def measure(messages: int, rounds: int, events: int, seconds: float) -> dict[str
 def cost(messages: int, rounds: int) -> dict[str, Any]:
     """Messages a second with tracking off and on; each event recorded, or the round is void."""
     rates: dict[str, list[float]] = {}
-    with stack(("sqlite", "etcd")) as servers:
+    with stack(("sqlite", "etcd")) as servers, bar(rounds * 4, "tracking", least=1) as step:
         for number in range(rounds):
             for store in ("etcd", "sqlite"):
                 for on in (False, True) if number % 2 == 0 else (True, False):
                     url = f"sqlite:///{servers.folder}/events-{number}-{store}.db" if on else ""
                     rate = run(Setting(contender=store, tracking=url), servers, messages)
                     rates.setdefault(f"{store}, {'on' if on else 'off'}", []).append(rate)
+                    step(1)
                     if on:
                         with closing(open_event_log(url)) as log:
                             known = sum(edge.n for edge in log.edges())
@@ -78,11 +80,12 @@ def looks(events: int, seconds: float) -> dict[str, Any]:
 def load(log: EventLog, events: int, seconds: float) -> int:
     """Fill it; how many events fitted in."""
     end, loaded, number = time.monotonic() + seconds, 0, 0
-    while loaded < events and time.monotonic() < end:
-        some = [event for n in range(number * 500, number * 500 + 500) for event in _life(n)]
-        log.append(Batch("bench", number, some))
-        number += 1
-        loaded += len(some)
+    with watching("loading events", lambda: Progress(loaded, events)):
+        while loaded < events and time.monotonic() < end:
+            some = [event for n in range(number * 500, number * 500 + 500) for event in _life(n)]
+            log.append(Batch("bench", number, some))
+            number += 1
+            loaded += len(some)
     return loaded
 
 

@@ -12,7 +12,6 @@ import gc
 import inspect
 import logging
 import queue
-import signal
 import threading
 import time
 from collections import Counter, deque
@@ -68,6 +67,7 @@ from idemp.ports import (
     Meter,
     NoMeter,
     Op,
+    Progress,
     Publication,
     Ran,
     Sent,
@@ -76,6 +76,7 @@ from idemp.ports import (
     Transport,
 )
 from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped
+from idemp.signals import stopped_by_signals
 from idemp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -214,6 +215,10 @@ class Consumer:
         turned = self._turned
         return 0.0 if turned is None else float(self._clock.steady() - turned)
 
+    def progress(self) -> Progress | None:
+        """From any thread: how far the first of its stores that reads what it remembers is with it."""
+        return next((far for store in self._stores() if (far := store.progress()) is not None), None)
+
     def run(self, *, ready: Callable[[], None] | None = None) -> None:
         """Consume until `stop`, SIGTERM or SIGINT.
 
@@ -244,7 +249,7 @@ class Consumer:
         )
         pipeline = Pipeline(self.queue, self._routes, backoff=self._backoff)
         report = _Report(self.service, self._meter, self._clock, tracker)
-        with _signals(self.stop), _collected_seldom():
+        with stopped_by_signals(self.stop), _collected_seldom():
             if ready is not None:
                 ready()
             try:
@@ -796,25 +801,3 @@ def _collected_seldom() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*_PYTHONS_OWN)
-
-
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT stop; a second one is deadly as usual.  Only the main thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, frame: Any) -> None:
-        for which, handler in before.items():
-            signal.signal(which, handler)
-        stop()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -160,6 +160,13 @@ Reply = State | Applied | Lost
 # ------------------------------------------------------------------ the store
 
 
+class Progress(NamedTuple):
+    """How far something is: ``done`` of ``total``, in whatever it counts."""
+
+    done: int
+    total: int
+
+
 class Store(Protocol):
     """Remembers keys.  Safe to use from many threads; a forked child opens its own session.
 
@@ -214,6 +221,17 @@ class Store(Protocol):
 
     def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
         """Up to ``limit`` keys that start with ``prefix``, in order, from the first one > ``after``."""
+        ...
+
+    def progress(self) -> Progress | None:
+        """From any thread, also while another waits in a call: how far it is with reading what it remembers.
+
+        None: it is not reading, or it does not know.  Connects to nothing.
+        """
+        ...
+
+    def size(self) -> int:
+        """About how many keys there are, for who reads them all; 0 if nobody knows."""
         ...
 
     def close(self) -> None:

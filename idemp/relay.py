@@ -54,7 +54,7 @@ class Relay:
     ) -> None:
         if not callable(getattr(store, "letters", None)):
             raise ConfigError(
-                f"{store!r} has no outbox; open one with sqlite:///app.db or postgresql://host/database"
+                f"{type(store).__name__} has no outbox; open one with sqlite:///app.db or postgresql://host/database"
             )
         self._store, self._transport, self._service = store, transport, service
         self._meter: Meter = meter or NoMeter()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
 from idemp import ConfigError, Consumer, idempotent, open_event_log, open_store, open_transport
+from idemp.bars import watching
 from idemp.errors import IdempError
 from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
 from idemp.ports import EventLog, Meter, Store, Transport
 from idemp.settings import hidden
+from idemp.signals import ended_once
 from svc.handlers import HANDLERS, Handler
 from svc.health import Health
 from svc.settings import Settings, read
@@ -53,17 +53,13 @@ def serve(settings: Settings, handlers: Mapping[str, Handler]) -> None:
             consumer.on(kind)(once(handler))
         if health is not None:
             health.consumer = consumer
-        running = threading.Event()
+        running = stack.enter_context(ended_once())
 
         def ready() -> None:
-            running.set()
+            running()
             log.info("%s: ready", name)
 
-        # While it runs the consumer hears SIGTERM itself.  Before, it is the end; afterwards it was heard:
-        # `timeout` for one sends it twice.
-        signal.signal(signal.SIGTERM, lambda *_: None if running.is_set() else sys.exit(143))
         consumer.run(ready=ready)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.info("%s: stopped", name)
 
 
@@ -105,7 +101,8 @@ def _meter(settings: Settings) -> Meter:
 def _store(url: str) -> Store:
     with _about("IDEMP_STORE"):
         store = open_store(url)
-        store.apply([])
+        with watching(f"reading {hidden(url)}", store.progress):
+            store.apply([])
         return store
 
 

@@ -347,6 +347,15 @@ def test_a17_a_signal_ends_it_in_order(room: Room, how: signal.Signals) -> None:
     assert "Traceback" not in auditor.said()
 
 
+def test_told_to_end_more_than_once(room: Room) -> None:
+    """Another SIGTERM while it lets go of everything is no end in disorder."""
+    auditor = room.run()
+    while auditor.process.poll() is None:
+        auditor.process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+    assert auditor.process.returncode == 0, auditor.said()
+
+
 def test_a15_statuses_wait_for_a_queue(kept_room: Room) -> None:
     """Nobody has bound one: they are kept through a kill, and told in order when somebody has."""
     room = kept_room

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from idemp import open_store, open_transport
-from idemp.ports import Abandon, Claim, Claimed, Complete, Done, Free, Get, Park, Release, Store
+from idemp.ports import Abandon, Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Park, Release, Store
 from idemp.stores import namespace_of
 from tests.service import PATIENCE, Stand, environment, finished, stand
 
@@ -198,20 +198,22 @@ def test_a_progress_bar_on_a_terminal(desk: Stand, bound: str, tmp_path: Path) -
 
 _PATIENT = """
 import threading
-from idemp.cli.options import patience
-with patience("reading a store", 0.1):
+from idemp.bars import watching
+from idemp.ports import Progress
+with watching("reading a store", lambda: Progress(3, 4), 0.1):
     threading.Event().wait({seconds})
 """
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.6, True), (0.0, False)])
-def test_a_word_on_a_terminal_while_a_store_is_read(seconds: float, told: bool) -> None:
+def test_a_bar_on_a_terminal_while_a_store_is_read(seconds: float, told: bool) -> None:
     """Not if it comes at once, and never in a pipe."""
     command = [sys.executable, "-c", _PATIENT.format(seconds=seconds)]
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, env=environment(), stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
-        assert ("reading a store" in _everything(ours)) == told
+        shown = _everything(ours)
+        assert [word in shown for word in ("reading a store", "75%", "3/4")] == [told] * 3
         assert process.wait(PATIENCE) == 0
     assert subprocess.run(command, env=environment(), capture_output=True, check=True).stderr == b""
 
@@ -549,6 +551,83 @@ def test_consume_a_handler(desk: Stand, handlers: str, name: str, times: int) ->
     program.wait_for("2 skipped" if times == 1 else "3 ok")
     assert program.stop(signal.SIGINT) == 0
     assert program.said().count("handled") == times
+
+
+@pytest.mark.parametrize("how", ["consumer", "new_order"])
+def test_consume_is_told_to_end_more_than_once(desk: Stand, handlers: str, how: str) -> None:
+    """It was heard: another SIGTERM while it lets go of everything is no end in disorder."""
+    options = [] if how == "consumer" else ["--service", handlers]
+    program = consume(desk, f"{handlers}:{how}", "--json", *options)
+    program.wait_for('"ready": true')
+    desk.publish(b'{"type":"new_order","id":"1"}', to=f"{handlers}-queue")
+    program.wait_for("handled")
+    while program.process.poll() is None:
+        program.process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+    assert program.process.returncode == 0, program.said()
+    assert '"ready": false' in program.said()
+
+
+LONG = """
+import os, sys, time
+from idemp import Consumer, idempotent, open_store, open_transport
+
+def new_order(message):
+    os.write(1, b"begun\\n")
+    end = time.monotonic() + 60
+    while not os.path.exists({file!r}) and time.monotonic() < end:
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    from svc.__main__ import main
+    sys.exit(main({{"new_order": new_order}}))
+store = open_store({store!r})
+consumer = Consumer(open_transport({url!r}), service={name!r})
+consumer.on("new_order")(idempotent(store, name="{name}.new_order")(new_order))
+"""
+
+
+@pytest.fixture(params=["svc", "consume"])
+def long(request: pytest.FixtureRequest, desk: Stand, unique: str) -> Any:
+    """The sample service, or `idemp consume`, with a handler that runs; and the file that ends it."""
+    file = desk.folder / "enough"
+    module = desk.folder / f"{unique}.py"
+    module.write_text(LONG.format(file=str(file), store=desk.store, url=desk.url, name=unique))
+    if request.param == "svc":
+        program = desk.service(unique, str(module), IDEMP_STORE=desk.store)
+    else:
+        program = consume(desk, f"{unique}:consumer")
+        program.wait_for("taking from")
+    desk.publish(b'{"type":"new_order","id":"1"}', to=f"{unique}-queue")
+    program.wait_for("begun")
+    return program, file, f"{unique}.new_order/1", desk.store
+
+
+def test_a_second_sigterm_does_not_cut_a_handler_short(long: Any) -> None:
+    """What runs comes to its end and is recorded: the same for the service and for `idemp consume`."""
+    program, file, key, store = long
+    for _ in range(5):
+        program.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert program.process.poll() is None
+    file.touch()
+    assert program.process.wait(PATIENCE) == 0, program.said()
+    with closing(open_store(store)) as opened:
+        assert isinstance(opened.apply([Get(key)])[0], Done)
+
+
+def test_a_second_sigint_does(long: Any) -> None:
+    """A person at a terminal who will not wait: exit code 130, and the key is in doubt, not lost."""
+    program, _, key, store = long
+    program.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGINT)
+    assert program.process.wait(PATIENCE) == 130, program.said()
+    assert "Traceback" not in program.said()
+    with closing(open_store(store)) as opened:
+        state = opened.apply([Get(key)])[0]
+    assert isinstance(state, Busy | Doubt)
 
 
 @pytest.mark.parametrize(

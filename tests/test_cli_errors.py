@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+import redis as redis_py
 
-from idemp import open_store
-from tests.servers import Etcd, RabbitMQ, need
+from idemp import open_store, open_transport, publish
+from idemp.cli import main
+from idemp.eventlogs import open_event_log
+from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis, need
 from tests.service import finished
+from tests.test_dead import _dead_letter
+from tests.test_deeds import as_loud_as_before
 
 OF_A_STORE: dict[str, list[str]] = {
     "ls": [],
@@ -107,3 +115,141 @@ def test_an_etcd_is_no_rabbitmq(command: str, etcd: Etcd) -> None:
     """Another server's port."""
     arguments = [*OF_A_BROKER[command], "--transport", f"amqp://{etcd.endpoints[0]}/"]
     one_sentence(command, *arguments, part="--transport (IDEMP_TRANSPORT): ")
+
+
+# ------------------------------------------------------------------ every command on every kind of server
+
+OF_ANY_STORE = {
+    **OF_A_STORE,
+    "forget --prefix k/": ["--yes"],
+    "relay": ["--once", "--transport", "memory://x"],
+    "replay": ["--dead", "orders-queue", "--transport", "sqlite:///{folder}/queues.db"],
+    "dead send": ["orders-queue", "--all", "--yes", "--transport", "sqlite:///{folder}/queues.db"],
+}
+OF_ANY_BROKER = {
+    **OF_A_BROKER,
+    "resolve": ["k", "--retry", "--queue", "orders-queue", "--store", "sqlite:///{folder}/seen.db"],
+    "relay": ["--once", "--store", "sqlite:///{folder}/seen.db"],
+    "replay": ["--dead", "orders-queue", "--store", "sqlite:///{folder}/seen.db"],
+    "advise": ["--service", "orders", "--tracking", "sqlite:///{folder}/events.db"],
+    "watch": ["--tracking", "sqlite:///{folder}/events.db"],
+    "track": ["--tracking", "sqlite:///{folder}/events.db"],
+}
+OF_AN_EVENT_LOG = {
+    "trace": ["1"],
+    "flow": [],
+    "events": [],
+    "advise": ["--backlog", "0"],
+    "watch": ["--transport", "memory://x"],
+    "track": ["--transport", "memory://x"],
+    "replay": ["--id", "1", "--transport", "memory://x"],
+}
+
+Say = Callable[..., None]
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run a command in this process, for there are many; what it says is one sentence, and no password."""
+    with closing(open_store(f"sqlite:///{tmp_path}/seen.db")) as store:
+        store.apply([])
+    with closing(open_event_log(f"sqlite:///{tmp_path}/events.db")) as log:
+        log.prune(0.0)
+    with closing(open_transport(f"sqlite:///{tmp_path}/queues.db")) as transport:
+        transport.declare("orders-queue.dead")
+        publish(transport, [_dead_letter("orders-queue", "orders.new_order/1")])
+
+    def check(command: str, arguments: list[str], *more: str, part: str) -> None:
+        words = [each.replace("{folder}", str(tmp_path)) for each in [*command.split(), *arguments, *more]]
+        monkeypatch.setattr(sys, "argv", ["idemp", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended, as_loud_as_before():
+            main()
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, err.count("\n")) == (2, "", 1), (out, err)
+        assert err.startswith("idemp: ")
+        assert part in err
+        assert "tellnobody" not in err
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def secret_redis() -> Iterator[Redis]:
+    """One that wants a password."""
+    need("redis")
+    with Redis() as server:
+        with closing(redis_py.Redis.from_url(server.url)) as client:
+            client.config_set("requirepass", "right")  # the server's helper asks without one
+        yield server
+
+
+WRONG = ("a closed port", "no host", "another server", "a wrong password", "no password")
+
+
+@pytest.fixture(scope="module")
+def wrong(
+    rabbitmq: RabbitMQ, etcd: Etcd, postgresql: PostgreSQL, guarded: Etcd, secret_redis: Redis
+) -> Callable[[str, str], str]:
+    """The URL of a server of a kind, with something wrong about it."""
+
+    def url(kind: str, what: str) -> str:
+        login = {"redis": ":tellnobody@"}.get(kind, "me:tellnobody@")
+        if what == "a closed port":
+            return f"{kind}://{login}127.0.0.1:9/0"
+        if what == "no host":
+            return f"{kind}://{login}no.such.invalid/0"
+        if what == "another server":
+            other = rabbitmq.port if kind != "amqp" else etcd.endpoints[0].rpartition(":")[2]
+            return f"{kind}://{login}127.0.0.1:{other}/0"
+        mine = {
+            "etcd": f"etcd://root:tellnobody@{guarded.endpoints[0]}/x",
+            "postgresql": postgresql.url_of("postgres", "tellnobody", "idemp"),
+            "redis": f"redis://:tellnobody@127.0.0.1:{secret_redis.port}/0",
+            "amqp": rabbitmq.url.replace("guest:guest", "guest:tellnobody"),
+        }[kind]
+        if what == "no password":
+            scheme, _, rest = mine.partition("://")
+            return f"{scheme}://{rest.rpartition('@')[2]}"
+        return mine
+
+    return url
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("kind", ["postgresql", "redis", "etcd"])
+def test_every_command_of_a_store(kind: str, what: str, wrong: Callable[[str, str], str], said: Say) -> None:
+    """It names the option and the variable."""
+    for command, arguments in OF_ANY_STORE.items():
+        said(command, arguments, "--store", wrong(kind, what), part="--store (IDEMP_STORE): ")
+
+
+# Without a password it is guest's, which RabbitMQ takes; another server is waited for, see above.
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        *(("redis", what) for what in WRONG),
+        *(("amqp", what) for what in ("a closed port", "no host", "a wrong password")),
+    ],
+)
+def test_every_command_of_a_broker(kind: str, what: str, wrong: Callable[[str, str], str], said: Say) -> None:
+    """The same of the broker."""
+    for command, arguments in OF_ANY_BROKER.items():
+        said(command, arguments, "--transport", wrong(kind, what), part="--transport (IDEMP_TRANSPORT): ")
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_every_command_of_an_event_log(what: str, wrong: Callable[[str, str], str], said: Say) -> None:
+    """The same of the event log."""
+    for command, arguments in OF_AN_EVENT_LOG.items():
+        url = wrong("postgresql", what)
+        said(command, arguments, "--tracking", url, part="--tracking (IDEMP_TRACKING): ")
+
+
+def test_a_store_without_an_outbox(etcd: Etcd, said: Say, unique: str) -> None:
+    """There is nothing to relay; the sentence says which stores have one."""
+    url = f"{etcd.url}{unique}"
+    with closing(open_store(url)) as store:
+        store.apply([])
+    part = "--store (IDEMP_STORE): EtcdStore has no outbox; open one with sqlite:///app.db"
+    said("relay", ["--once", "--transport", "memory://x"], "--store", url, part=part)

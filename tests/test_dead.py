@@ -38,11 +38,13 @@ sys.exit(main({"new_order": new_order}))
 """
 
 
-@pytest.fixture(params=["sqlite", "rabbitmq"])
-def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stand]:
+@pytest.fixture(params=["sqlite", "rabbitmq", "redis"])
+def desk(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Stand]:
     """A broker of each kind that outlives a process; a reader that is killed is missed soon."""
     if request.param == "rabbitmq":
         url = request.getfixturevalue("rabbitmq").url
+    elif request.param == "redis":
+        url = f"{request.getfixturevalue('redis').database()}?namespace={unique}&idle=2s"
     else:
         url = f"sqlite:///{tmp_path}/queues.db?visibility=2s"
     with stand(url, tmp_path) as built:
@@ -121,7 +123,7 @@ def test_one_first_then_the_rest(desk: Stand, unique: str) -> None:
     desk.counted(**{f"{unique}_new_order_ok": 3})
     assert desk.depth(f"{queue}.dead") == 1
     with closing(open_store(desk.store)) as store:
-        abouts = [deed.about for deed in read(store) if deed.about]
+        abouts = [deed.about for deed in read(store, pages=True) if deed.about]
     verbs = [about["verb"] for about in abouts if about["why"] == "mended"]
     assert verbs[:2] == ["send back", "retry"]
     freed = [each["key"] for about in abouts for each in about.get("keys", [])]
@@ -203,7 +205,8 @@ def test_killed_in_the_middle(desk: Stand, unique: str) -> None:
     desk.exactly(**{f"{unique}_new_order_ok": N, f"{unique}_new_order_parked": 0})
     with closing(open_store(desk.store)) as store:
         assert all(isinstance(state, Done) for state in store.apply([Get(key) for key in keys]))
-        freed = {each["key"] for deed in read(store) if deed.about for each in deed.about.get("keys", [])}
+        pages = [deed.about for deed in read(store, pages=True) if deed.about]
+        freed = {each["key"] for about in pages for each in about.get("keys", [])}
         assert freed == set(keys)
 
 

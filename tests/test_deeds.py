@@ -22,7 +22,7 @@ import pytest
 
 from idemp import ConfigError, Consumer, KeyBusy, Message, idempotent, open_store, open_transport, publish
 from idemp.cli import main
-from idemp.deeds import DEEDS, UNFINISHED, Book, Change, drop_unfinished, read
+from idemp.deeds import DEEDS, KEPT, UNFINISHED, Book, Change, read, sweep
 from idemp.errors import StoreUnavailable
 from idemp.ports import (
     Abandon,
@@ -266,11 +266,29 @@ def test_forget_many(desk: Desk) -> None:
     [said] = desk("forget", "--prefix", "many/", "--state", "done", "--yes", "--json").printed()
     assert said == {"forgotten": 200, "changed_meanwhile": 0}
     assert desk("ls", "many/").out == ""
-    deeds = desk.deeds()
-    assert sum(len(deed["keys"]) for deed in deeds) == 200
-    assert len(deeds) == 3
+    [deed] = desk.deeds()
+    assert (deed["number"], deed["states"], deed["prefix"]) == (200, {"done": 200}, "many/")
+    pages = desk("deeds", "--keys", "--json").printed()[1:]
+    assert sum(len(page["keys"]) for page in pages) == 200
+    assert [page["of"] for page in pages] == [deed["id"]] * 3
+    told = desk("deeds", "--keys").out
+    assert "forget  200 keys (200 done) that start with many/\n" in told
+    assert "    many/199 (was done)\n" in told
     assert desk("forget", "--prefix", "", "--yes").out == "forgot 3 of 3 keys\n"
-    assert len(desk.deeds()) == 4
+    assert len(desk.deeds()) == 2
+
+
+def test_a_deed_is_no_key_to_decide_about(desk: Desk) -> None:
+    """It is parked like one that waits for a person, and does not."""
+    assert desk("forget", "a/done", "--yes").code == 0
+    [deed] = desk.deeds()
+    refused = desk("resolve", f"{DEEDS}{deed['id']}", "--done")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "is a deed, which needs no decision: see idemp deeds" in refused.err
+    assert [each["key"] for each in desk("doubt", "--json").printed()] == ["b/doubt", "b/parked"]
+    [found] = desk("stats", "--json").printed()
+    assert (found["states"].get("parked"), found["deeds"]) == (1, 1)
+    assert desk.deeds() == [deed]
 
 
 def test_what_forget_does_not_understand(desk: Desk) -> None:
@@ -696,9 +714,9 @@ def test_what_was_begun_is_shown_and_dropped(backend: Backend) -> None:
         leave(store, key, lambda token: Abandon(key, token))
         [deed] = read(store)
         assert deed.about is None
-        assert drop_unfinished(store) == 0
+        assert sweep(store) == 0
         late = Clock(wall=lambda: time.time() + UNFINISHED + 10)
-        assert drop_unfinished(store, clock=late) == 1
+        assert sweep(store, clock=late) == 1
         assert list(read(store)) == []
         assert store.scan(DEEDS) == []
 
@@ -719,6 +737,74 @@ def test_a_large_result_is_not_repeated(backend: Backend) -> None:
         assert sum(len(about["keys"]) for about in abouts) == 100
         assert len(abouts) > 2
         assert abouts[0]["keys"][0]["result_bytes"] == 60_000
+
+
+# ------------------------------------------------------------------ how long they are kept
+
+
+def test_a_deed_outlives_the_ids(backend: Backend) -> None:
+    """What was done and its pages go after the retention; who did what stays, for a later process too."""
+    with closing(backend.open("?retention=2s&session=2s" if backend.shared else "?retention=2s")) as store:
+        for key in ("k/1", "k/2", "k/3"):
+            leave(store, key, lambda token, key=key: Complete(key, token, b"1"))  # type: ignore[misc]
+        found: list[Any] = store.scan("k/")
+        assert forget(found[:1], Book(store, "ada", "a test order")) == 1
+        many = Book(store, "bob")
+        many.note("forget", number=2)
+        assert forget(found[1:], many) == 2
+        whole = list(read(store, pages=True))
+        assert [deed.of for deed in whole] == ["", "", whole[1].id]
+        # A page is a done key, so when it has gone the retention is over.
+        until(lambda: len(list(read(store, pages=True))) == 2, lambda: list(read(store, pages=True)))
+        assert list(read(store)) == whole[:2]
+        if backend.shared:
+            with closing(backend.open("?session=2s")) as later:
+                assert list(read(later)) == whole[:2]
+
+
+def test_deeds_are_bounded(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By age, number and size: the newest stay."""
+    with closing(backend.open()) as store:
+        book = Book(store, "ada")
+        for number in range(12):
+            book.note("send back", queue="q", messages=number)
+
+        def left() -> list[int]:
+            return [deed.about["messages"] for deed in read(store) if deed.about]
+
+        assert (sweep(store), left()) == (0, list(range(12)))
+        monkeypatch.setattr("idemp.deeds.MOST", 10)
+        assert (sweep(store), left()) == (2, list(range(2, 12)))
+        [(_, newest)] = store.scan(DEEDS, after=store.scan(DEEDS)[-2][0])
+        assert isinstance(newest, Parked)
+        monkeypatch.setattr("idemp.deeds.MOST_KEPT", 3 * len(newest.reason))
+        assert (sweep(store), left()) == (7, [9, 10, 11])
+        # Whoever writes one sweeps now and then.
+        monkeypatch.setattr("idemp.deeds.SWEPT", 1)
+        book.note("send back", queue="q", messages=12)
+        assert left() == [10, 11, 12]
+        late = Clock(wall=lambda: time.time() + KEPT + 10)
+        assert (sweep(store, clock=late), left()) == (3, [])
+
+
+def test_two_sweep_at_once(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drops the same: the oldest, and no more."""
+    monkeypatch.setattr("idemp.deeds.MOST", 5)
+    with closing(backend.open()) as store:
+        for number in range(20):
+            Book(store, "ada").note("send back", queue="q", messages=number)
+        start = threading.Barrier(4)
+
+        def one() -> None:
+            start.wait()
+            sweep(store)
+
+        threads = [threading.Thread(target=one) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [deed.about["messages"] for deed in read(store) if deed.about] == list(range(15, 20))
 
 
 def test_the_name_of_deeds_is_taken() -> None:

@@ -17,11 +17,11 @@ import pika
 import psycopg
 import pytest
 
-from idemp import Message, open_store
+from idemp import Message, open_store, open_transport
 from idemp.cli.doctor import horizon
 from idemp.findings import Finding
 from idemp.graphite import Series, examine, examine_files, examine_statsd, regular
-from idemp.ports import Claim, Claimed, Clock, Complete
+from idemp.ports import Claim, Claimed, Clock, Complete, Delivery
 from idemp.stores import (
     etcd_doctor,
     etcd_health,
@@ -303,7 +303,8 @@ def test_an_etcd_that_is_full() -> None:
                     break
         faults = doctor("--store", f"{etcd.url}x", code=1)
     assert any("alarm NOSPACE" in each["what"] and "etcdctl defrag" in each["fix"] for each in faults)
-    assert any("at which it takes nothing more" in each["evidence"] for each in faults)
+    assert any("at which it takes nothing more" in each["what"] for each in faults)
+    assert all("alarms: NOSPACE" in each["evidence"] for each in faults if "alarm" in each["what"])
 
 
 def test_an_etcd_that_is_never_compacted(etcd: Etcd, unique: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +466,72 @@ def test_a_good_sqlite(tmp_path: Path) -> None:
     with stand(queues, tmp_path) as desk:
         desk.service("orders", IDEMP_STORE=store)
         assert doctor("--store", store, "--transport", queues, SERVICE_NAME="orders") == []
-    assert doctor("--store", store, "--transport", queues, "--service", "orders") == []
+    assert doctor("--store", store, "--transport", queues) == []
+
+
+# ------------------------------------------------------------------ brokers without a management API
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def embedded(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Stand]:
+    """The broker in a file, and Redis Streams."""
+    url = f"sqlite:///{tmp_path}/queues.db"
+    if request.param == "redis":
+        url = f"{request.getfixturevalue('redis').database()}?namespace={unique}"
+    with stand(url, tmp_path) as built:
+        yield built
+
+
+def test_queues_of_the_other_brokers(embedded: Stand, unique: str) -> None:
+    """No queue; all as it should be; nobody consumes; no dead-letter queue: the same findings."""
+    looking = ("--transport", embedded.url, "--service", unique, "--store", embedded.store)
+    embedded.service("another", IDEMP_STORE=embedded.store)
+    [fault] = doctor(*looking, code=1)
+    assert (fault["where"], fault["what"]) == (f"{unique}-queue", "there is no such queue")
+    service = embedded.service(unique, IDEMP_STORE=embedded.store)
+    assert doctor(*looking) == []
+    assert [program.stop() for program in embedded.programs] == [0, 0]
+    assert service.process.returncode == 0
+    [fault] = doctor(*looking, code=1)
+    assert (fault["what"], "0 consumers" in fault["evidence"]) == ("nobody consumes it", True)
+    with closing(open_transport(embedded.url)) as transport:
+        transport.declare("half-queue", "events")
+    half = doctor("--transport", embedded.url, "--service", "half", code=1)
+    assert "the dead-letter path is broken: what is set aside has nowhere to go" in [f["what"] for f in half]
+
+
+def test_older_than_the_retention_on_the_other_brokers(embedded: Stand, unique: str) -> None:
+    """Said before it happens, with where it shows afterwards; and that is where it shows."""
+    store = f"{embedded.store}?retention=2h"
+    assert embedded.service(unique, IDEMP_STORE=store).stop() == 0
+    looking = ("--transport", embedded.url, "--service", unique, "--store", embedded.store)
+    embedded.publish(Message("0", "new_order", published=time.time() - 7000))
+    assert [each["what"] for each in doctor(*looking, code=1)] == ["nobody consumes it"]
+    with closing(open_transport(embedded.url)) as transport:
+        transport.consume(f"{unique}-queue", 1)
+        [delivery] = [event for event in transport.poll(30) if isinstance(event, Delivery)]
+        transport.ack([delivery.tag])
+    embedded.publish(Message("1", "new_order", published=time.time() - 7300))
+    old = doctor(*looking, code=1)[-1]
+    assert old["what"] == "messages older than the retention wait: they will be parked, not run"
+    assert "published 73" in old["evidence"]
+    for words in (f"idemp dead list {unique}-queue", "idemp doubt"):
+        assert words in old["fix"]
+    embedded.service(unique, IDEMP_STORE=store)
+    embedded.counted(**{f"{unique}_new_order_parked": 1})
+    settings = {"IDEMP_TRANSPORT": embedded.url, "IDEMP_STORE": embedded.store}
+    for shows in (["dead", "list", f"{unique}-queue"], ["doubt"]):
+        told = finished("-m", "idemp", *shows, settings=settings).stdout
+        assert "older than the retention" in told
+    assert doctor(*looking) == []
+
+
+def test_a_file_without_queues_is_no_broker(tmp_path: Path) -> None:
+    """One sentence."""
+    url = kept(tmp_path / "seen.db")
+    done = finished("-m", "idemp", "doctor", "--transport", url, "--service", "orders")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is no broker of ours" in done.stderr
 
 
 def kept(path: Path) -> str:

@@ -32,9 +32,10 @@ from idemp.ports import (
     Doubt,
     Free,
     Get,
+    Park,
     Store,
 )
-from idemp.stores.etcd import EtcdStore
+from idemp.stores.etcd import SLICES, EtcdStore
 from idemp.stores.etcd_client import (
     Client,
     Compacted,
@@ -394,6 +395,25 @@ def test_buckets_roll_and_what_is_over_is_deleted(make: Make, etcd: Etcd, unique
     # A bucket may roll between the two scans.
     until(lambda: {key for key, _ in store.scan("k/")} == {key for key, _ in other.scan("k/")})
     assert one(store, Complete("open", claimed.token)) == Applied()
+    admin.close()
+
+
+def test_what_is_parked_outlives_the_log_whatever_it_says(make: Make, etcd: Etcd, unique: str) -> None:
+    """More than one request of etcd's takes goes into a snapshot page by page; it is all there after it."""
+    store, _ = make(retention=2.0)
+    admin, layout = Client(etcd.endpoints), Layout(unique)
+    reasons = {f"parked/{number:02}": f"{number} " + "\n" * 90_000 for number in range(8)}
+    for key, reason in reasons.items():
+        assert one(store, Park(key, one(store, Claim(key)).token, reason)) == Applied()
+    first = int(admin.range(layout.bucket).pairs[0].value)
+    until(lambda: int(admin.range(layout.floor).pairs[0].value) > first + 1, 60)
+    snapshots = admin.range(layout.snaps, prefix=True, keys_only=True).pairs
+    assert len(snapshots) > 10
+    other, _ = make()
+    assert {key: state.reason for key, state in other.scan("parked/")} == reasons  # type: ignore[union-attr]
+    # Begun anew for each bucket, and only of the buckets that count.
+    buckets = {pair.key[len(layout.snaps) :].partition("/")[0] for pair in snapshots}
+    assert len(buckets) <= SLICES + 3
     admin.close()
 
 

@@ -35,6 +35,7 @@ FLOORS = {
         "idemp.consumer",
         "idemp.reader",
         "idemp.resolve",
+        "idemp.signals",
         "idemp.deeds",
         "idemp.dead",
         "idemp.audit",
@@ -52,7 +53,7 @@ FLOORS = {
         "idemp.audit.state",
         "idemp.audit.tallies",
     ],
-    "faces": ["idemp.cli", "idemp.__main__", "svc", "example1", "example2"],
+    "faces": ["idemp.cli", "idemp.bars", "idemp.__main__", "svc", "example1", "example2"],
 }
 BELOW = {
     "words": {"words"},
@@ -156,6 +157,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.sqlite_doctor": {"sqlite3"},
         "idemp.stores.sqlite_inbox": {"sqlite3"},
         "idemp.transports.sqlite": {"sqlite3"},
+        "idemp.transports.sqlite_doctor": {"sqlite3"},
         "idemp.eventlogs.sqlite": {"sqlite3"},
         "idemp.eventlogs.postgresql": {"psycopg"},
         "idemp.eventlogs.mongodb": {"pymongo"},

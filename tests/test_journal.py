@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from idemp.laws import Entry
 from idemp.ports import (
@@ -42,6 +42,7 @@ from idemp.stores.records import (
     decode_open,
     encode,
     encode_open,
+    encode_pages,
 )
 from idemp.stores.seen import PLACES
 
@@ -86,8 +87,22 @@ opened_keys = st.builds(Opened, keys, entries, st.integers(0, 9))
 
 @given(st.lists(opened_keys, max_size=5))
 def test_snapshots_are_read_as_written(opened: list[Opened]) -> None:
-    """Page by page."""
+    """Page by page, of few keys or of few bytes."""
     assert decode_open(encode_open(opened)) == opened
+    assert [each for page in encode_pages(opened) for each in decode_open(page)] == opened
+
+
+def test_a_page_of_a_snapshot_is_small() -> None:
+    """By the number of keys, and by their size: what one key says may fill a page, and is not cut."""
+    entry = Entry("parked", 7, 1, "", 5.0, "why")
+    many = [Opened(f"k/{number:04}", entry, 0) for number in range(1200)]
+    assert [len(decode_open(page)) for page in encode_pages(many)] == [500, 500, 200]
+    wordy = [
+        Opened(key, replace(entry, reason=reason), 0)
+        for key, reason in [("a", " " * 100_000), ("b", "x" * 100_000), ("c", " " * 300_000), ("d", "why")]
+    ]
+    assert [len(decode_open(page)) for page in encode_pages(wordy)] == [2, 1, 1]
+    assert [each for page in encode_pages(wordy) for each in decode_open(page)] == wordy
 
 
 def test_the_lines_are_readable() -> None:

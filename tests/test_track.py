@@ -22,6 +22,7 @@ from idemp.tracking.envelope import Envelope, configure
 from idemp.tracking.recorder import Recorder
 from tests.servers import RabbitMQ
 from tests.service import Program, finished, until
+from tests.test_bars import Terminal
 from tests.test_tracking import service, to
 from tests.test_tracking_envelope import LINE
 
@@ -149,3 +150,14 @@ def test_u14_the_mongodb_logger_behind_a_recorder_without_a_server() -> None:
     nowhere = MongoLogger("mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=100")
     with closing(nowhere), pytest.raises(StoreUnavailable, match="MongoDB: "):
         nowhere.write(Event("1", "note", "s", 1.0))
+
+
+def test_a_bar_on_a_terminal_while_lines_are_kept(tmp_path: Path) -> None:
+    """Many take a while; a few do not."""
+    file = tmp_path / "lines"
+    for times, bar in ((1_000_000 // len(LINE) + 1, True), (2, False)):
+        file.write_text(f"{LINE}\n" * times)
+        url = f"sqlite:///{tmp_path}/{times}.db"
+        code, shown = Terminal(["-m", "idemp", "track", "--lines", str(file), "--tracking", url]).end()
+        assert ("100%" in shown) == bar, shown
+        assert code == 0, shown

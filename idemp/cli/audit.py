@@ -30,6 +30,7 @@ from idemp.cli.keys import age
 from idemp.cli.options import Duration, about, escaped, json_option, key
 from idemp.errors import ConfigError
 from idemp.metrics import Lamp, PrometheusLamps, StatsdLamps
+from idemp.signals import ended_once
 from idemp.transports import open_transport
 
 FILES = ("config.json", "config.yaml", "config.yml")
@@ -64,7 +65,13 @@ def run(file: str | None, as_json: bool, influx: bool) -> None:
         with about("dsn"):
             transport.connect()
         auditor = Auditor(transport, config, state, say=_line if as_json else None, show=board.show)
-        auditor.run(ready=lambda: _ready(config, as_json))
+        with ended_once() as running:
+
+            def ready() -> None:
+                running()
+                _ready(config, as_json)
+
+            auditor.run(ready=ready)
 
 
 @audit.command()

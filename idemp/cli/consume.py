@@ -12,10 +12,12 @@ from typing import Any
 
 import click
 
+from idemp.bars import watching
 from idemp.cli.options import json_option, transport_at, transport_option
 from idemp.consumer import Consumer
 from idemp.errors import ConfigError
 from idemp.eventlogs import open_event_log
+from idemp.signals import ended_once
 
 
 @click.command()
@@ -79,5 +81,12 @@ def _run(consumer: Consumer, as_json: bool) -> None:
 
     if logging.root.level > logging.INFO:
         logging.getLogger("idemp").setLevel(logging.INFO)
-    consumer.run(ready=lambda: say(True))
+    with ended_once() as running, watching("reading the store", consumer.progress) as read:
+
+        def ready() -> None:
+            running()
+            read()
+            say(True)
+
+        consumer.run(ready=ready)
     say(False)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
+from idemp.bars import bar
 from idemp.cli import options
 from idemp.cli.keys import age
 from idemp.cli.options import (
     Duration,
     agree,
-    bar,
     escaped,
     json_option,
     reason_option,
@@ -39,6 +41,8 @@ _WELL = ("done", "taken")
 """What becomes of the first where the rest may follow."""
 _BODY = 2000
 """Characters of a body that are shown."""
+_REASONS = 10
+"""What letters died of, in the deed: the most frequent."""
 _SETTLED = 2.0
 """Seconds with an empty queue after which a message counts as taken, where no store can be asked."""
 
@@ -82,7 +86,7 @@ def list_(queue: str, key: str | None, reason_has: str | None, transport: str, a
     """Group them by reason: how many, since when, and one of each."""
     with transport_at(transport) as broker:
         depth = broker.depth(f"{queue}.dead")
-        found = [letter for letter in letters(broker, queue) if _is(letter, key, reason_has)]
+        found = _chosen_of(broker, queue, key, reason_has)
     groups: dict[str, list[Letter]] = {}
     for letter in found:
         groups.setdefault(letter.group, []).append(letter)
@@ -163,6 +167,8 @@ def _record(letter: Letter) -> dict[str, Any]:
 
 def _pairs(record: Mapping[str, Any]) -> str:
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
+    if record["published"] is not None:
+        texts["published"] = datetime.fromtimestamp(record["published"], UTC).isoformat(timespec="seconds")
     body = texts["body"]
     texts["body"] = body if len(body) <= _BODY else f"{body[:_BODY]} ... ({len(body)} characters)"
     return "\n".join(f"{name + ':':<13}{escaped(text)}" for name, text in texts.items()) + "\n"
@@ -227,13 +233,13 @@ def send(
         sender = _Sender(transport, queue, _headers_are(key, reason_has), opened, who, reason)
         sent, fate = 0, ""
         if len(found) > 1 and not no_first:
-            sent, fate = sender.first(wait)
+            sent, fate = sender.first(found[0], wait)
             if not as_json:
                 click.echo(f"the first, {escaped(found[0].key) or 'without a key'}, is {fate}")
             if fate not in _WELL:
                 return _ended(sent, fate, as_json, queue)
             agree(f"Send the other {len(found) - sent}?", yes, as_json)
-        sent += sender.rest(len(found))
+        sent += sender.rest(found[sent:])
     return _ended(sent, fate, as_json, queue, ended=True)
 
 
@@ -250,7 +256,17 @@ def _ended(sent: int, fate: str, as_json: bool, queue: str, *, ended: bool = Fal
 def _found(transport: str, queue: str, key: str | None, reason_has: str | None) -> list[Letter]:
     """By a connection of their own, which gives them back when it is closed."""
     with transport_at(transport) as broker:
-        return [letter for letter in letters(broker, queue) if _is(letter, key, reason_has)]
+        return _chosen_of(broker, queue, key, reason_has)
+
+
+def _chosen_of(broker: Transport, queue: str, key: str | None, reason_has: str | None) -> list[Letter]:
+    found = []
+    with bar(broker.depth(f"{queue}.dead"), "reading dead letters") as step:
+        for letter in letters(broker, queue):
+            step(1)
+            if _is(letter, key, reason_has):
+                found.append(letter)
+    return found
 
 
 def _has_key(letter: Letter) -> bool:
@@ -278,25 +294,26 @@ class _Sender:
         self._retry = uuid.uuid4().hex
         self._last = ""  # the key of what was sent last
 
-    def first(self, wait: float) -> tuple[int, str]:
+    def first(self, letter: Letter, wait: float) -> tuple[int, str]:
         """Send one, and look what becomes of it: done, taken, dead again, or waiting."""
-        self._note(1)
+        self._note([letter])
         sent = self._send(1)
         with transport_at(self._transport) as broker:
             return sent, self._fate(broker, time.monotonic() + wait)
 
-    def rest(self, number: int) -> int:
+    def rest(self, found: Sequence[Letter]) -> int:
         """Send all others that are there."""
-        self._note(number)
+        self._note(found)
         sent = 0
-        with bar(number, "sending back") as step:
+        with bar(len(found), "sending back") as step:
             while more := self._send(MOST, step):
                 sent += more
         return sent
 
-    def _note(self, messages: int) -> None:
+    def _note(self, letters: Sequence[Letter]) -> None:
         if self._book is not None:
-            self._book.note("send back", queue=self._queue, messages=messages)
+            died = dict(Counter(letter.group for letter in letters).most_common(_REASONS))
+            self._book.note("send back", queue=self._queue, messages=len(letters), died_of=died)
 
     def _send(self, most: int, told: Callable[[int], None] = lambda _: None) -> int:
         with transport_at(self._transport) as broker:

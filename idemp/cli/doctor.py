@@ -118,11 +118,13 @@ def _broker(
     parts = split(url)
     if parts.scheme == "sqlite":
         from idemp.stores.sqlite_doctor import examine as of_sqlite
+        from idemp.transports.sqlite_doctor import examine as of_queues
 
         open_transport(url)
-        return of_sqlite(sqlite_path(parts)).findings
+        path = sqlite_path(parts)
+        return [*of_sqlite(path).findings, *of_queues(path, services, retention, CLOCK)]
     if parts.scheme in ("redis", "rediss"):
-        return _redis_streams(url, services)
+        return _redis_streams(url, services, retention)
     if parts.scheme not in ("amqp", "amqps"):
         raise ConfigError(f"nothing is known here of how a {hidden(url)} should be")
     if not services:
@@ -135,7 +137,7 @@ def _broker(
         return of_rabbitmq(transport, url, management, services, retention, CLOCK)
 
 
-def _redis_streams(url: str, services: tuple[str, ...]) -> list[Finding]:
+def _redis_streams(url: str, services: tuple[str, ...], retention: float | None) -> list[Finding]:
     if not services:
         raise ConfigError("say whose queues to look at: --service orders (SERVICE_NAME)")
     transport = open_transport(url)
@@ -145,7 +147,7 @@ def _redis_streams(url: str, services: tuple[str, ...]) -> list[Finding]:
     assert isinstance(transport, RedisStreamsTransport)
     with closing(transport):
         transport.connect()
-        return of_redis(transport, services)
+        return of_redis(transport, services, retention, CLOCK)
 
 
 def horizon(retention: float, *, amqp: bool) -> list[Finding]:
@@ -159,7 +161,10 @@ def horizon(retention: float, *, amqp: bool) -> list[Finding]:
         f"{held} make {longest:.0f} s"
     )
     what = "a message may come again after its id was forgotten: it is then parked, not run"
-    fix = "name a longer one at any process: ?retention=24h in IDEMP_STORE; the longest is in force"
+    fix = (
+        "name a longer one at any process: ?retention=24h in IDEMP_STORE; the longest is in force. "
+        "What was parked shows in idemp dead list QUEUE (the message) and idemp doubt (its key)"
+    )
     return [Finding("store", what, evidence, fix)]
 
 

@@ -44,6 +44,8 @@ def events_at(url: str) -> Iterator[EventLog]:
         if parts.scheme == "sqlite" and not Path(sqlite_path(parts)).exists():
             raise ConfigError(f"there is no event log {sqlite_path(parts)}; a tracked service makes it")
     with closing(log):
+        with about("--tracking (IDEMP_TRACKING)"):
+            log.find(Query(), limit=1)  # whether it answers
         yield log
 
 

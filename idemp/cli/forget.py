@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
+from idemp.bars import bar, reading
 from idemp.cli import options
 from idemp.cli.keys import Filter
 from idemp.cli.options import (
     Duration,
     agree,
-    bar,
     escaped,
     json_option,
     reason_option,
@@ -62,7 +62,7 @@ def forget(
     wanted = Filter(prefix or "", states, older_than)
     with store_at(store) as opened:
         if key is None:
-            found: list[Any] = list(wanted.found(opened))
+            found: list[Any] = list(reading(opened, wanted.found(opened)))
         else:
             found = [(key, now)] if type(now := opened.apply([Get(key)])[0]) in states else []
         if not found:
@@ -70,6 +70,9 @@ def forget(
         agree(f"Forget {_counted(found, key)}?", yes, as_json)
         gone = 0
         book = Book(opened, who, reason)
+        if len(found) > 1:
+            narrowed = {"prefix": prefix, "older_than": older_than}
+            book.note("forget", number=len(found), states=_states(found), **narrowed)
         with bar(len(found), "forgetting") as step:
             for start in range(0, len(found), TOGETHER):
                 some = found[start : start + TOGETHER]
@@ -95,5 +98,9 @@ def _nothing(as_json: bool) -> int:
 def _counted(found: list[Any], key: str | None) -> str:
     if key is not None:
         return f"{escaped(key)}, which is {WORDS[type(found[0][1])]}"
-    counts = Counter(WORDS[type(state)] for _, state in found)
-    return f"{len(found)} keys ({', '.join(f'{n} {word}' for word, n in sorted(counts.items()))})"
+    counts = sorted(_states(found).items())
+    return f"{len(found)} keys ({', '.join(f'{n} {word}' for word, n in counts)})"
+
+
+def _states(found: list[Any]) -> dict[str, int]:
+    return Counter(WORDS[type(state)] for _, state in found)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import click
 
 from idemp import deeds
+from idemp.bars import reading, watching
 from idemp.cli import options
 from idemp.cli.options import Duration, escaped, json_option, store_at, store_option
 from idemp.deeds import DEEDS, WORDS, described
@@ -133,7 +134,7 @@ def stats(store: str, as_json: bool) -> None:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     waiting: list[float] = []
     with store_at(store) as opened:
-        for key, state in everything.found(opened):
+        for key, state in reading(opened, everything.found(opened)):
             counts[key.rpartition("/")[0] if "/" in key else key][WORDS[type(state)]] += 1
             if isinstance(state, Doubt | Parked):
                 waiting.append(state.at)
@@ -169,7 +170,7 @@ def _list(store: Store, wanted: Filter, after: str, limit: int, as_json: bool, n
     now = time.time()
     last, shown, all_of_them = "", 0, 0
     # The page first, so that it stands there while the rest is counted.
-    for key, state in wanted.found(store, after, max(limit + 1, 1000)):
+    for key, state in _begun(store, wanted.found(store, after, max(limit + 1, 1000))):
         all_of_them += 1
         if shown < limit:
             known = {"namespace": namespace, **described(key, state)}
@@ -183,10 +184,19 @@ def _list(store: Store, wanted: Filter, after: str, limit: int, as_json: bool, n
         click.echo(more, err=True)
 
 
+def _begun(store: Store, found: Iterator[tuple[str, State]]) -> Iterator[tuple[str, State]]:
+    """The same, with a bar until the first has come: what follows is printed where the bar would be."""
+    with watching("reading", store.progress):
+        first = next(found, None)
+    if first is not None:
+        yield first
+        yield from found
+
+
 def _number(wanted: Filter, store: Store, after: str) -> str:
     """How many there are behind ``after``, in words."""
     number = 0
-    for _ in wanted.found(store, after):
+    for _ in reading(store, wanted.found(store, after), "counting"):
         number += 1
         if number > COUNTED:
             return f"more than {COUNTED}"

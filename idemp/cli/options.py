@@ -6,7 +6,6 @@ import getpass
 import re
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import click
 
+from idemp.bars import watching
 from idemp.errors import ConfigError, IdempError
 from idemp.eventlogs import open_event_log
 from idemp.ports import Store, Transport
@@ -23,9 +23,6 @@ from idemp.tracking.tracker import tracking
 from idemp.transports import open_transport
 
 TRANSPORT = "amqp://guest:guest@localhost:5672/"
-
-LONG = 500
-"""Steps that are worth a bar."""
 
 Decorator = Callable[[Any], Any]
 
@@ -90,35 +87,6 @@ def agree(question: str, yes: bool, as_json: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-@contextmanager
-def bar(length: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Called with each step: a bar on a terminal, where it is long; nothing in a pipe."""
-    if length < LONG or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with click.progressbar(length=length, label=what, file=sys.stderr) as shown:
-        yield shown.update
-
-
-@contextmanager
-def patience(what: str, after: float = 1.0) -> Iterator[None]:
-    """A word on a terminal while ``what`` takes longer than ``after`` seconds; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    status = Console(stderr=True).status(what)
-    timer = threading.Timer(after, status.start)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()
-
-
 def key(text: str) -> str:
     """An option's type: a key as `escaped` prints it; text that is no escape stands for itself."""
     try:
@@ -164,7 +132,7 @@ def store_at(url: str) -> Iterator[Store]:
         check_exists(url)
         store = open_store(_without_wishes(url))
     with closing(store):
-        with about("--store (IDEMP_STORE)"), patience(f"reading {hidden(url)}"):
+        with about("--store (IDEMP_STORE)"), watching(f"reading {hidden(url)}", store.progress):
             store.apply([])
         yield store
 

@@ -9,11 +9,11 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import IO, Any
 
 import click
 
+from idemp.bars import bar
 from idemp.cli.options import json_option, recording, transport_at, transport_option
 from idemp.errors import BadMessage, TransportUnavailable, Unroutable
 from idemp.message import MAX_BODY, Properties, decode
@@ -124,9 +124,8 @@ def _with_id(body: bytes) -> bytes:
 
 def _send_lines(publisher: _Publisher, file: IO[bytes]) -> None:
     """Send every line; a bad one ends it, behind those before it."""
-    size = _size(file)
-    many = size > CHUNK and sys.stderr.isatty()
-    with click.progressbar(length=size, file=sys.stderr) if many else nullcontext() as bar:
+    size = size_of(file)
+    with bar(size, "publishing", least=CHUNK + 1) as step:
         for lines in _chunks(file):
             publications: list[Publication] = []
             wrong = ""
@@ -139,11 +138,10 @@ def _send_lines(publisher: _Publisher, file: IO[bytes]) -> None:
             publisher.send(publications)
             if wrong:
                 raise BadMessage(f"{wrong}; {publisher.sent} messages were sent before it")
-            if bar is not None:
-                bar.update(sum(len(line) + 1 for _, line in lines))
+            step(sum(len(line) + 1 for _, line in lines))
 
 
-def _size(file: IO[bytes]) -> int:
+def size_of(file: IO[Any]) -> int:
     """Bytes in a regular file; 0 where nobody knows."""
     try:
         found = os.fstat(file.fileno())

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import click
 
+from idemp.bars import bar
 from idemp.cli.options import about, json_option, store_at, store_option, transport_at, transport_option
 from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
 from idemp.ports import Inbox, Meter
@@ -55,11 +56,14 @@ def relay(
         if metrics_port:
             with about("--metrics-port (IDEMP_METRICS_PORT)"):
                 meters.append(stack.enter_context(closing(PrometheusMeter(service, metrics_port))))
-        working = Relay(cast(Inbox, opened), broker, service=service, meter=Meters(*meters))
+        with about("--store (IDEMP_STORE)"):
+            working = Relay(cast(Inbox, opened), broker, service=service, meter=Meters(*meters))
         sent = 0
         if once:
-            while (turn := working.turn()) > 0:
-                sent += turn
+            with bar(working.backlog().letters, "relaying") as step:
+                while (turn := working.turn()) > 0:
+                    sent += turn
+                    step(turn)
         else:
 
             def stop(number: int, frame: Any) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
+from idemp.bars import bar
 from idemp.cli.consume import load
 from idemp.cli.events import KINDS, events_at, moments, window
 from idemp.cli.options import (
     Duration,
     agree,
-    bar,
     escaped,
     json_option,
     reason_option,
@@ -247,19 +247,28 @@ def _release(desk: Desk, stores: _Stores, name: str, given: Mapping[str, Any], a
     if not staged:
         raise IdempError(f"replay {name} has nothing staged")
 
+    books: dict[str, Book] = {}
+
     def free(some: Sequence[Released]) -> None:
         for service in {one.service for one in some}:
-            book = Book(stores(service), given["who"], given["reason"])
-            set_all_free(stores(service), [one.key for one in some if one.service == service], book)
+            if service not in books:
+                of = "" if given["resume"] else name
+                books[service] = Book(stores(service), given["who"], given["reason"], of=of)
+                if given["resume"]:
+                    books[service].note("replay resumed", replay=name, service=service, messages=staged)
+            keys = [one.key for one in some if one.service == service]
+            set_all_free(stores(service), keys, books[service])
 
-    with _until_interrupted() as goes_on, bar(staged, "sent") as step:
+    with _until_interrupted() as goes_on:
+        with bar(staged, "sent") as step:
 
-        def told(some: Sequence[Released]) -> None:
-            released.extend(some)
-            step(len(some))
+            def told(some: Sequence[Released]) -> None:
+                released.extend(some)
+                step(len(some))
 
-        replays.release(desk, name, rate=given["rate"] or 0.0, free=free, goes_on=goes_on, told=told)
-        outcomes = _settled(released, stores, given["wait"], goes_on)
+            replays.release(desk, name, rate=given["rate"] or 0.0, free=free, goes_on=goes_on, told=told)
+        with bar(len(set(released)), "settled", least=1) as settled:
+            outcomes = _settled(released, stores, given["wait"], goes_on, settled)
     counted = Counter(outcomes.values())
     for one, became in outcomes.items():
         line = f"{became:<9}{escaped(one.key)}"
@@ -277,7 +286,11 @@ def _release(desk: Desk, stores: _Stores, name: str, given: Mapping[str, Any], a
 
 
 def _settled(
-    released: Sequence[Released], stores: _Stores, wait: float, goes_on: Callable[[], bool]
+    released: Sequence[Released],
+    stores: _Stores,
+    wait: float,
+    goes_on: Callable[[], bool],
+    step: Callable[[int], None],
 ) -> dict[Released, str]:
     """What became of each, by its receiver's store; those that take too long are waiting."""
     found: dict[Released, str] = {}
@@ -292,7 +305,8 @@ def _settled(
                 found |= {
                     each: replays.outcome(each, state) for each, state in zip(some, states, strict=True)
                 }
-        left = [each for each in left if found[each] in _UNSETTLED]
+        before, left = len(left), [each for each in left if found[each] in _UNSETTLED]
+        step(before - len(left))
         if time.monotonic() > end or not goes_on():
             break
         if left:

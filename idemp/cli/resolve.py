@@ -19,7 +19,7 @@ from idemp.cli.options import (
     transport_option,
     who_option,
 )
-from idemp.deeds import Book
+from idemp.deeds import DEEDS, Book
 from idemp.ports import Doubt, Free, Get, Parked, Store, Transport
 from idemp.resolve import NothingToResolve, mark_done, send_back, set_free
 
@@ -56,6 +56,8 @@ def resolve(
     a consumer who come at the same time one wins.  What was done is recorded: idemp deeds.
     """
     _check(deed, result, queue)
+    if key.startswith(DEEDS):
+        raise click.UsageError(f"{escaped(key)} is a deed, which needs no decision: see idemp deeds.")
     with store_at(store) as opened:
         book = Book(opened, who, reason)
         if deed == "done":

@@ -11,16 +11,19 @@ from typing import IO
 
 import click
 
+from idemp.bars import bar
 from idemp.cli.events import tracking_option
 from idemp.cli.options import about, json_option, transport_at, transport_option
+from idemp.cli.publish import size_of
 from idemp.errors import BadMessage, ConfigError, Unavailable
 from idemp.eventlogs import open_event_log
 from idemp.eventlogs.collector import QUEUE, PublishingLog, collect
-from idemp.ports import Batch, Event, EventLog, Transport
+from idemp.ports import Batch, Event, EventLog, Query, Transport
 from idemp.tracking.envelope import read_line
 
 _AGAIN = 1.0
 _TOGETHER = 1000
+_LONG = 1_000_000  # bytes of lines that are worth a bar
 
 
 @click.command()
@@ -39,6 +42,8 @@ def track(lines: IO[str] | None, tracking: str, transport: str, as_json: bool) -
         if isinstance(log, PublishingLog):
             raise ConfigError("a collector keeps events in sqlite:/// or postgresql://, not in a broker")
     with closing(log):
+        with about("--tracking (IDEMP_TRACKING)"):
+            log.find(Query(), limit=1)  # whether it answers
         if lines is not None:
             return _import(log, lines, as_json)
         with transport_at(transport) as broker:
@@ -55,17 +60,19 @@ def _import(log: EventLog, lines: IO[str], as_json: bool) -> int:
             log.append(Batch(writer, number, events))
         number, total, events = number + 1, total + len(events), []
 
-    for place, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            events.append(read_line(line))
-        except BadMessage as error:
-            flush()
-            raise BadMessage(f"line {place}: {error}; {total} lines before it were kept") from None
-        if len(events) == _TOGETHER:
-            flush()
-    flush()
+    with bar(size_of(lines), "keeping", least=_LONG) as step:
+        for place, line in enumerate(lines, 1):
+            step(len(line.encode(errors="replace")))
+            if not line.strip():
+                continue
+            try:
+                events.append(read_line(line))
+            except BadMessage as error:
+                flush()
+                raise BadMessage(f"line {place}: {error}; {total} lines before it were kept") from None
+            if len(events) == _TOGETHER:
+                flush()
+        flush()
     click.echo(json.dumps({"events": total}) if as_json else f"kept {total} events")
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from idemp.errors import Closed
-from idemp.ports import Clock, Done, Op, Reply, State
+from idemp.ports import Clock, Done, Op, Progress, Reply, State
 from idemp.stores.group import GroupCommit
 
 _pid = os.getpid()  # asking the system each time would be a call for every message
@@ -37,6 +37,10 @@ class Session(Protocol):
         ...
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
+        """See `idemp.ports.Store`."""
+        ...
+
+    def size(self) -> int:
         """See `idemp.ports.Store`."""
         ...
 
@@ -100,6 +104,14 @@ class SessionStore:
     def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`."""
         return self._mine().scan(prefix, after, limit)
+
+    def progress(self) -> Progress | None:
+        """See `idemp.ports.Store`.  None: most sessions read nothing before they answer."""
+        return None
+
+    def size(self) -> int:
+        """See `idemp.ports.Store`."""
+        return self._mine().size()
 
     def close(self) -> None:
         """See `idemp.ports.Store`."""

@@ -37,6 +37,7 @@ from idemp.ports import (
     Lost,
     Op,
     Park,
+    Progress,
     Release,
     Reply,
     State,
@@ -59,10 +60,10 @@ from idemp.stores.etcd_client import (
     WentBack,
 )
 from idemp.stores.etcd_health import MAKE_ROOM, keep_looking
-from idemp.stores.etcd_replica import Layout, Replica, Tails
+from idemp.stores.etcd_replica import Layout, Replica, Tails, Tell
 from idemp.stores.group import GroupCommit
 from idemp.stores.journal import Append
-from idemp.stores.records import LINES, Begin, Declare, Opened, Raise, Record, Seed, encode, encode_open
+from idemp.stores.records import LINES, Begin, Declare, Opened, Raise, Record, Seed, encode, encode_pages
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,16 @@ class EtcdStore(SessionStore):
         clock: Clock | None = None,
     ) -> None:
         clock = clock or Clock()
-        make = partial(_Session, connect, namespace, retention, session_ttl, seed_layout, clock)
+        self._progress: Progress | None = None
+        make = partial(_Session, connect, namespace, retention, session_ttl, seed_layout, clock, self._tell)
         super().__init__(make, retention)
+
+    def progress(self) -> Progress | None:
+        """See `idemp.ports.Store`.  How many of the journal's keys in etcd have come."""
+        return self._progress
+
+    def _tell(self, progress: Progress | None) -> None:
+        self._progress = progress
 
     def recall(self, key: str) -> Done | None:
         """See `idemp.ports.Store`.  Whatever is done anywhere is in this process's memory."""
@@ -175,6 +184,7 @@ class _Session:
         ttl: float,
         seed_layout: bool,
         clock: Clock,
+        tell: Tell,
     ) -> None:
         self.pid = os.getpid()
         client = connect()
@@ -183,7 +193,7 @@ class _Session:
         self._client, self._ttl, self._clock = client, max(2, round(ttl)), clock
         self._layout = Layout(namespace)
         self._seed_layout = seed_layout
-        self._replica = Replica(client, self._layout, clock)
+        self._replica = Replica(client, self._layout, clock, tell)
         self._id, self._lease, self._seq, self._tail = "", 0, 0, b""
         self._born = 0  # the revision of its beginning
         self._seen: tuple[Tails, int] = {}, 0  # at the keeper's last look
@@ -703,9 +713,8 @@ class _Session:
         end = self._layout.snap_end(bucket)
         if self._client.range(end).pairs:
             return
-        for start in range(0, len(opened), _PAGE):
-            page = encode_open(opened[start : start + _PAGE])
-            self._client.put(f"{self._layout.snap_of(bucket)}{self._id}/{start:010d}", page)
+        for number, page in enumerate(encode_pages(opened)):
+            self._client.put(f"{self._layout.snap_of(bucket)}{self._id}/{number:010d}", page)
         self._client.txn([Created(end, 0)], [Put(end, self._id.encode())], [])
 
     def _raise(self, floor: int, bucket: int, deadline: float) -> None:
@@ -761,6 +770,11 @@ class _Session:
                 if (entry := journal.entry(key)) is not None:
                     found.append((key, view(entry, bool)))
         return found
+
+    def size(self) -> int:
+        """See `idemp.ports.Store`."""
+        with self._replica.changed:
+            return self._replica.journal.size()
 
     # ---------------------------------------------------------------- end
 

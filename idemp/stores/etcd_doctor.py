@@ -10,7 +10,7 @@ from idemp.errors import ConfigError, IdempError
 from idemp.findings import Finding, Looked
 from idemp.ports import Clock
 from idemp.stores.etcd_client import Client, Sort
-from idemp.stores.etcd_health import NEARLY_FULL, QUOTA, Health, findings, look
+from idemp.stores.etcd_health import NEARLY_FULL, QUOTA, Health, findings, look, seen
 from idemp.stores.etcd_replica import Layout
 
 SKEW = 5.0
@@ -52,7 +52,9 @@ def _member(endpoint: str, member: Client, layout: Layout, clock: Clock) -> list
         return [Finding(where, "this member does not answer", str(error), fix)]
     found = []
     if (health := look(member, layout.floor)) is not None:
-        found = [_finding(where, each.text, each.level) for each in findings(health, settled=True)]
+        found = [
+            _finding(where, each.text, each.level, seen(health)) for each in findings(health, settled=True)
+        ]
     if (theirs := member.wall()) is not None and abs(ahead := clock.wall() - theirs) > SKEW:
         evidence = f"this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} it"
         what = "its clock and this machine's differ, and the retention goes by clocks"
@@ -60,10 +62,10 @@ def _member(endpoint: str, member: Client, layout: Layout, clock: Clock) -> list
     return found
 
 
-def _finding(where: str, text: str, level: int) -> Finding:
+def _finding(where: str, text: str, level: int, evidence: str) -> Finding:
     """What the log says of an etcd: a sentence, a colon, what to do."""
     what, _, fix = text.partition(": ")
-    return Finding(where, what, text, fix, level > logging.INFO)
+    return Finding(where, what, evidence, fix, level > logging.INFO)
 
 
 def _covered(client: Client, layout: Layout, clock: Clock) -> float | None:

@@ -75,6 +75,13 @@ def findings(health: Health, *, settled: bool) -> list[Finding]:
     return [*found, *_of_version(health.version)]
 
 
+def seen(health: Health) -> str:
+    """What it rests on, in a line."""
+    used = f"a database of {_mib(health.size)}, {_mib(health.in_use)} of it in use"
+    alarms = ", ".join(health.alarms) or "none"
+    return f"etcd {health.version}, {used}; alarms: {alarms}"
+
+
 def _room(health: Health) -> str:
     quota = health.quota or QUOTA
     known = "" if health.quota else ", if that is etcd's default,"
@@ -97,7 +104,8 @@ def _of_version(version: str) -> list[Finding]:
         return [Finding("version", logging.WARNING, text)]
     if (3, 4, 0) <= release < (3, 4, 42):
         text = (
-            f"etcd {version} has defects in watches, leases and reads, which idemp expects: 3.4.42 has fewer"
+            f"etcd {version} has defects in watches, leases and reads, which idemp expects:"
+            " upgrade to 3.4.42 or newer, which has fewer"
         )
         return [Finding("version", logging.INFO, text)]
     return []

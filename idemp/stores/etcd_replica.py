@@ -10,10 +10,10 @@ import ctypes
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from idemp.ports import Clock, Reply
+from idemp.ports import Clock, Progress, Reply
 from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
 from idemp.stores.journal import Append, Journal, OutOfOrder
 from idemp.stores.records import Opened, decode_open, names
@@ -27,6 +27,8 @@ PAGE = 100
 
 Tails = Mapping[str, tuple[int, int]]
 """session -> (seq, bucket) of its last append."""
+Tell = Callable[[Progress | None], None]
+"""How far reading the journal is; None: it is over."""
 
 
 @contextmanager
@@ -112,15 +114,18 @@ class Layout:
 class Replica:
     """The memory.  ``lock`` guards everything here; ``changed``, which is on it, tells of every change."""
 
-    def __init__(self, client: Client, layout: Layout, clock: Clock) -> None:
+    def __init__(
+        self, client: Client, layout: Layout, clock: Clock, tell: Tell = lambda progress: None
+    ) -> None:
         self.layout = layout
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.journal = Journal()
         self.trusted = False
-        self._client, self._clock = client, clock
+        self._client, self._clock, self._tell = client, clock, tell
         self._watch: Watch | None = None
         self._generation = 0
+        self._far = Progress(0, 0)
         self._imported = 0  # the revision at which that was
         self._early: list[WatchBatch] | None = None
         self._expected: dict[tuple[str, int], Append] = {}
@@ -144,7 +149,7 @@ class Replica:
         self._watch = self._client.watch(
             layout.logs, start_revision=revision + 1, deliver=lambda batch: self._hear(generation, batch)
         )
-        with _uncollected():
+        with _uncollected(), self._telling():
             journal = self._read(revision, layout.read_tails(page.pairs))
         with self.changed:
             early, self._early = self._early or [], None
@@ -160,6 +165,7 @@ class Replica:
         """The journal as it stood at ``revision``: the snapshot at the floor and the log from there."""
         layout, journal = self.layout, Journal()
         floor, bucket = self._number(layout.floor, revision), self._number(layout.bucket, revision)
+        self._begin_to_tell(floor, bucket, revision)
         if floor:
             journal.restore(floor, list(self._snapshot(floor, revision)))
         for each in range(floor, bucket + 1):
@@ -183,11 +189,13 @@ class Replica:
         layout, found = self.layout, set[str]()
         revision = self._client.range(layout.floor).revision
         floor, bucket = self._number(layout.floor, revision), self._number(layout.bucket, revision)
-        if floor:
-            found.update(key for key, _, _ in self._snapshot(floor, revision))
-        for each in range(floor, bucket + 1):
-            for pair in self._pages(layout.log_of(each), revision):
-                found.update(names(pair.value))
+        with self._telling():
+            self._begin_to_tell(floor, bucket, revision)
+            if floor:
+                found.update(key for key, _, _ in self._snapshot(floor, revision))
+            for each in range(floor, bucket + 1):
+                for pair in self._pages(layout.log_of(each), revision):
+                    found.update(names(pair.value))
         return sorted(key for key in found if key.startswith(prefix))
 
     def _pages(self, prefix: str, revision: int) -> Iterator[KeyValue]:
@@ -196,9 +204,31 @@ class Replica:
         while True:
             page = self._client.range(prefix, prefix=True, after=after, revision=revision, limit=PAGE)
             yield from page.pairs
+            self._far = Progress(self._far.done + len(page.pairs), self._far.total)
+            self._tell(self._far)
             if not page.more:
                 return
             after = page.pairs[-1].key
+
+    def _begin_to_tell(self, floor: int, bucket: int, revision: int) -> None:
+        """How much is to be read: etcd counts what is in a range whatever the limit of the answer."""
+        layout = self.layout
+        log = self._client.range(
+            layout.log_of(floor), layout.log_of(bucket + 1), revision=revision, limit=1, keys_only=True
+        )
+        snapshot = self._client.range(
+            layout.snap_of(floor), prefix=True, revision=revision, limit=1, keys_only=True
+        )
+        self._far = Progress(0, log.count + snapshot.count)
+        self._tell(self._far)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Afterwards nothing is being read."""
+        try:
+            yield
+        finally:
+            self._tell(None)
 
     def _number(self, key: str, revision: int) -> int:
         pairs = self._client.range(key, revision=revision).pairs

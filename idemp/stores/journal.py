@@ -193,6 +193,10 @@ class Journal:
         """How many keys are done."""
         return len(self._keys.done)
 
+    def size(self) -> int:
+        """How many keys there are."""
+        return len(self._keys.done) + len(self._keys.open)
+
     # ---------------------------------------------------------------- applying
 
     def apply(self, append: Append, *, importing: bool = False) -> list[Reply]:

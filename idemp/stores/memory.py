@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from idemp.errors import Closed
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
-from idemp.ports import Clock, Done, Op, Reply, State
+from idemp.ports import Clock, Done, Op, Progress, Reply, State
 
 
 def _session() -> str:
@@ -77,6 +77,16 @@ class MemoryStore:
             keys = sorted(key for key in self._entries if key.startswith(prefix) and key > after)
             live = ((key, self._live(key, now)) for key in keys)
             return [(key, view(entry, self._alive)) for key, entry in live if entry is not None][:limit]
+
+    def progress(self) -> Progress | None:
+        """See `idemp.ports.Store`.  It has nothing to read."""
+        return None
+
+    def size(self) -> int:
+        """See `idemp.ports.Store`."""
+        with self._changed:
+            self._check_open()
+            return len(self._entries)
 
     def close(self) -> None:
         """Forget everything."""

@@ -595,6 +595,10 @@ class _Session(Confirmed):
         keys = sorted(found.entries)[:limit]
         return [(key, view(found.entries[key], found.alive.__contains__)) for key in keys]
 
+    def size(self) -> int:
+        """See `idemp.ports.Store`.  The server's own estimate."""
+        return int(self._read(self._words.size, None)[0][0])
+
     def _read(self, text: str, values: Any) -> list[tuple[Any, ...]]:
         return self._asked(lambda connection: run(connection, text, values).fetchall())
 

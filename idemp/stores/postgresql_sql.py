@@ -110,6 +110,7 @@ class Statements(NamedTuple):
     ahead: str
     await_key: str
     scan: str
+    size: str
     sweep: tuple[str, ...]
     turn: str
     turned: str
@@ -198,6 +199,10 @@ _TEMPLATE = Statements(
         " ORDER BY d.key LIMIT %(limit)s) done"
         for n in SLICES
     ),
+    # By the statistics, which a vacuum or an analyze has left; -1 where there was none yet.
+    size="SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid = ANY(ARRAY["
+    + ", ".join(f"'{{s}}.{table}'::regclass" for table in ("open", *(f"done_{n}" for n in SLICES)))
+    + "]::oid[])",
     sweep=(
         "DELETE FROM {s}.open WHERE key IN (SELECT o.key FROM {s}.open o"
         f" WHERE o.state = 'free' AND o.at <= {_OVER} FOR UPDATE SKIP LOCKED)",

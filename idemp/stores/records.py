@@ -30,6 +30,10 @@ from idemp.ports import Abandon, Claim, Complete, Forget, Op, Park, Release, Tak
 
 LINES = 1 << 16
 """Tokens of one append: token = revision * LINES + line, where each record is a line."""
+PAGE = 500
+"""Keys in one page of a snapshot."""
+PAGE_BYTES = 500_000
+"""Bytes of one that has more than one key."""
 # Everything that can be seen stays as it is, but the percent sign.
 _SAFE = "/:.-_~!$&'()*+,;=@?#[]{}|^`\"<>\\"
 _PLAIN = re.compile(r"[!-$&-~]+").fullmatch
@@ -264,10 +268,27 @@ class Opened(NamedTuple):
 
 def encode_open(opened: Sequence[Opened]) -> bytes:
     """A page of a snapshot."""
-    return "\n".join(
-        f"{_quote(key)} {e.state} {e.token} {e.attempt} {e.session or '-'} {e.at:.3f} {_quote(e.reason)} {b}"
-        for key, e, b in opened
-    ).encode()
+    return "\n".join(map(_opened_line, opened)).encode()
+
+
+def encode_pages(opened: Sequence[Opened]) -> Iterator[bytes]:
+    """As many pages as it takes: what is parked may have a long reason, and etcd takes 1.5 MiB at a time."""
+    page: list[str] = []
+    size = 0
+    for line in map(_opened_line, opened):
+        if page and (len(page) == PAGE or size + len(line) > PAGE_BYTES):
+            yield "\n".join(page).encode()
+            page, size = [], 0
+        page.append(line)
+        size += len(line)
+    if page:
+        yield "\n".join(page).encode()
+
+
+def _opened_line(opened: Opened) -> str:
+    key, e, bucket = opened
+    held = e.session or "-"
+    return f"{_quote(key)} {e.state} {e.token} {e.attempt} {held} {e.at:.3f} {_quote(e.reason)} {bucket}"
 
 
 def decode_open(text: bytes) -> list[Opened]:

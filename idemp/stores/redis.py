@@ -486,6 +486,10 @@ class _Session(Confirmed):
             found += [(k.decode(), _state(s)) for k, s in zip(some, states, strict=True) if s != b"-"]
         return found
 
+    def size(self) -> int:
+        """See `idemp.ports.Store`.  All keys of the database, whoever they belong to."""
+        return int(self._asked(self._client.dbsize))
+
     def _keys(self) -> Iterator[bytes]:
         prefix = f"{self._at.prefix}k:".encode()
         cursor: Any = 0
@@ -577,9 +581,19 @@ class _Session(Confirmed):
             self._wake()
 
 
+def looking(at: Server) -> Any:
+    """A client that asks once: who looks at a server wants to hear soon that it is not there."""
+    return redis.Redis(
+        **at.options,
+        socket_timeout=TIMEOUT,
+        socket_connect_timeout=TIMEOUT,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
 def exists(at: Server) -> bool:
     """Whether the namespace was ever used.  Makes nothing."""
-    client: Any = redis.Redis(**at.options, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+    client = looking(at)
     try:
         return bool(client.exists(f"{at.prefix}retention"))
     except RedisError as error:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-import redis
 from redis.exceptions import RedisError, ResponseError
 
 from idemp.errors import StoreUnavailable
 from idemp.findings import Finding, Looked
 from idemp.ports import Clock
 from idemp.redis_server import Server, explain
-from idemp.stores.redis import TIMEOUT
+from idemp.stores.redis import looking
 
 SKEW = 5.0
 """Seconds between two clocks that are worth a word."""
@@ -25,7 +24,7 @@ _SAFE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noev
 
 def examine(at: Server, clock: Clock) -> Looked:
     """Look at the server, then at the namespace.  Raises `ConfigError`, `StoreUnavailable`."""
-    client: Any = redis.Redis(**at.options, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+    client = looking(at)
     try:
         with closing(client):
             about, kept = client.info(), client.get(f"{at.prefix}retention")
@@ -102,7 +101,7 @@ LOOKED_AT = 1000
 
 def taken(at: Server) -> tuple[float, int] | None:
     """Bytes that an id takes, and of how many that was seen; None: nothing is remembered."""
-    client: Any = redis.Redis(**at.options, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+    client = looking(at)
     try:
         with closing(client):
             some = itertools.islice(client.scan_iter(f"{at.prefix}k:*", count=LOOKED_AT), LOOKED_AT)

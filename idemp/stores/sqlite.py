@@ -111,6 +111,7 @@ _SCAN = (
     for n in _SLICES
 )
 
+_SIZE = "SELECT (SELECT count(*) FROM open)" + "".join(f" + (SELECT count(*) FROM done_{n})" for n in _SLICES)
 _SESSIONS = "SELECT id FROM session WHERE boot = :boot AND expires > :now"
 
 # Made when it is first needed: files of before have none.
@@ -581,6 +582,10 @@ class _Session(Confirmed):
         alive = {row[0] for row in sessions}
         found = {key: view(_entry(columns), alive.__contains__) for key, *columns in rows}
         return [(_unescape(key), found[key]) for key in sorted(found)[:limit]]
+
+    def size(self) -> int:
+        """See `idemp.ports.Store`.  Counted, beside the writer: what is over and not dropped yet, too."""
+        return int(self._read(_SIZE, {})[0][0])
 
     def _read(self, query: str, values: dict[str, Any]) -> list[Any]:
         """Rows, beside the writer."""

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from idemp.errors import TransportUnavailable
-from idemp.findings import Finding
+from idemp.findings import Finding, too_old
 from idemp.ports import Clock
 from idemp.settings import hidden
 from idemp.transports.rabbitmq import RabbitMQTransport
@@ -60,7 +60,8 @@ def examine(
         for name in (f"{service}-queue", f"{service}-queue.dead"):
             if (queue := api.queue(name)) is not None:
                 found += of_queue(queue, exchanges, is_dead=name.endswith(".dead"))
-                found += _too_old(queue, retention, clock)
+            if queue is not None and not name.endswith(".dead"):
+                found += too_old(name, queue.get("head_message_timestamp"), retention, clock.wall())
         if api.queue(f"{service}-queue") is not None:
             found += _bound(service, api.bindings(f"{service}-queue"))
     return [*found, *of_channels(api.get("channels"), api.vhost)]
@@ -154,20 +155,6 @@ def _bound(service: str, bindings: Sequence[Mapping[str, Any]]) -> list[Finding]
     evidence = f"{len(bindings)} bindings, none from {EXCHANGE!r}"
     fix = f"start the service: SERVICE_NAME={service} python -m svc, which binds it"
     return [Finding(queue, "no event reaches it", evidence, fix)]
-
-
-def _too_old(queue: Mapping[str, Any], retention: float | None, clock: Clock) -> list[Finding]:
-    """The head of the queue, where its publisher said when that was."""
-    published = queue.get("head_message_timestamp")
-    if retention is None or not published or queue["name"].endswith(".dead"):
-        return []
-    age = clock.wall() - published
-    if age <= retention:
-        return []
-    evidence = f"the oldest message was published {age:.0f} s ago, ids are kept for {retention:.0f} s"
-    what = "messages older than the retention wait: they will be parked, not run"
-    fix = f"see them afterwards: idemp dead list {queue['name']}; send them back: idemp dead send"
-    return [Finding(queue["name"], what, evidence, fix)]
 
 
 # ---------------------------------------------------------------- the management API

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from idemp.findings import Finding
+from idemp.findings import Finding, too_old
+from idemp.ports import Clock
 from idemp.transports.redis_streams import RedisStreamsTransport
 
 
-def examine(transport: RedisStreamsTransport, services: Sequence[str]) -> list[Finding]:
-    """Look at the queues of ``services``.  What the server must be was checked when it was connected."""
+def examine(
+    transport: RedisStreamsTransport, services: Sequence[str], retention: float | None, clock: Clock
+) -> list[Finding]:
+    """Look at the queues of ``services``.  retention: seconds that their store keeps ids.
+
+    What the server must be was checked when it was connected.
+    """
     found = [each for service in services for each in _of_service(transport, service)]
+    for service in services:
+        queue = f"{service}-queue"
+        found += too_old(queue, transport.oldest(queue), retention, clock.wall())
     return [*found, *(each for stream in transport.shared for each in _of_stream(transport, stream))]
 
 

@@ -418,7 +418,10 @@ local function waiting(key, group, idle)
   end
   local consumers = 0
   for _, row in ipairs(redis.call('XINFO', 'CONSUMERS', key, group)) do
-    if row[2] ~= RETURNED and row[6] < idle then
+    if row[2] ~= RETURNED and row[6] >= idle then
+      -- Its consumer is gone: whoever polls next takes it.
+      returned = returned + row[4]
+    elseif row[2] ~= RETURNED then
       consumers = consumers + 1
     end
   end

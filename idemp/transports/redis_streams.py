@@ -183,6 +183,10 @@ class RedisStreamsTransport:
         """What waits in ``queue``, with the lag of the streams that it follows; None if there is none."""
         return self._connected().look(queue)
 
+    def oldest(self, queue: str) -> float | None:
+        """When the first message that is in ``queue`` was published, in seconds since 1970, if it says so."""
+        return self._connected().oldest(queue)
+
     def levels(self, queue: str) -> dict[str, float]:
         """`look` as gauges: ``ready`` is the lag, ``out`` what is pending."""
         found = self.look(queue)
@@ -375,6 +379,16 @@ class _Link:
         streams = self._streams(queue)
         answer = self._call("look", queue, int(self._idle * 1000), len(streams), *streams)
         return Waiting(*map(int, answer[1:])) if answer[0] == b"ok" else None
+
+    def oldest(self, queue: str) -> float | None:
+        """Of its own stream; what is acknowledged is in it no more."""
+        self.check()
+        try:
+            self._line.send_command("XRANGE", self._own(queue), "-", "+", "COUNT", 1)
+            entries = self._line.read_response()
+        except RedisError as error:
+            raise self._lose(error) from None
+        return read(entries[0][1][1])[0].timestamp if entries else None
 
     def readers(self, stream: str) -> Any:
         """The length, then names and positions."""

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from idemp import open_transport
+from idemp.bars import watching
 from idemp.errors import IdempError
-from idemp.ports import Store, Transport
+from idemp.ports import Progress, Store, Transport
 from tests.chaos import dump
 from tests.chaos.faults import KINDS, Fault
 from tests.chaos.ground import GROUNDS
@@ -115,11 +116,14 @@ def run(schedule: Schedule, folder: Path, say: Say) -> Outcome:
         stage.nemesis.note("phase", "ok", phase="load")
         say(f"{len(schedule.faults)} faults in {schedule.minutes:g} minutes")
         begun = time.monotonic()
-        _carry_out(stage, schedule, say)
-        stage.nemesis.note("phase", "ok", phase="heal")
-        time.sleep(max(0.0, begun + schedule.minutes * 60 - time.monotonic()))
+        seconds = int(schedule.minutes * 60)
+        with watching("load", lambda: Progress(min(seconds, int(time.monotonic() - begun)), seconds)):
+            _carry_out(stage, schedule, say)
+            stage.nemesis.note("phase", "ok", phase="heal")
+            time.sleep(max(0.0, begun + schedule.minutes * 60 - time.monotonic()))
         say("drain")
-        left = _end(stage, say)
+        with watching("drain", lambda: None):
+            left = _end(stage, say)
         left.write(folder)
         _keep_logs(stage, folder)
     return Outcome(judge(folder, left, profile), folder, schedule)

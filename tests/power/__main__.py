@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from idemp.bars import bar
 from tests.power.disk import why_not
 from tests.power.harness import Row, Verdict, run, verdict, with_controls
 from tests.power.settings import SETTINGS, Expect
@@ -58,23 +59,8 @@ def _missing(names: Sequence[str]) -> str:
 
 
 def _measure(name: str, images: int, jobs: int) -> Row:
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        _progress(f"{name}: {done} of {images}")
-
-    _progress(f"{name}: 0 of {images}")
-    row = run(name, images, jobs=jobs, tell=tell)
-    _progress("")
-    return row
-
-
-def _progress(text: str) -> None:
-    """In one line, which goes: for who watches, not for a file."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    with bar(images, name, least=1) as step:
+        return run(name, images, jobs=jobs, tell=lambda: step(1))
 
 
 def _cells(row: Row) -> tuple[object, ...]:

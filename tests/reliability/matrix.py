@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from idemp import Message, open_store, open_transport, publish
+from idemp.bars import bar
 from idemp.ports import Delivery, Done, Parked, Publication, State
 from idemp.transports.redis_streams import RedisStreamsTransport
 from tests.proxy import Proxy
@@ -804,31 +805,21 @@ def main() -> None:
     began = time.monotonic()
     quiet: dict[str, list[float]] = {}
     with servers() as shared:
-        for verdict in tally(shared, wanted, asked.workers):
-            verdicts.append(verdict)
-            _tell(verdict, verdicts, len(wanted), time.monotonic() - began)
-            if asked.json and not len(verdicts) % 50:
-                asked.json.write_text(json.dumps(report(verdicts, quiet), indent=1))
+        with bar(len(wanted), "cells", least=1) as step:
+            for verdict in tally(shared, wanted, asked.workers):
+                verdicts.append(verdict)
+                step(1)
+                if verdict.violations:
+                    print(f"\n{verdict.cell}:", *verdict.violations, sep="\n    ", file=sys.stderr)
+                if asked.json and not len(verdicts) % 50:
+                    asked.json.write_text(json.dumps(report(verdicts, quiet), indent=1))
         quiet = {store: light(shared, store) for store in stores}
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
     found = report(verdicts, quiet)
     print(table(verdicts))
     print(f"seconds: {time.monotonic() - began:.0f}; in-doubt window in ms: {json.dumps(found['window_ms'])}")
     if asked.json:
         asked.json.write_text(json.dumps({**found, "seconds": time.monotonic() - began}, indent=1))
     sys.exit(bool(found["violations"]))
-
-
-def _tell(verdict: Verdict, verdicts: Sequence[Verdict], of: int, seconds: float) -> None:
-    """How far it is; and each violation at once."""
-    if verdict.violations:
-        print(f"\n{verdict.cell}:", *verdict.violations, sep="\n    ", file=sys.stderr)
-    if sys.stderr.isatty():
-        left = seconds / len(verdicts) * (of - len(verdicts))
-        bad = sum(bool(each.violations) for each in verdicts)
-        line = f"\r{len(verdicts)} of {of} cells, {bad} violated, about {left:.0f} s left "
-        print(line, end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

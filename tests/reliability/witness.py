@@ -32,6 +32,7 @@ from idemp.ports import (
     Lost,
     Op,
     Park,
+    Progress,
     Publication,
     Release,
     Reply,
@@ -123,6 +124,14 @@ class WitnessedStore:
     def scan(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[tuple[str, State]]:
         """See `Store`."""
         return self._inner.scan(prefix, after=after, limit=limit)
+
+    def progress(self) -> Progress | None:
+        """See `Store`."""
+        return self._inner.progress()
+
+    def size(self) -> int:
+        """See `Store`."""
+        return self._inner.size()
 
     def close(self) -> None:
         """See `Store`."""

@@ -9,6 +9,8 @@ import argparse
 import sys
 import time
 
+from idemp.bars import watching
+from idemp.ports import Progress
 from tests.simulator import Broken, Tally, World
 
 
@@ -22,18 +24,17 @@ def main() -> int:
     steps = given.steps or (1 if given.seed is not None else 500_000)
     tally, seed, began = Tally(), given.seed or 0, time.perf_counter()
     try:
-        while tally.steps < steps:
-            world = World(seed, in_doubt=given.classic) if given.classic else World.swarm(seed)
-            tally.run(world)
-            seed += 1
-            if sys.stderr.isatty():
-                print(f"\r{tally.steps} steps, {tally.worlds} worlds ", end="", file=sys.stderr, flush=True)
+        with watching("steps", lambda: Progress(tally.steps, steps)):
+            while tally.steps < steps:
+                world = World(seed, in_doubt=given.classic) if given.classic else World.swarm(seed)
+                tally.run(world)
+                seed += 1
     except Broken as broken:
         print(f"\nseed {seed}: {broken}", file=sys.stderr)
         return 1
     finally:
         seconds = time.perf_counter() - began
-        print(f"\r{tally}\n{seconds:.1f} s, {tally.steps / seconds:.0f} steps a second")
+        print(f"{tally}\n{seconds:.1f} s, {tally.steps / seconds:.0f} steps a second")
     return 0
 
 
