@@ -669,6 +669,8 @@ class _Shell:
                 self._wait_for(letter)
         except (TransportUnavailable, Unroutable) as error:
             return Raised(error)
+        if self._tracker is not None:
+            self._tracker.sent([letter.publication for letter in published.letters])
         return published.came
 
     def _wait_for(self, letter: _Letter) -> None:

@@ -44,6 +44,8 @@ from idemp.ports import (
 
 DEEDS = f"{RESERVED}/"
 """What the keys of deeds begin with."""
+HOLDS = f"{DEEDS}~replay/"
+"""What the keys begin with that say who replays to a service; behind all deeds."""
 PAGE = 1000
 TOGETHER = 90
 """Changes in one deed: less than any store splits into two."""
@@ -158,6 +160,8 @@ def read(store: Store) -> Iterator[Deed]:
     """All deeds that are remembered, in the order of time."""
     for key, state in keys(store, DEEDS):
         match state:
+            case _ if key.startswith(HOLDS):
+                return
             case Done(_, result) if result is not None:
                 yield Deed(key[len(DEEDS) :], json.loads(result))
             case Doubt():

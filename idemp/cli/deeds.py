@@ -48,6 +48,7 @@ def _line(deed: Deed) -> str:
     keys = about.get("keys", [])
     what = f"{len(keys)} keys" if len(keys) != 1 else f"{keys[0]['key']} (was {keys[0]['state']})"
     if not keys:
-        what = f"{about.get('messages', '')} messages of {about.get('queue', '')}".strip()
+        place = about.get("queue") or f"{about.get('service', '')}, replay {about.get('replay', '')}"
+        what = f"{about.get('messages', '')} messages of {place}".strip()
     why = f": {about['why']}" if about["why"] else ""
     return escaped(f"{about['at']}  {about['who']}  {about['verb']}  {what}{why}")

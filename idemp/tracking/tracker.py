@@ -120,6 +120,14 @@ class Tracker:
             identity, kind_of = properties.message_id or "", properties.type or ""
         else:
             identity, kind_of = message.id, message.type
+        parent = replay = ""
+        conversation, attempt, at = properties.correlation_id or identity, 0, wall
+        if headers:  # most have none, and each look costs
+            parent, replay = _text(headers.get(PARENT)), _text(headers.get(REPLAY))
+            conversation = _text(headers.get(CONVERSATION)) or conversation
+            attempt = _number(headers.get("idemp-attempt"))
+        if ran is not None:
+            at, attempt = ran.began, ran.attempt
         body = stored = None
         if self._payloads and kind not in ("skipped", "started"):
             body = text_of(delivery.body)
@@ -128,19 +136,19 @@ class Tracker:
             identity,
             kind,
             self._service,
-            wall if ran is None else ran.began,
+            at,
             "receiver",
-            _text(headers.get(PARENT)),
-            _text(headers.get(CONVERSATION)) or properties.correlation_id or identity,
+            parent,
+            conversation,
             properties.app_id or "",
             kind_of,
             self._queue,
             _sent_at(properties),
             None if ran is None else ran.took,
-            ran.attempt if ran is not None else _number(headers.get("idemp-attempt")),
+            attempt,
             why[:1000],
             "" if flight.key.startswith("delivery ") else flight.key,
-            _text(headers.get(REPLAY)),
+            replay,
             self._find_business(message.args) if self._business and message is not None else "",
             body,
             stored,
@@ -210,6 +218,17 @@ class Tracker:
     def sent(self, publications: Sequence[Publication]) -> None:
         """See `idemp.causality.Tracks`."""
         self.recorder.later(len(publications), lambda: [self._sent(each) for each in publications])
+
+    def relayed(self, publications: Sequence[Publication], at: float) -> None:
+        """They waited in an outbox and went out ``at``: sent by the services that wrote them."""
+
+        def make() -> list[Event]:
+            return [
+                replace(self._sent(each), service=each.properties.app_id or self._service, at=at)
+                for each in publications
+            ]
+
+        self.recorder.later(len(publications), make)
 
     def _sent(self, publication: Publication) -> Event:
         properties = publication.properties
