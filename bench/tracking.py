@@ -19,7 +19,8 @@ from bench.cells import Setting
 from bench.stack import run, stack
 from idemp import open_event_log
 from idemp.ports import Batch, Event, EventLog, Query
-from idemp.tracking import flow, trace
+from idemp.tracking import trace
+from idemp.tracking.picture import svg
 from tests.servers import PostgreSQL
 
 CHAIN = 4
@@ -101,7 +102,7 @@ def looks(name: str, url: str, events: int, seconds: float) -> dict[str, Any]:
             "events of a service": timed(
                 "events of a service", lambda: log.find(Query(service="s3", kinds=("ok",)), limit=100)
             ),
-            "flow": timed("flow", lambda: flow.svg(log.edges())),
+            "flow": timed("flow", lambda: svg(log.edges())),
         }
     click.echo(f"{name}: {loaded} events, loaded in {took:.0f} s")
     for what, each in found.items():

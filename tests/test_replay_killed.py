@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -339,6 +342,44 @@ def test_it_waits_for_receivers_that_are_far_behind() -> None:
         nameless = Pace(lambda _: store, limit=0.2, patience=30.0, clock=clock)
         nameless.sent([Released("", "s", "run", n) for n in range(2 * pace.AHEAD)])
         assert nameless.trouble(lambda: True) == ""
+
+
+# ------------------------------------------------------------------ on a terminal
+
+
+def on_a_terminal(case: Case, *arguments: str, answer: str = "") -> tuple[int, str]:
+    """Exit code, and all that was shown; ``answer`` is typed."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "idemp", *arguments]
+    env = environment({**case.settings, "IDEMP_TRACKING": f"sqlite:///{case.folder}/events.db"})
+    with subprocess.Popen(command, env=env, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        os.write(ours, f"{answer}\n".encode())
+        shown = b""
+        with open(ours, "rb", buffering=0) as reader, suppress(OSError):  # which says that it ended
+            while chunk := reader.read(4096):
+                shown += chunk
+        return process.wait(60), shown.decode()
+
+
+def test_a_person_sees_the_plan_is_asked_and_sees_bars(amqp_url: str, tmp_path: Path, unique: str) -> None:
+    """A plan, a question, a bar for what is staged and one for what is sent; no is no."""
+    case = Case(amqp_url, tmp_path, unique, "file")
+    n = 600
+    case.add(*map(str, range(n)))
+    with case.receiver() as ran:
+        code, shown = on_a_terminal(case, "replay", *case.arguments, answer="n")
+        assert (code, len(ran)) == (130, 0)
+        assert f"{unique}: {n} will run" in shown
+        assert f"Send {n} messages?" in shown
+        code, shown = on_a_terminal(case, "replay", *case.arguments, answer="y")
+        assert code == 0, shown
+        until(lambda: len(ran) == n, lambda: len(ran))
+        bars = [line for line in re.split(r"[\r\n]+", shown) if "100%" in line]
+        assert {line.split()[0] for line in bars} == {"staged", "sent"}
+        assert f"{n} sent: {n} ok" in shown
+        code, shown = on_a_terminal(case, "watch", "--times", "1")
+        assert (code, shown.splitlines()[-1]) == (0, "idemp: nothing is wrong"), shown
 
 
 # ------------------------------------------------------------------ what was planned and is gone
