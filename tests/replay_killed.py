@@ -87,11 +87,13 @@ def _run(arguments: Sequence[str], settings: Mapping[str, str], kill: int, folde
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(settings)
     step = Steps(folder / "steps", kill)
-    opened, stored = options.open_transport, options.open_store
-    options.open_transport = lambda url: Stepping(opened(url), step, ("declare", "send", "ack"))  # type: ignore[assignment, return-value]
-    options.open_store = lambda url: Stepping(stored(url), step, ("apply",))  # type: ignore[assignment, return-value]
-    for module in (replay, pace):
-        module.TOGETHER = 2  # type: ignore[misc]
+    doors: Any = options
+    opened, stored = doors.open_transport, doors.open_store
+    doors.open_transport = lambda url: Stepping(opened(url), step, ("declare", "send", "ack"))
+    doors.open_store = lambda url: Stepping(stored(url), step, ("apply",))
+    sizes: Any = replay, pace
+    for module in sizes:
+        module.TOGETHER = 2
     plan_queue.TOGETHER = 3
     sys.argv = ["idemp", "replay", *arguments]
     main()
@@ -150,7 +152,7 @@ class Replays:
         self._process.wait(30)
         self._process.stdout.close()  # type: ignore[union-attr]
 
-    def begin(self, *arguments: str, kill: int = 0, **settings: str) -> int:
+    def begin(self, *arguments: str, settings: Mapping[str, str], kill: int = 0) -> int:
         """Start one; its process id."""
         told = {"TMPDIR": str(self._folder), **settings}
         return int(self._order(arguments=arguments, settings=told, kill=kill)["pid"])
@@ -160,9 +162,9 @@ class Replays:
         told = self._order(ended=pid)
         return Ended(told["status"], told["steps"].splitlines(), told["out"], told["err"])
 
-    def run(self, *arguments: str, kill: int = 0, **settings: str) -> Ended:
+    def run(self, *arguments: str, settings: Mapping[str, str], kill: int = 0) -> Ended:
         """From its start to its end."""
-        return self.end(self.begin(*arguments, kill=kill, **settings))
+        return self.end(self.begin(*arguments, settings=settings, kill=kill))
 
     def _order(self, **order: Any) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -61,8 +61,9 @@ def test_u14_event_logs_that_are_away_for_30_s(
         trackers: dict[str, Tracker] = {}
 
         def tracker(log: Any, name: str, **more: Any) -> Tracker:
-            room = {"room": ROOM} if name == names["small"] else {}
-            return trackers.setdefault(name, Tracker(log, name, **room, **more))
+            if name == names["small"]:
+                more["room"] = ROOM
+            return trackers.setdefault(name, Tracker(log, name, **more))
 
         monkeypatch.setattr(consumer, "Tracker", tracker)
         settings = {"IDEMP_TRACKING": collected, "IDEMP_TRANSPORT": own_rabbitmq.url}

@@ -31,7 +31,7 @@ from idemp.cli.options import (
 )
 from idemp.consumer import Consumer
 from idemp.deeds import Book
-from idemp.errors import ConfigError, IdempError, Unavailable
+from idemp.errors import ConfigError, IdempError, Unavailable, Unroutable
 from idemp.message import Properties
 from idemp.policy import Policy
 from idemp.ports import Query, Store
@@ -47,8 +47,10 @@ MOST = 1_000_000
 DEAD = 15.0
 """Seconds until one that resumes is told that the other is alive: more than a session lives."""
 _LOOK = 0.1
-_SELECTION = ("ids", "conversation", "service", "kind", "outcomes", "since", "until", "dead", "file", "to")
-_SELECTION += ("consumer", "force", "confirm")
+_SELECTION = (
+    *("ids", "conversation", "service", "kind", "outcomes", "since", "until", "dead", "file", "to"),
+    *("consumer", "force", "confirm"),
+)
 
 
 @click.command()
@@ -229,7 +231,11 @@ class _Run:
         return 0
 
     def _release(self, name: str) -> int:
-        return _release(self._desk, self._stores, name, self._given, self._as_json, self._holds)
+        """Send what is staged; who cannot be reached is to be tried again."""
+        try:
+            return _release(self._desk, self._stores, name, self._given, self._as_json, self._holds)
+        except (Unroutable, Unavailable) as error:
+            raise IdempError(f"{error}; {_onward(name)}") from None
 
 
 def _selection(given: Mapping[str, Any]) -> dict[str, Any]:
