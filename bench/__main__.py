@@ -167,7 +167,7 @@ def tracked(
     before = json.loads(file.read_text()) if file.exists() else {}
     if "looks" in found:
         found["looks"] = {**before.get("looks", {}), **found["looks"]}
-    _keep(file, {**{part: before[part] for part in tracking.PARTS if part in before}, **found})
+    _keep(file, {**before, **found})
 
 
 @main.command("streams")

@@ -41,7 +41,7 @@ def measure(
     """Ratios of alternating rounds; look-ups in as many events as are loaded in ``seconds``."""
     found: dict[str, Any] = {}
     if "cost" in parts:
-        found["cost"] = cost(messages, rounds)
+        found = {"rounds": rounds, "messages": messages, "cost": cost(messages, rounds)}
     if "looks" in parts:
         found["looks"] = {}
         for name in logs:

@@ -112,6 +112,8 @@ def replay(transport: str, tracking: str | None, as_json: bool, **given: Any) ->
         if given["resume"]:
             return run.resume(given["resume"])
         given["since"], given["until"] = moments(given["since"], given["until"], time.time())
+        if given["dead"] and given["file"]:
+            raise click.UsageError("Say --dead or --file.")
         if given["dead"]:  # whose letters are out while another replays them
             service = given["dead"].removesuffix(".dead").removesuffix("-queue")
             check(stores(service), service)
@@ -174,7 +176,7 @@ class _Run:
         self._hold(name, Counter(service for service, _ in plan.names), DEAD)
         plan = self._kept(name)  # as whoever had it left it
         missing = 0
-        if plan.staged < len(plan.names):
+        if not plan.released and (plan.staged < len(plan.names) or plan.mark.origin):
             self._given.update(plan.selection)
             if self._given["file"] and not Path(self._given["file"]).exists():
                 raise ConfigError(
@@ -224,6 +226,7 @@ class _Run:
         try:
             with bar(len(chosen), "staged") as step:
                 replays.stage(self._desk, chosen, mark, step, safe=kept.staged)
+            kept.released()
         except (KeyboardInterrupt, Unavailable) as error:
             why = str(error) or "it was interrupted"
             click.echo(f"idemp: {why}; {_onward(mark.replay)}", err=True)
@@ -285,8 +288,6 @@ def _items(
     desk: Desk, tracking: str | None, policies: Mapping[str, Policy | None] | None, given: Mapping[str, Any]
 ) -> list[Item]:
     names = replays.names_of(policies)
-    if given["dead"] and given["file"]:
-        raise click.UsageError("Say --dead or --file.")
     if given["dead"]:
         found = replays.from_dead(desk, given["dead"].removesuffix(".dead"))
         return [each for each in found if _chosen(each, given)]

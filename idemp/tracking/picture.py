@@ -206,7 +206,7 @@ def _line(route: _Route, ports: Ports) -> tuple[str, str]:
     failing = arrow.failing > 0.01
     told = label(arrow)
     width = 1 + math.log10(max(arrow.n, 1)) / 2
-    title = escape(f"{arrow.sender} to {arrow.service}: {told}", quote=True)
+    title = _plain(f"{arrow.sender} to {arrow.service}: {told}")
     line = (
         f'<path d="{path}" fill="none" stroke="{_COLOURS[failing]}" stroke-width="{width:.1f}" '
         f'marker-end="url(#{_tip_name(failing)})"><title>{title}</title></path>'
@@ -231,8 +231,13 @@ def _tip(failing: bool, colour: str) -> str:
     )
 
 
+def _plain(text: str) -> str:
+    """As XML may have it."""
+    return escape("".join(c if c.isprintable() else " " for c in text))
+
+
 def _box(name: str, place: _Place) -> str:
-    told = escape("".join(c if c.isprintable() else " " for c in name))
+    told = _plain(name)
     return (
         f'<rect x="{place.x:.1f}" y="{place.y - place.height / 2:.1f}" width="{place.width:.1f}" '
         f'height="{place.height:.1f}" rx="6" fill="#f2f4f7" stroke="#475467"/>'

@@ -26,12 +26,16 @@ Name = tuple[str, str]
 
 
 class Kept(NamedTuple):
-    """A plan as it was kept.  ``names``: of what is to be sent, in order; so many are ``staged``."""
+    """A plan as it was kept.  ``names``: of what is to be sent, in order; so many are ``staged``.
+
+    released: whether any of it may have been sent.
+    """
 
     names: Sequence[Name]
     mark: Mark
     selection: Mapping[str, Any]
     staged: int
+    released: bool
 
 
 class PlanQueue:
@@ -54,6 +58,10 @@ class PlanQueue:
         """These are safe in the replay's queue, and so are all before them."""
         self._write(staged=max(self._places[name_of(each.item)] for each in some))
 
+    def released(self) -> None:
+        """All that can be is staged, its letters are taken out, and from now on it is sent."""
+        self._write(released=True)
+
     def read(self) -> Kept | None:
         """What was kept; None if it is none, or not whole."""
         lines = [line for _, line in self._read()]
@@ -63,7 +71,8 @@ class PlanQueue:
         if head is None or head["names_in_all"] > len(names):
             return None
         staged = max((line["staged"] for line in lines if "staged" in line), default=0)
-        return Kept(names, Mark(**head["mark"]), head["selection"], staged)
+        released = any("released" in line for line in lines)
+        return Kept(names, Mark(**head["mark"]), head["selection"], staged, released)
 
     def drop(self) -> None:
         """It is not needed any more."""
