@@ -12,11 +12,12 @@ import logging
 import os
 import re
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -39,17 +40,11 @@ MOST = 64 * 1024
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class Ran(NamedTuple):
-    """A handler's run: ``began`` by the wall clock, how long it ``took`` in seconds."""
-
-    began: float
-    took: float
-    attempt: int
-
-
 class Tracker:
     """Makes events of what ``service`` sends and receives, and records them in ``target``.
 
+    Who runs a handler says so in ``running``, by its thread: the flight, since when by `time.perf_counter`,
+    and the attempt; then in the flight's ``ran``: since when by the wall clock, seconds, the attempt.
     target: an `EventLog`, or any object with ``write(event)``; it stays open.  queue: of the service.
     """
 
@@ -68,7 +63,7 @@ class Tracker:
         self._payloads = bool(getattr(target, "payloads", True))
         business = getattr(target, "business", "")
         self._business = business.split(".") if business else []
-        self._running: dict[int, tuple[Any, float, int]] = {}
+        self.running: dict[int, tuple[Any, float, int]] = {}
         self._started: dict[int, Any] = {}
         self._told_dropped = 0
         self.recorder = Recorder(target, service, room=room, extra=self._started_since, clock=self._clock)
@@ -87,14 +82,13 @@ class Tracker:
 
     # ---------------------------------------------------------------- what the consumer tells
 
-    def begins(self, flight: Any, attempt: int) -> None:
-        """A worker begins with ``flight``."""
-        self._running[threading.get_ident()] = flight, self._clock.wall(), attempt
+    def since(self) -> float:
+        """Seconds to add to `time.perf_counter` for the time by the wall clock."""
+        return float(self._clock.wall() - time.perf_counter())
 
-    def ended(self, flight: Any, took: float) -> None:
-        """It is over."""
-        _, began, attempt = self._running.pop(threading.get_ident())
-        flight.ran = Ran(began, took, attempt)
+    def ends(self) -> None:
+        """This worker is at nothing now."""
+        self.running.pop(threading.get_ident(), None)
 
     def told(self, lines: Sequence[tuple[str, Any, str]]) -> None:
         """A batch of outcomes: each with its flight, and why."""
@@ -121,13 +115,13 @@ class Tracker:
         else:
             identity, kind_of = message.id, message.type
         parent = replay = ""
-        conversation, attempt, at = properties.correlation_id or identity, 0, wall
+        conversation, attempt, at, took = properties.correlation_id or identity, 0, wall, None
         if headers:  # most have none, and each look costs
             parent, replay = _text(headers.get(PARENT)), _text(headers.get(REPLAY))
             conversation = _text(headers.get(CONVERSATION)) or conversation
             attempt = _number(headers.get("idemp-attempt"))
         if ran is not None:
-            at, attempt = ran.began, ran.attempt
+            at, took, attempt = ran
         body = stored = None
         if self._payloads and kind not in ("skipped", "started"):
             body = text_of(delivery.body)
@@ -144,7 +138,7 @@ class Tracker:
             kind_of,
             self._queue,
             _sent_at(properties),
-            None if ran is None else ran.took,
+            took,
             attempt,
             why[:1000],
             "" if flight.key.startswith("delivery ") else flight.key,
@@ -156,8 +150,8 @@ class Tracker:
 
     def _started_since(self) -> Iterable[Event]:
         """The handlers that have been at it for long, each once."""
-        running = dict(self._running)
-        old = self._clock.wall() - LONG
+        running = dict(self.running)
+        since, old = self.since(), time.perf_counter() - LONG
         self._started = {
             thread: each for thread, each in self._started.items() if running.get(thread) is each
         }
@@ -165,7 +159,8 @@ class Tracker:
         for thread, (flight, began, attempt) in running.items():
             if thread not in self._started and began < old:
                 self._started[thread] = running[thread]
-                events.append(replace(self._received(flight, "started", began), attempt=attempt))
+                told = self._received(flight, "started", began + since)
+                events.append(replace(told, attempt=attempt))
         return events
 
     def _find_business(self, args: Any) -> str:
