@@ -1,6 +1,6 @@
 """The tracker: what a service's consumer and publishers tell, as events.
 
-The consumer hands over a batch of outcomes at a time, and events are made of it in the recorder's thread.
+The consumer hands over a batch of outcomes at a time; a thread of the recorder takes their events to the log.
 Short handlers cost one event, at their end; one that is still at it when the recorder comes by is told as
 ``started`` too, so that one which never ends is seen.
 """
@@ -14,9 +14,8 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -91,20 +90,28 @@ class Tracker:
         self.running.pop(threading.get_ident(), None)
 
     def told(self, lines: Sequence[tuple[str, Any, str]]) -> None:
-        """A batch of outcomes: each with its flight, and why."""
-        make = partial(self._outcomes, lines, self._clock.wall())
-        if any(outcome == "lost" for outcome, _, _ in lines):  # that flight goes on, and changes
-            self.recorder.add(make())
-        else:
-            self.recorder.later(len(lines), make)
+        """A batch of outcomes: each with its flight, and why.
 
-    def _outcomes(self, lines: Sequence[tuple[str, Any, str]], wall: float) -> list[Event]:
+        Events are made at once: they are nothing to the garbage collector, and flights that waited for the
+        recorder would be much.
+        """
+        wall = self._clock.wall()
         self._count()
-        return [
-            self._received(flight, outcome, wall, why)
-            for outcome, flight, why in lines
-            if outcome in OUTCOMES
-        ]
+        self._record(
+            lambda: [
+                self._received(flight, outcome, wall, why)
+                for outcome, flight, why in lines
+                if outcome in OUTCOMES
+            ]
+        )
+
+    def _record(self, make: Callable[[], Sequence[Event]]) -> None:
+        """What cannot be recorded is logged: nobody fails for it."""
+        try:
+            if events := make():
+                self.recorder.add(events)
+        except Exception:
+            log.exception("%s: events could not be made", self._service)
 
     def _received(self, flight: Any, kind: str, wall: float, why: str = "") -> Event:
         delivery, message, ran = flight.delivery, flight.message, flight.ran
@@ -212,18 +219,16 @@ class Tracker:
 
     def sent(self, publications: Sequence[Publication]) -> None:
         """See `idemp.causality.Tracks`."""
-        self.recorder.later(len(publications), lambda: [self._sent(each) for each in publications])
+        self._record(lambda: [self._sent(each) for each in publications])
 
     def relayed(self, publications: Sequence[Publication], at: float) -> None:
         """They waited in an outbox and went out ``at``: sent by the services that wrote them."""
-
-        def make() -> list[Event]:
-            return [
+        self._record(
+            lambda: [
                 replace(self._sent(each), service=each.properties.app_id or self._service, at=at)
                 for each in publications
             ]
-
-        self.recorder.later(len(publications), make)
+        )
 
     def _sent(self, publication: Publication) -> Event:
         properties = publication.properties
@@ -254,10 +259,7 @@ class Tracker:
 
     def note(self, message: Message, text: str, *, hide_payload: bool = False) -> None:
         """See `idemp.causality.Tracks`."""
-        try:
-            self.recorder.add([self._note(message, text, hide_payload)])
-        except Exception:
-            log.exception("%s: a note was not recorded", self._service)
+        self._record(lambda: [self._note(message, text, hide_payload)])
 
     def _note(self, message: Message, text: str, hide_payload: bool) -> Event:
         cause = around()
