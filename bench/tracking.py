@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import statistics
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,35 @@ from bench.stack import run, stack
 from idemp import open_event_log
 from idemp.bars import bar, watching
 from idemp.ports import Batch, Event, EventLog, Progress, Query
-from idemp.tracking import flow, trace
+from idemp.tracking import trace
+from idemp.tracking.picture import svg
+from tests.servers import PostgreSQL
 
 CHAIN = 4
 """Messages in each conversation of the large log."""
 SERVICES = 12
-LOOKS = 50
+TOGETHER = 20_000
+"""Messages that are written in one transaction, while the large log is loaded."""
+LOOKS = {"trace": 2000, "events of a service": 200, "flow": 100}
+"""How often each is asked."""
+PARTS = ("cost", "looks")
+LOGS = ("sqlite", "postgresql")
 _AT = 1_700_000_000.0
 
 
-def measure(messages: int, rounds: int, events: int, seconds: float) -> dict[str, Any]:
-    """Ratios of alternating rounds; then look-ups in as many events as are loaded in ``seconds``."""
-    return {"cost": cost(messages, rounds), "looks": looks(events, seconds)}
+def measure(
+    parts: Sequence[str], logs: Sequence[str], messages: int, rounds: int, events: int, seconds: float
+) -> dict[str, Any]:
+    """Ratios of alternating rounds; look-ups in as many events as are loaded in ``seconds``."""
+    found: dict[str, Any] = {}
+    if "cost" in parts:
+        found = {"rounds": rounds, "messages": messages, "cost": cost(messages, rounds)}
+    if "looks" in parts:
+        found["looks"] = {}
+        for name in logs:
+            with large(name, events) as url:
+                found["looks"][name] = looks(name, url, events, seconds)
+    return found
 
 
 def cost(messages: int, rounds: int) -> dict[str, Any]:
@@ -56,47 +75,82 @@ def cost(messages: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def looks(events: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds, the median and the worst of `LOOKS`, in a log of SQLite."""
-    with tempfile.TemporaryDirectory(prefix="idemp-bench-") as folder:
-        url = f"sqlite:///{folder}/events.db?rows={events + 1}&retention=36500d"
-        with closing(open_event_log(url)) as log:
-            loaded = load(log, events, seconds)
-            size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        with closing(open_event_log(url)) as log:
-            chance = random.Random(1)
-            chains = loaded // (2 * CHAIN)
-            found = {
-                "trace": timed(lambda: _trace(log, f"{chance.randrange(chains)}-{CHAIN - 1}")),
-                "events of a service": timed(lambda: log.find(Query(service="s3", kinds=("ok",)), limit=100)),
-                "flow": timed(lambda: flow.svg(log.edges())),
-            }
-    click.echo(f"{loaded} events, {size / loaded:.0f} bytes each")
-    for name, (median, worst) in found.items():
-        click.echo(f"{name:22} {median:8.2f} ms  {worst:8.2f} ms at worst")
-    return {"events": loaded, "messages": loaded // 2, "bytes": size, "milliseconds": found}
+@contextmanager
+def large(name: str, events: int) -> Iterator[str]:
+    """The URL of an event log that has room for so many; it is gone afterwards."""
+    options = f"rows={events + 1}&retention=36500d"
+    if name == "sqlite":
+        with tempfile.TemporaryDirectory(prefix="idemp-bench-") as folder:
+            yield f"sqlite:///{folder}/events.db?{options}"
+    else:
+        with PostgreSQL() as server:
+            yield f"{server.url}?{options}"
+
+
+def looks(name: str, url: str, events: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of look-ups of messages chosen at random."""
+    began = time.monotonic()
+    with closing(open_event_log(url)) as log:
+        loaded = load(log, events, seconds)
+    took = time.monotonic() - began
+    with closing(open_event_log(url)) as log:
+        chance = random.Random(1)
+        chains = loaded // (2 * CHAIN)
+        found = {
+            "trace": timed(
+                "trace", lambda: _trace(log, _uuid(chance.randrange(chains), chance.randrange(CHAIN)))
+            ),
+            "events of a service": timed(
+                "events of a service", lambda: log.find(Query(service="s3", kinds=("ok",)), limit=100)
+            ),
+            "flow": timed("flow", lambda: svg(log.edges())),
+        }
+    click.echo(f"{name}: {loaded} events, loaded in {took:.0f} s")
+    for what, each in found.items():
+        click.echo(f"  {what:22}" + "".join(f" {value:8.2f} ms {share}" for share, value in each.items()))
+    size = _size(url)
+    return {
+        "events": loaded,
+        "messages": loaded // 2,
+        "seconds": round(took, 1),
+        **({} if size is None else {"bytes": size}),
+        "milliseconds": found,
+    }
+
+
+def _size(url: str) -> int | None:
+    """Bytes of a log in a file."""
+    path = Path(url.removeprefix("sqlite:///").partition("?")[0])
+    return sum(file.stat().st_size for file in path.parent.iterdir()) if path.exists() else None
 
 
 def load(log: EventLog, events: int, seconds: float) -> int:
-    """Fill it; how many events fitted in."""
+    """Fill it, with a transaction for many messages; how many events fitted in."""
     end, loaded, number = time.monotonic() + seconds, 0, 0
     with watching("loading events", lambda: Progress(loaded, events)):
         while loaded < events and time.monotonic() < end:
-            some = [event for n in range(number * 500, number * 500 + 500) for event in _life(n)]
+            first = number * TOGETHER
+            last = min(first + TOGETHER, events // 2)
+            some = [event for n in range(first, last) for event in _life(n)]
             log.append(Batch("bench", number, some))
             number += 1
             loaded += len(some)
     return loaded
 
 
+def _uuid(chain: int, place: int) -> str:
+    """As scattered as ids are."""
+    return hashlib.blake2b(f"{chain}-{place}".encode(), digest_size=16).hexdigest()
+
+
 def _life(n: int) -> list[Event]:
     """A message that was sent and handled, one of a chain."""
     chain, place = divmod(n, CHAIN)
-    uuid, parent = f"{chain}-{place}", f"{chain}-{place - 1}" if place else ""
+    uuid, parent = _uuid(chain, place), _uuid(chain, place - 1) if place else ""
     sender, receiver = f"s{(chain + place) % SERVICES}", f"s{(chain + place + 1) % SERVICES}"
     at = _AT + n / 100
     kind = f"type{place}"
-    whole = f"{chain}-0"
+    whole = _uuid(chain, 0)
     return [
         Event(uuid, "sent", sender, at, "sender", parent, whole, sender, kind, sent_at=at),
         Event(uuid, "ok", receiver, at + 0.1, "receiver", parent, whole, sender, kind, "", at, 0.01),
@@ -109,11 +163,12 @@ def _trace(log: EventLog, uuid: str) -> None:
         raise SystemExit(f"void: the story of {uuid} has {len(list(root.walk()))} messages")
 
 
-def timed(work: Any) -> tuple[float, float]:
-    """Median and worst, in milliseconds."""
+def timed(name: str, work: Any) -> dict[str, float]:
+    """Milliseconds: the median, that of 99 in 100, and the worst."""
     took = []
-    for _ in range(LOOKS):
+    for _ in range(LOOKS[name]):
         began = time.perf_counter()
         work()
         took.append((time.perf_counter() - began) * 1000)
-    return statistics.median(took), max(took)
+    took.sort()
+    return {"p50": statistics.median(took), "p99": took[int(len(took) * 0.99)], "worst": took[-1]}

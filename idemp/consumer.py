@@ -605,14 +605,15 @@ class _Shell:
         def call(claim: Claimed, connection: Any) -> Any:
             if self._stopping.is_set() or flight.tag is None:
                 return NotStarted()
-            if self._tracker is not None:
-                self._tracker.begins(flight, claim.attempt)
             began = time.perf_counter()
+            if self._tracker is not None:
+                self._tracker.running[threading.get_ident()] = flight, began, claim.attempt
             came = run_in(policy, function, context(claim, connection), (flight.message,), {})
             took = time.perf_counter() - began
             self._meter.time(f"{self._service}_handler", took)
             if self._tracker is not None:
-                self._tracker.ended(flight, took)
+                self._tracker.ends()
+                flight.ran = began + self._tracker.since(), took, claim.attempt
             return came
 
         def ask_it(claim: Claimed) -> Any:
@@ -645,21 +646,24 @@ class _Shell:
         """Run in order; hand results back when the last is there, or every few milliseconds."""
         results: list[tuple[Flight, Any]] = []
         last = now = time.perf_counter()
-        tracker, tell, name = self._tracker, self._meter.time, f"{self._service}_handler"
+        tell, name = self._meter.time, f"{self._service}_handler"
+        tracker, thread = self._tracker, threading.get_ident()
+        since = 0.0 if tracker is None else tracker.since()
         for flight, step in items:
             began = now
             if tracker is not None:
-                tracker.begins(flight, step.claim.attempt)
-                began = time.perf_counter()
+                tracker.running[thread] = flight, began, step.claim.attempt
             results.append((flight, self._run(flight, step, runner)))
             now = time.perf_counter()
             if tracker is not None:
-                tracker.ended(flight, now - began)
+                flight.ran = since + began, now - began, step.claim.attempt
             tell(name, now - began)
             if now - last > _HAND_BACK:
                 self._hand_back(results)
                 results = []
                 last = now = time.perf_counter()
+        if tracker is not None:
+            tracker.ends()
         if results:
             self._hand_back(results)
 
@@ -674,6 +678,8 @@ class _Shell:
                 self._wait_for(letter)
         except (TransportUnavailable, Unroutable) as error:
             return Raised(error)
+        if self._tracker is not None:
+            self._tracker.sent([letter.publication for letter in published.letters])
         return published.came
 
     def _wait_for(self, letter: _Letter) -> None:

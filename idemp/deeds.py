@@ -53,6 +53,8 @@ from idemp.ports import (
 
 DEEDS = f"{RESERVED}/"
 """What the keys of deeds begin with."""
+HOLDS = f"{DEEDS}~replay/"
+"""What the keys begin with that say who replays to a service; behind all deeds."""
 PAGE = 1000
 TOGETHER = 90
 """Changes in one deed: less than any store splits into two."""
@@ -204,6 +206,8 @@ def _was(change: Change) -> dict[str, Any]:
 def read(store: Store, *, pages: bool = False) -> Iterator[Deed]:
     """All deeds that are kept, in the order of time; with their ``pages``, as long as there are some."""
     for key, state in keys(store, DEEDS):
+        if key.startswith(HOLDS):
+            return
         deed = _deed(key[len(DEEDS) :], state)
         if deed is not None and (pages or not deed.of):
             yield deed

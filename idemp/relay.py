@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tenacity
 
 from idemp.errors import ConfigError, TransportUnavailable, Unavailable
 from idemp.ports import Backlog, Clock, Delivery, Inbox, Letter, Meter, NoMeter, Transport
+from idemp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Relay:
     Counts ``<service>_relayed`` and ``<service>_relay_refused``; times ``<service>_relay``, how long
     letters had waited when they were safe; tells the levels ``<service>_outbox_letters``, how many wait
     now, and ``<service>_outbox_age``, for how many seconds the oldest has.
+    tracking: where ``sent`` events go, of the services that wrote the letters: an event log, or any object
+    with ``write(event)``; it stays open.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Relay:
         service: str = "relay",
         meter: Meter | None = None,
         clock: Clock | None = None,
+        tracking: Any = None,
     ) -> None:
         if not callable(getattr(store, "letters", None)):
             raise ConfigError(
@@ -59,6 +63,9 @@ class Relay:
         self._store, self._transport, self._service = store, transport, service
         self._meter: Meter = meter or NoMeter()
         self._clock = clock or Clock()
+        self._tracker = None
+        if tracking is not None:
+            self._tracker = Tracker(tracking, service, meter=self._meter, clock=self._clock)
         self._stopping = threading.Event()
         self._reported = 0.0
 
@@ -66,8 +73,19 @@ class Relay:
         """From any thread: let `run` return, behind what is under way."""
         self._stopping.set()
 
+    def close(self) -> None:
+        """Record what is left; `run` does so at its end."""
+        if self._tracker is not None:
+            self._tracker.close()
+
     def run(self) -> None:
         """Publish until `stop`; losses of the store and of the broker are waited out."""
+        try:
+            self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> None:
         while not self._stopping.is_set():
             try:
                 sent = self._persistent()
@@ -102,8 +120,11 @@ class Relay:
             first.setdefault(letter.key, letter)
         if not first:
             return 0
+        began = self._clock.wall()
         turn = self._publish(list(first.values()))
         if turn.safe:
+            if self._tracker is not None:
+                self._tracker.relayed([letter.publication for letter in turn.safe], began)
             self._store.sent([letter.number for letter in turn.safe])
         now = self._clock.wall()
         self._meter.count(f"{self._service}_relayed", len(turn.safe))

@@ -6,17 +6,21 @@ import heapq
 import json
 import math
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from idemp import open_event_log
+from idemp import Message, open_event_log, open_transport, publish
 from idemp.ports import Batch, Event
 from idemp.tracking.advise import LEAST, Sample, Wish, advise, concurrency, shared, waiting
-from tests.service import finished
+from tests.service import finished, until
+from tests.test_tracking import service, to
 
 
 def simulated(
@@ -91,6 +95,46 @@ def test_u12_a_shared_lock_is_named(workers: int) -> None:
     assert advice.verdict == "more workers will not help"
     assert "the more run beside it" in advice.why
     assert advice.recommended == workers
+
+
+def test_u12_while_all_are_busy_the_past_tells() -> None:
+    """U12: of a service at its limit nobody sees what fewer would take; unless there was a quieter time."""
+    busy = locked(50.0, 0.1, 4, 400)[100:300]
+    assert {round(each) for each in concurrency(busy)[10:-10]} == {4}
+    alone = advise(busy, workers=4, backlog=500)
+    assert alone is not None
+    assert alone.verdict.startswith("add ")
+    assert "nobody can tell whether they wait for each other: add one first" in alone.why
+    before = [each._replace(began=each.began - 1000) for each in locked(3.0, 0.1, 4, 300)]
+    told = advise(busy, workers=4, backlog=500, past=[*before, *busy])
+    assert told is not None
+    assert told.verdict == "more workers will not help"
+
+
+@pytest.mark.parametrize("one_lock", [True, False])
+def test_u12_a_real_handler_on_one_lock(amqp_url: str, tmp_path: Path, unique: str, one_lock: bool) -> None:
+    """U12: four workers on RabbitMQ; where all of them wait for one lock, more will not help."""
+    lock, ran = threading.Lock(), Counter[str]()
+
+    def handle(message: Message, _: Any) -> None:
+        with lock if one_lock else nullcontext():
+            time.sleep(0.02)
+        ran[message.id] += 1
+
+    with (
+        service(amqp_url, tmp_path, unique, {"order": handle}, workers=4),
+        closing(open_transport(amqp_url)) as out,
+    ):
+        for n in range(30):  # one after the other
+            publish(out, to(f"{unique}-queue", Message(str(n), "order")))
+            until(lambda n=n: len(ran) == n + 1, lambda: ran)  # type: ignore[misc]
+        publish(out, to(f"{unique}-queue", *(Message(str(n), "order") for n in range(30, 150))))
+        until(lambda: len(ran) == 150, lambda: ran)
+    told = ("-m", "idemp", "advise", "--tracking", f"sqlite:///{tmp_path}/events.db", "--workers", "4")
+    done = finished(*told, "--backlog", "5000", "--catch-up", "10s", "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["messages"], row["verdict"] == "more workers will not help") == (150, one_lock), row
 
 
 def test_independent_handlers_share_nothing() -> None:

@@ -89,6 +89,22 @@ def test_the_speeds_are_those_on_record() -> None:
             assert f"| {store} | {spaced(int(size))} | {spaced(round(each['rate']))} |" in text
 
 
+def test_the_figures_of_tracking_are_those_on_record() -> None:
+    """What it costs; how long look-ups take, which is within what was promised."""
+    text = (ROOT / "docs/tracking.md").read_text()
+    found = json.loads((ROOT / "bench/record/tracking.json").read_text())
+    for store, each in found["cost"].items():
+        rates = " | ".join(spaced(round(each[name])) for name in ("off", "on"))
+        assert f"| {store} | {rates} | {each['ratio']:.2f} |" in text
+    for name, log in found["looks"].items():
+        for what, times in log["milliseconds"].items():
+            shares = " | ".join(f"{times[share]:.2f}" for share in ("p50", "p99", "worst"))
+            assert f"| {what} | {name} | {spaced(log['events'])} | {shares} |" in text
+        assert log["milliseconds"]["trace"]["p99"] < 50
+        assert log["milliseconds"]["flow"]["worst"] < 2000
+    assert found["looks"]["sqlite"]["events"] == 10_000_000
+
+
 def test_the_pictures_are_of_the_record(tmp_path: Path) -> None:
     """Drawn anew they are the same."""
     picture.draw_all(ROOT / "bench/record", tmp_path)

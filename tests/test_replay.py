@@ -163,7 +163,7 @@ def test_u13_a_killed_replay_goes_on(desk: Stand, unique: str, tmp_path: Path) -
         orders = tmp_path / "orders.jsonl"
         orders.write_bytes(b"\n".join(Message(f"{i}", "order").encode() for i in range(n)))
         arguments = ["--file", str(orders), "--to", unique, "--yes", "--rate", "100"]
-        store = f"sqlite:///{tmp_path}/{unique}.db"
+        store = f"sqlite:///{tmp_path}/{unique}.db?session=1s"
         process = subprocess.Popen(
             [sys.executable, "-m", "idemp", "replay", *arguments, "--json", "--store", store],
             cwd=ROOT,

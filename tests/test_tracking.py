@@ -19,6 +19,7 @@ from idemp import (
     ConfigError,
     Consumer,
     Message,
+    Relay,
     context,
     idempotent,
     open_event_log,
@@ -200,33 +201,88 @@ def test_a_message_published_in_a_handler_is_its_child(amqp_url: str, tmp_path: 
     assert unpack(order.properties)[0].headers["traceparent"].split("-")[1] in traces
 
 
-def test_what_goes_through_an_outbox_is_a_child_too(tmp_path: Path, unique: str, events: EventLog) -> None:
-    """Of a handler in a transaction, whose run is recorded like any other."""
-    store = open_store(f"sqlite:///{tmp_path}/seen.db")
-    broker, out = open_transport(f"memory://{unique}"), open_transport(f"memory://{unique}")
-    consumer = Consumer(broker, service="billing", tracking=events)
+@pytest.mark.parametrize("relay", ["relay", "command line", "at once"])
+def test_what_goes_through_an_outbox_is_a_child_too(
+    amqp_url: str, tmp_path: Path, unique: str, events: EventLog, relay: str
+) -> None:
+    """What a handler publishes by its context is recorded as sent by the service, whoever brings it out."""
+    url, post = f"sqlite:///{tmp_path}/seen.db", f"{unique}-post"
+    store = open_store(url)
+    broker, out = open_transport(amqp_url), open_transport(amqp_url)
+    consumer = Consumer(broker, service=unique, tracking=events)
 
     @consumer.on("order")
-    @idempotent(store, name="billing.order", transaction=True)
+    @idempotent(store, name=f"{unique}.order", transaction=relay != "at once")
     def order(message: Message) -> None:
-        context().publish("paid", {"order": message.id})
+        context().publish("paid", {"order": message.id}, exchange="", routing_key=f"{post}-queue")
         message.log("charged")
 
-    ready = threading.Event()
-    thread = threading.Thread(target=lambda: consumer.run(ready=ready.set))
-    thread.start()
-    assert ready.wait(30)
-    publish(out, to("billing-queue", Message("1", "order")))
-    until(lambda: len(events.find(Query(uuid="1"), limit=9)) == 2, lambda: events.find(Query(), limit=9))
-    consumer.stop()
-    thread.join(30)
-    [letter] = store.letters(10)  # type: ignore[attr-defined]
+    def known() -> dict[str, list[Event]]:
+        kinds: dict[str, list[Event]] = {}
+        for event in events.find(Query(), limit=99):
+            kinds.setdefault(event.kind, []).append(event)
+        return kinds
+
+    with service(amqp_url, tmp_path, post, {"paid": lambda *_: None}):
+        ready = threading.Event()
+        thread = threading.Thread(target=lambda: consumer.run(ready=ready.set))
+        thread.start()
+        assert ready.wait(30)
+        message = Message("1", "order")
+        told = Properties("1", "order", "theirs")
+        publish(out, [Publication(message.encode(), told, "", f"{unique}-queue")])
+        began = time.time()
+        if relay != "at once":
+            until(lambda: store.backlog().letters == 1, lambda: known())  # type: ignore[attr-defined]
+        if relay == "relay":
+            with closing(open_transport(amqp_url)) as own:
+                outbox = Relay(store, own, tracking=events)  # type: ignore[arg-type]
+                assert outbox.turn() == 1
+                outbox.close()
+        elif relay == "command line":
+            arguments = ("relay", "--once", "--store", url, "--transport", amqp_url)
+            assert idemp(tmp_path, *arguments) == (0, "1 sent, 0 left\n", "")
+        until(lambda: len(known().get("ok", [])) == 2 and "sent" in known(), known)
+        consumer.stop()
+        thread.join(30)
     for each in (store, broker, out):
         each.close()
+    [sent] = known()["sent"]
+    assert (sent.service, sent.role, sent.parent, sent.conversation) == (unique, "sender", "1", "theirs")
+    assert (sent.type, sent.queue) == ("paid", f"{post}-queue")
+    assert sent.sent_at is not None
+    assert began - 1 < sent.sent_at <= sent.at + 0.001  # when it was written, and when it went out
+    [root] = trace.stories(events.story(sent.uuid, limit=99))
+    assert [(node.type, node.sender) for node in root.walk()] == [("order", ""), ("paid", unique)]
     [run] = events.find(Query(uuid="1", kinds=("ok",)), limit=9)
-    assert (run.attempt, run.key, run.took is not None) == (1, "billing.order/1", True)
-    sent = letter.publication.properties
-    assert (sent.headers["x-parent-id"], sent.correlation_id, sent.app_id) == ("1", "1", "billing")
+    assert (run.attempt, run.key, run.took is not None) == (1, f"{unique}.order/1", True)
+    assert [(each.sender, each.service) for each in flow.arrows(events.edges())][-1] == (unique, post)
+
+
+def test_a_letter_of_a_service_that_is_not_tracked(tmp_path: Path, unique: str, events: EventLog) -> None:
+    """A relay that is says what it knows; what is on the wire is what was written."""
+    with (
+        closing(open_store(f"sqlite:///{tmp_path}/seen.db")) as store,
+        closing(open_transport(f"memory://{unique}")) as out,
+        closing(open_transport(f"memory://{unique}")) as reader,
+    ):
+        out.declare("post-queue")
+
+        @idempotent(store, name="billing.order", transaction=True)
+        def order(message: Message) -> None:
+            context().publish("paid", {}, exchange="", routing_key="post-queue")
+
+        order(Message("1", "order"))
+        [letter] = store.letters(9)  # type: ignore[attr-defined]
+        outbox = Relay(store, out, tracking=events)  # type: ignore[arg-type]
+        assert outbox.turn() == 1
+        outbox.close()
+        reader.consume("post-queue", 1)
+        [came] = [event for event in reader.poll(5.0) if isinstance(event, Delivery)]
+        assert came.properties == letter.publication.properties
+        assert [(each.kind, each.service, each.parent) for each in events.find(Query(), limit=9)] == [
+            ("sent", "idemp", "")
+        ]
 
 
 def test_without_tracking_nothing_is_added(amqp_url: str, unique: str) -> None:

@@ -55,6 +55,10 @@ def test_u11_no_consumer() -> None:
     assert found["no consumer"].why == "nobody consumes billing-queue; 7 messages are ready"
     assert found["no consumer"].oldest == NOW - 9.5
     assert kinds(Seen("billing", [], absent=True))["no consumer"].why == "there is no queue billing-queue"
+    waiting = [Event(str(n), "sent", "shop", NOW - 100 + n, "sender") for n in (3, 1, 2)]
+    named = kinds(Seen("billing", steady(NOW - 10), waiting, ready=7, consumers=0))["no consumer"]
+    assert named.why == "nobody consumes billing-queue; 7 messages are ready; the oldest is 1"
+    assert (named.oldest, named.ids) == (NOW - 99, ("1", "2", "3"))
 
 
 def test_u11_alive_but_no_progress() -> None:
@@ -64,6 +68,9 @@ def test_u11_alive_but_no_progress() -> None:
     assert found.keys() == {"no progress"}
     told = "2 consumers, 1841 messages ready, and no outcome for 90 s; last error ValueError: no"
     assert found["no progress"].why == told
+    waiting = [Event("7", "sent", "shop", NOW - 95, "sender")]
+    named = kinds(Seen("billing", events, waiting, ready=1841, consumers=2))["no progress"]
+    assert (named.why, named.oldest, named.ids) == (f"{told}; the oldest is 7", NOW - 95, ("7",))
 
 
 def test_u11_started_and_never_finished() -> None:

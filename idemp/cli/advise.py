@@ -14,6 +14,8 @@ from idemp.tracking.advise import LEAST, Advice, Sample, Wish, advise
 
 MOST = 20_000
 """Messages that are looked at, the newest."""
+PAST = 86_400.0
+"""Seconds in which it is looked for a time with fewer at work."""
 
 
 @click.command("advise")
@@ -54,7 +56,9 @@ def advise_(
         for service in names:
             samples = _samples(log, service, since)
             waits = _waiting(transport, service) if backlog is None else backlog
-            advice = advise(samples, workers=workers, backlog=waits, wish=Wish(latency, catch_up, most))
+            past = _samples(log, service, min(since, time.time() - PAST))
+            wish = Wish(latency, catch_up, most)
+            advice = advise(samples, workers=workers, backlog=waits, wish=wish, past=past)
             if advice is None:
                 few = f"{escaped(service)} has {len(samples)} messages in that time, and {LEAST} are needed"
                 click.echo(f"idemp: too little is known: {few}", err=True)

@@ -61,6 +61,7 @@ def _what(about: Mapping[str, Any]) -> str:
         which = f" that start with {about['prefix']}" if about["prefix"] else ""
         return f"{about['number']} keys ({states}){which}"
     if "keys" not in about:
-        return f"{about.get('messages', '')} messages of {about.get('queue') or about.get('service', '')}"
+        place = about.get("queue") or f"{about.get('service', '')}, replay {about.get('replay', '')}"
+        return f"{about.get('messages', '')} messages of {place}".strip()
     keys = about["keys"]
     return f"{len(keys)} keys" if len(keys) != 1 else f"{keys[0]['key']} (was {keys[0]['state']})"

@@ -18,6 +18,7 @@ from idemp.ports import OUTCOMES, EventLog, Query
 from idemp.settings import split, sqlite_path
 from idemp.tracking import flow as flows
 from idemp.tracking import trace as traces
+from idemp.tracking.picture import svg
 
 KINDS = ("sent", "started", *OUTCOMES, "note", "dropped")
 MOST = 20_000
@@ -127,7 +128,7 @@ def flow(form: str | None, since: float | None, until: float | None, tracking: s
         case "mermaid":
             click.echo(flows.mermaid(edges), nl=False)
         case "svg":
-            click.echo(flows.svg(edges), nl=False)
+            click.echo(svg(edges), nl=False)
         case _:
             found = flows.arrows(edges)
             for line in (json.dumps(flows.record(each)) for each in found) if as_json else flows.text(edges):

@@ -11,6 +11,7 @@ import click
 
 from idemp.bars import bar
 from idemp.cli.options import about, json_option, store_at, store_option, transport_at, transport_option
+from idemp.eventlogs import open_event_log
 from idemp.metrics import Meters, PrometheusMeter, StatsdMeter
 from idemp.ports import Inbox, Meter
 from idemp.relay import Relay
@@ -30,6 +31,13 @@ from idemp.relay import Relay
     show_envvar=True,
     help="Metrics are at /metrics of it.",
 )
+@click.option(
+    "--tracking",
+    metavar="URL",
+    envvar="IDEMP_TRACKING",
+    show_envvar=True,
+    help="The event log, which is told what was sent.",
+)
 @store_option
 @transport_option
 @json_option
@@ -40,6 +48,7 @@ def relay(
     service: str,
     statsd: str | None,
     metrics_port: int | None,
+    tracking: str | None,
     as_json: bool,
 ) -> None:
     """Publish what handlers with transaction=True put into the store's outbox, until stopped.
@@ -56,8 +65,13 @@ def relay(
         if metrics_port:
             with about("--metrics-port (IDEMP_METRICS_PORT)"):
                 meters.append(stack.enter_context(closing(PrometheusMeter(service, metrics_port))))
+        log = None
+        if tracking:
+            with about("--tracking (IDEMP_TRACKING)"):
+                log = stack.enter_context(closing(open_event_log(tracking)))
         with about("--store (IDEMP_STORE)"):
-            working = Relay(cast(Inbox, opened), broker, service=service, meter=Meters(*meters))
+            working = Relay(cast(Inbox, opened), broker, service=service, meter=Meters(*meters), tracking=log)
+        stack.callback(working.close)
         sent = 0
         if once:
             with bar(working.backlog().letters, "relaying") as step:

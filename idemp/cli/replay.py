@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from idemp.bars import bar
+from idemp.bars import bar, watching
 from idemp.cli.consume import load
 from idemp.cli.events import KINDS, events_at, moments, window
 from idemp.cli.options import (
@@ -30,18 +30,26 @@ from idemp.cli.options import (
 )
 from idemp.consumer import Consumer
 from idemp.deeds import Book
-from idemp.errors import ConfigError, IdempError
+from idemp.errors import ConfigError, IdempError, Unavailable, Unroutable
 from idemp.message import Properties
 from idemp.policy import Policy
-from idemp.ports import Get, Query, Store
+from idemp.ports import Query, Store
 from idemp.resolve import set_all_free
 from idemp.tracking import replay as replays
+from idemp.tracking.hold import check, holding
+from idemp.tracking.pace import Pace
+from idemp.tracking.plan_queue import Kept, PlanQueue, name_of
 from idemp.tracking.replay import Desk, Item, Mark, Planned, Released
 
 MOST = 1_000_000
 """Events that are looked at."""
+DEAD = 15.0
+"""Seconds until one that resumes is told that the other is alive: more than a session lives."""
 _LOOK = 0.1
-_UNSETTLED = ("waiting", "failed", "in doubt")
+_SELECTION = (
+    *("ids", "conversation", "service", "kind", "outcomes", "since", "until", "dead", "file", "to"),
+    *("consumer", "force", "confirm"),
+)
 
 
 @click.command()
@@ -70,7 +78,14 @@ _UNSETTLED = ("waiting", "failed", "in doubt")
 @click.option("--confirm", is_flag=True, help="To handlers with replay='confirm' too; --who confirms it.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Messages a second, at most.")
 @click.option("--wait", type=Duration(), default=30.0, show_default="30s", help="For what comes of them.")
-@click.option("--resume", metavar="REPLAY", help="Go on with one that was cut short.")
+@click.option(
+    "--pause-at",
+    type=click.FloatRange(0, 100),
+    default=20.0,
+    show_default=True,
+    help="Pause when so many in 100 fail; 0: never.",
+)
+@click.option("--resume", metavar="REPLAY", help="Go on with one that was cut short, or paused.")
 @click.option("--cancel", metavar="REPLAY", help="Give up one that was cut short.")
 @yes_option
 @reason_option
@@ -82,7 +97,8 @@ def replay(transport: str, tracking: str | None, as_json: bool, **given: Any) ->
 
     The plan says for each receiver, from its store: done already (it will be skipped), will run, in doubt,
     parked (set free first), or left out: its record may have expired (--force), or its body was not kept.
-    Same message id, to the receiver's queue only.  Ctrl-C stops it; --resume goes on.
+    Same message id, to the receiver's queue only.  Ctrl-C stops it, and so do failures (--pause-at);
+    --resume goes on.  One replay at a time goes to a service.
 
     Exit code 1 if there is nothing to send, or something did not become ok.
     """
@@ -91,19 +107,17 @@ def replay(transport: str, tracking: str | None, as_json: bool, **given: Any) ->
         if given["cancel"]:
             return _cancel(desk, given["cancel"], as_json)
         stores = _Stores(stack, given["stores"])
+        run = _Run(stack, desk, stores, transport, tracking, given, as_json)
         if given["resume"]:
-            return _release(desk, stores, given["resume"], given, as_json)
-        policies = _policies(given["consumer"])
-        items = _items(desk, tracking, policies, given)
-        planned = replays.plan(
-            items,
-            stores,
-            time.time(),
-            policies=policies,
-            force=given["force"],
-            confirmed=given["confirm"],
-        )
-        sends = sum(each.verdict in replays.SENDS for each in planned)
+            return run.resume(given["resume"])
+        given["since"], given["until"] = moments(given["since"], given["until"], time.time())
+        if given["dead"] and given["file"]:
+            raise click.UsageError("Say --dead or --file.")
+        if given["dead"]:  # whose letters are out while another replays them
+            service = given["dead"].removesuffix(".dead").removesuffix("-queue")
+            check(stores(service), service)
+        planned = run.plan()
+        sends = len(replays.sends(planned))
         if as_json and given["dry_run"]:
             for each in planned:
                 click.echo(json.dumps(_record(each)))
@@ -112,15 +126,128 @@ def replay(transport: str, tracking: str | None, as_json: bool, **given: Any) ->
         if given["dry_run"] or not sends:
             return 0 if sends else 1
         agree(f"Send {sends} messages?", given["yes"], as_json)
-        name = replays.new_id()
+        return run.begin(replays.sends(planned))
+
+
+class _Run:
+    """One replay, from its plan to what became of it."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        desk: Desk,
+        stores: _Stores,
+        transport: str,
+        tracking: str | None,
+        given: dict[str, Any],
+        as_json: bool,
+    ) -> None:
+        self._stack, self._desk, self._stores = stack, desk, stores
+        self._transport, self._tracking, self._given, self._as_json = transport, tracking, given, as_json
+        self._holds: list[Callable[[], bool]] = []
+
+    def plan(self) -> list[Planned]:
+        """What would become of what was chosen."""
+        given = self._given
+        policies = _policies(given["consumer"])
+        return replays.plan(
+            _items(self._desk, self._tracking, policies, given),
+            self._stores,
+            time.time(),
+            policies=policies,
+            force=given["force"],
+            confirmed=given["confirm"],
+        )
+
+    def begin(self, chosen: Sequence[Planned]) -> int:
+        """Stage these and release them."""
+        given, name = self._given, replays.new_id()
         origin = f"{given['dead'].removesuffix('.dead')}.dead" if given["dead"] else ""
         mark = Mark(name, given["who"] if given["confirm"] else "", time.time(), origin)
-        for service in {each.item.service for each in planned}:
-            book = Book(stores(service), given["who"], given["reason"])
-            book.note("replay", replay=name, service=service, messages=sends)
-        with bar(sends, "staged") as step:
-            replays.stage(desk, planned, mark, step)
-        return _release(desk, stores, name, given, as_json)
+        self._hold(name, Counter(each.item.service for each in chosen), 0.0)
+        kept = PlanQueue(self._desk, name)
+        kept.keep(chosen, mark, _selection(given))
+        return self._stage(kept, chosen, mark) or self._release(name)
+
+    def resume(self, name: str) -> int:
+        """Go on where it was cut short."""
+        plan = self._kept(name)
+        self._hold(name, Counter(service for service, _ in plan.names), DEAD)
+        plan = self._kept(name)  # as whoever had it left it
+        missing = 0
+        if not plan.released and (plan.staged < len(plan.names) or plan.mark.origin):
+            self._given.update(plan.selection)
+            if self._given["file"] and not Path(self._given["file"]).exists():
+                raise ConfigError(
+                    f"--resume {name}: its messages were in {self._given['file']}, which is gone"
+                )
+            rest = self._rest(plan)
+            missing = len(plan.names) - plan.staged - len(rest)
+            kept = PlanQueue(self._desk, name)
+            kept.number(plan.names)
+            if failed := self._stage(kept, rest, plan.mark):
+                return failed
+        if missing:
+            what = "are not there any more, or not to be sent now"
+            click.echo(f"idemp: {missing} of those that were planned {what}", err=True)
+        return self._release(name) or (1 if missing else 0)
+
+    def _kept(self, name: str) -> Kept:
+        """Its plan, read on a connection of its own, which gives it back."""
+        with transport_at(self._transport) as other:
+            plan = PlanQueue(Desk(other), name).read()
+        if plan is not None:
+            return plan
+        if self._desk.transport.depth(replays.staging(name)):
+            cancel = f"idemp replay --cancel {name}"
+            raise IdempError(f"replay {name} has messages and no plan; bring them back: {cancel}")
+        raise IdempError(f"replay {name} has nothing staged")
+
+    def _rest(self, plan: Kept) -> list[Planned]:
+        """What was planned and is not staged yet.  Letters whose copies are staged are let go."""
+        here = {name_of(each.item): each for each in self.plan()}
+        staged = (here[name].item.tag for name in plan.names[: plan.staged] if name in here)
+        self._desk.settle([tag for tag in staged if tag is not None])
+        return replays.sends([here[name] for name in plan.names[plan.staged :] if name in here])
+
+    def _hold(self, name: str, messages: Mapping[str, int], wait: float) -> None:
+        """Nobody else replays to these services until the end; and it is recorded who does."""
+        for service in sorted(messages):
+            store = self._stores(service)
+            with watching(f"waiting until nobody else replays to {service}", lambda: None):
+                self._holds.append(self._stack.enter_context(holding(store, service, wait=wait)))
+        for service, n in messages.items():
+            book = Book(self._stores(service), self._given["who"], self._given["reason"])
+            book.note("replay", replay=name, service=service, messages=n)
+
+    def _stage(self, kept: PlanQueue, chosen: Sequence[Planned], mark: Mark) -> int:
+        """0, or the exit code of one that was interrupted."""
+        try:
+            with bar(len(chosen), "staged") as step:
+                replays.stage(self._desk, chosen, mark, step, safe=kept.staged)
+            kept.released()
+        except (KeyboardInterrupt, Unavailable) as error:
+            why = str(error) or "it was interrupted"
+            click.echo(f"idemp: {why}; {_onward(mark.replay)}", err=True)
+            return 1
+        return 0
+
+    def _release(self, name: str) -> int:
+        """Send what is staged; who cannot be reached is to be tried again."""
+        try:
+            return _release(self._desk, self._stores, name, self._given, self._as_json, self._holds)
+        except (Unroutable, Unavailable) as error:
+            raise IdempError(f"{error}; {_onward(name)}") from None
+
+
+def _selection(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What finds the same messages again, also from another folder."""
+    found = {name: given[name] for name in _SELECTION}
+    return {**found, "file": str(given["file"].absolute()) if given["file"] else None}
+
+
+def _onward(name: str) -> str:
+    return f"idemp replay --resume {name} goes on, --cancel {name} gives it up"
 
 
 class _Stores:
@@ -160,22 +287,19 @@ def _items(
     desk: Desk, tracking: str | None, policies: Mapping[str, Policy | None] | None, given: Mapping[str, Any]
 ) -> list[Item]:
     names = replays.names_of(policies)
-    if given["dead"] and given["file"]:
-        raise click.UsageError("Say --dead or --file.")
     if given["dead"]:
         found = replays.from_dead(desk, given["dead"].removesuffix(".dead"))
         return [each for each in found if _chosen(each, given)]
     if given["file"]:
         if not given["to"]:
             raise click.UsageError("Say --to, for a file does not tell who receives.")
-        lines = [line for line in given["file"].read_bytes().splitlines() if line.strip()]
+        lines = [line for line in Path(given["file"]).read_bytes().splitlines() if line.strip()]
         made = [replays.item(line, Properties(), service, names) for line in lines for service in given["to"]]
         return [each for each in made if _chosen(each, given)]
     if not tracking:
         raise click.UsageError("Say --tracking (IDEMP_TRACKING), --dead or --file: where the messages are.")
     if not any(given[name] for name in ("ids", "conversation", "service", "kind", "outcomes", "since")):
         raise click.UsageError("Choose: --id, --conversation, --service, --type, --outcome or --since.")
-    since, until = moments(given["since"], given["until"], time.time())
     items: list[Item] = []
     with events_at(tracking) as log:
         for uuid in given["ids"] or ("",):
@@ -184,10 +308,10 @@ def _items(
                 given["conversation"],
                 given["service"],
                 given["kind"],
-                given["outcomes"],
+                tuple(given["outcomes"]),
                 "",
-                since,
-                until,
+                given["since"],
+                given["until"],
             )
             items += replays.from_events(log, query, given["to"], names, most=MOST)
     return items
@@ -235,17 +359,25 @@ def _record(each: Planned) -> dict[str, Any]:
 
 def _cancel(desk: Desk, name: str, as_json: bool) -> int:
     back, gone = replays.cancel(desk, name)
+    PlanQueue(desk, name).drop()
+    replays.leave(desk, name)
     told = {"replay": name, "back_to_dead": back, "dropped": gone}
     text = f"replay {name}: {back} went back to the dead letters, {gone} copies were dropped"
     click.echo(json.dumps(told) if as_json else text)
     return 0
 
 
-def _release(desk: Desk, stores: _Stores, name: str, given: Mapping[str, Any], as_json: bool) -> int:
-    released: list[Released] = []
+def _release(
+    desk: Desk,
+    stores: _Stores,
+    name: str,
+    given: Mapping[str, Any],
+    as_json: bool,
+    holds: Sequence[Callable[[], bool]],
+) -> int:
     staged = desk.transport.depth(replays.staging(name))
-    if not staged:
-        raise IdempError(f"replay {name} has nothing staged")
+    pace = Pace(stores, limit=given["pause_at"] / 100, patience=given["wait"])
+    paused = ""
 
     books: dict[str, Book] = {}
 
@@ -260,58 +392,64 @@ def _release(desk: Desk, stores: _Stores, name: str, given: Mapping[str, Any], a
             set_all_free(stores(service), keys, books[service])
 
     with _until_interrupted() as goes_on:
+
+        def may() -> bool:
+            nonlocal paused
+            if goes_on() and not all(hold() for hold in holds):
+                paused = "it stood still so long that another may replay to the same service"
+            elif goes_on():
+                paused = pace.trouble(goes_on)
+            return goes_on() and not paused
+
         with bar(staged, "sent") as step:
 
             def told(some: Sequence[Released]) -> None:
-                released.extend(some)
+                pace.sent(some)
                 step(len(some))
 
-            replays.release(desk, name, rate=given["rate"] or 0.0, free=free, goes_on=goes_on, told=told)
-        with bar(len(set(released)), "settled", least=1) as settled:
-            outcomes = _settled(released, stores, given["wait"], goes_on, settled)
+            sent = replays.release(desk, name, rate=given["rate"] or 0.0, free=free, goes_on=may, told=told)
+        if not paused:
+            with bar(sent, "settled", least=1) as settled:
+                _settle(pace, given["wait"], goes_on, settled)
+    left = staged - sent
+    if not left:
+        PlanQueue(desk, name).drop()
+        replays.leave(desk, name)
+    _report(name, pace.outcomes, sent, left, paused, as_json)
+    return 0 if not left and set(pace.outcomes.values()) <= {"ok", "skipped"} else 1
+
+
+def _settle(pace: Pace, wait: float, goes_on: Callable[[], bool], settled: Callable[[int], None]) -> None:
+    """Until all came to an end, or it takes too long."""
+    end, told = time.monotonic() + wait, 0
+    while True:
+        pace.look()
+        settled(pace.over() - told)
+        told = pace.over()
+        if pace.ended() or time.monotonic() > end or not goes_on():
+            return
+        time.sleep(_LOOK)
+
+
+def _report(
+    name: str, outcomes: Mapping[Released, str], sent: int, left: int, paused: str, as_json: bool
+) -> None:
     counted = Counter(outcomes.values())
     for one, became in outcomes.items():
         line = f"{became:<9}{escaped(one.key)}"
         click.echo(
             json.dumps({"key": one.key, "service": one.service, "outcome": became}) if as_json else line
         )
-    left = staged - len(released)
-    told_all = {"replay": name, "sent": len(released), "ran": counted["ok"], "left": left, **counted}
+    told = {"replay": name, "sent": sent, "ran": counted["ok"], "left": left, **counted}
+    if paused:
+        told["paused"] = paused
     what = ", ".join(f"{n} {became}" for became, n in sorted(counted.items()))
-    text = f"replay {name}: {len(released)} sent: {what or 'nothing'}"
+    text = f"replay {name}: {sent} sent: {what or 'nothing'}"
+    if paused:
+        text += f"; paused: {paused}"
     if left:
         text += f"; {left} are still staged: idemp replay --resume {name}, or --cancel {name}"
-    click.echo(json.dumps(told_all) if as_json else text)
-    return 0 if not left and counted.keys() <= {"ok", "skipped"} else 1
-
-
-def _settled(
-    released: Sequence[Released],
-    stores: _Stores,
-    wait: float,
-    goes_on: Callable[[], bool],
-    step: Callable[[int], None],
-) -> dict[Released, str]:
-    """What became of each, by its receiver's store; those that take too long are waiting."""
-    found: dict[Released, str] = {}
-    left = list(dict.fromkeys(released))
-    end = time.monotonic() + wait
-    while left:
-        for service in dict.fromkeys(each.service for each in left):
-            mine = [each for each in left if each.service == service]
-            for start in range(0, len(mine), replays.TOGETHER):
-                some = mine[start : start + replays.TOGETHER]
-                states = stores(service).apply([Get(each.key) for each in some])
-                found |= {
-                    each: replays.outcome(each, state) for each, state in zip(some, states, strict=True)
-                }
-        before, left = len(left), [each for each in left if found[each] in _UNSETTLED]
-        step(before - len(left))
-        if time.monotonic() > end or not goes_on():
-            break
-        if left:
-            time.sleep(_LOOK)
-    return {each: found[each] for each in dict.fromkeys(released)}
+    click.echo(json.dumps(told) if as_json else text)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -66,6 +67,8 @@ def watch(
         broker = stack.enter_context(transport_at(transport))
         before: dict[tuple[str, str], Finding] = {}
         number = 0
+        if sys.stderr.isatty() and times != 1:
+            click.echo(f"idemp: looking every {every:g} s; Ctrl-C ends it", err=True)
         try:
             while True:
                 now = {(each.kind, each.service): each for each in _look(log, broker, limits, services)}
@@ -83,6 +86,8 @@ def watch(
                 time.sleep(every)
         except KeyboardInterrupt:
             pass
+    if sys.stderr.isatty() and not before:
+        click.echo("idemp: nothing is wrong", err=True)
     return 1 if before else 0
 
 

@@ -31,24 +31,31 @@ class PublishingLog:
     def __init__(self, transport: Transport, *, payloads: bool = True, business: str = "") -> None:
         self._transport = transport
         self.payloads, self.business = payloads, business
-        self._declared = False
+        self._lost = self._declared = False
         self._lock = threading.Lock()
 
     def append(self, batch: Batch) -> None:
         """Publish ``batch``, confirmed.  Raises `TransportUnavailable`: then it is to be sent again."""
         publication = Publication(pack(batch), _named(batch), "", QUEUE)
         with self._lock:
-            if not self._declared:
-                self._transport.declare(QUEUE)
-                self._declared = True
-            [number] = self._transport.send([publication])
-            for _ in range(int(CONFIRM * 10)):
-                for event in self._transport.poll(0.1):
-                    if isinstance(event, Sent) and event.number == number:
-                        if event.error:
-                            self._declared = False
-                            raise TransportUnavailable(event.error)
-                        return
+            if self._lost:
+                self._transport.connect()
+            self._lost = True  # unless all goes well
+            self._publish(publication)
+            self._lost = False
+
+    def _publish(self, publication: Publication) -> None:
+        if not self._declared:
+            self._transport.declare(QUEUE)
+            self._declared = True
+        [number] = self._transport.send([publication])
+        for _ in range(int(CONFIRM * 10)):
+            for event in self._transport.poll(0.1):
+                if isinstance(event, Sent) and event.number == number:
+                    if event.error:
+                        self._declared = False
+                        raise TransportUnavailable(event.error)
+                    return
         raise TransportUnavailable(f"events were not confirmed within {CONFIRM:g} s")
 
     def close(self) -> None:

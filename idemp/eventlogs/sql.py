@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from msgspec.structs import astuple
+import msgspec
 
 from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Query
 
@@ -111,7 +111,7 @@ class SqlEventLog(ABC):
 
     def append(self, batch: Batch) -> None:
         """See `idemp.ports.EventLog`."""
-        rows = [astuple(event) for event in batch.events]
+        rows: list[list[Any]] = msgspec.to_builtins(batch.events)  # an event is its columns, in order
         edges = [(*key, *sums) for key, sums in edges_of(batch.events).items()]
         try:
             self._append(batch, rows, edges)
@@ -121,9 +121,7 @@ class SqlEventLog(ABC):
             self._pruned = self._clock.steady()
             self.prune(self._clock.wall())
 
-    def _append(
-        self, batch: Batch, rows: Sequence[tuple[Any, ...]], edges: Sequence[tuple[Any, ...]]
-    ) -> None:
+    def _append(self, batch: Batch, rows: Sequence[Sequence[Any]], edges: Sequence[Sequence[Any]]) -> None:
         def work(execute: Execute) -> None:
             named = {"writer": batch.writer, "number": batch.number, "at": self._clock.wall()}
             new = "INSERT INTO batch VALUES (:writer, :number, :at) ON CONFLICT DO NOTHING RETURNING number"
@@ -268,7 +266,7 @@ def _where(query: Query) -> tuple[list[str], dict[str, Any]]:
     return where, named
 
 
-def plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
+def plain(row: Sequence[Any]) -> tuple[Any, ...]:
     """``row`` without what no database takes in a text."""
     return tuple(
         each.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if isinstance(each, str) else each
@@ -276,7 +274,7 @@ def plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _insert(execute: Execute, into: str, rows: Sequence[tuple[Any, ...]], rest: str = "") -> None:
+def _insert(execute: Execute, into: str, rows: Sequence[Sequence[Any]], rest: str = "") -> None:
     """Many rows a statement: each statement lets a busy thread beside this one go first."""
     for start in range(0, len(rows), TOGETHER):
         part = rows[start : start + TOGETHER]

@@ -63,9 +63,17 @@ class Advice(NamedTuple):
 
 
 def advise(
-    samples: Sequence[Sample], *, workers: int, backlog: int = 0, wish: Wish | None = None
+    samples: Sequence[Sample],
+    *,
+    workers: int,
+    backlog: int = 0,
+    wish: Wish | None = None,
+    past: Sequence[Sample] = (),
 ) -> Advice | None:
-    """What to do with ``workers`` handlers in parallel, over all replicas; None if too little is known."""
+    """What to do with ``workers`` handlers in parallel, over all replicas; None if too little is known.
+
+    past: of a longer time.  While all workers are busy ``samples`` do not tell what fewer would take.
+    """
     wish = wish or Wish()
     if len(samples) < LEAST:
         return None
@@ -83,7 +91,10 @@ def advise(
     for_latency = _for_latency(rate, service, spread, wish)
     wanted = min(wish.most, max(steady, catching_up, for_latency))
     wait = waiting(rate, service, workers, spread)
-    verdict, why, recommended = _verdict(samples, workers, wanted, load, backlog, wish)
+    share = shared(samples)
+    if share is None:
+        share = shared(past)
+    verdict, why, recommended = _verdict(samples, share, workers, wanted, load, backlog, wish)
     return Advice(
         verdict,
         why,
@@ -105,10 +116,15 @@ def advise(
 
 
 def _verdict(
-    samples: Sequence[Sample], workers: int, wanted: int, load: float, backlog: int, wish: Wish
+    samples: Sequence[Sample],
+    share: float | None,
+    workers: int,
+    wanted: int,
+    load: float,
+    backlog: int,
+    wish: Wish,
 ) -> tuple[str, str, int]:
     bad = sum(sample.failed for sample in samples) / len(samples)
-    share = shared(samples)
     busy = f"{load:.2f} of {workers} workers are busy on the average ({load / workers:.0%})"
     if bad > FAILING:
         return "mend first", f"{bad:.0%} of the runs fail, and each comes again; {busy}", workers
@@ -120,7 +136,10 @@ def _verdict(
     if wanted > workers:
         behind = f", and {backlog} wait" if backlog else ""
         limit = f"; {wish.most} is the most" if wanted == wish.most else ""
-        return f"add {wanted - workers}", f"{busy}{behind}; {wanted} are needed{limit}", wanted
+        unsure = ""
+        if share is None and workers > 1:
+            unsure = "; all were busy, so nobody can tell whether they wait for each other: add one first"
+        return f"add {wanted - workers}", f"{busy}{behind}; {wanted} are needed{limit}{unsure}", wanted
     fewer = max(wanted, math.ceil(load / RELAXED - 1e-9), 1)
     if fewer < workers and not backlog:
         return f"remove {workers - fewer}", f"{busy}; {fewer} are enough", fewer
@@ -174,6 +193,8 @@ def shared(samples: Sequence[Sample]) -> float | None:
 
     The slope of service time over concurrency, both as logarithms; None where concurrency hardly varies.
     """
+    if len(samples) < LEAST:
+        return None
     points = [
         (math.log(beside), math.log(sample.took))
         for sample, beside in zip(samples, concurrency(samples), strict=True)

@@ -1,10 +1,9 @@
-"""The flow: services, and what goes from which to which, as text, Graphviz, Mermaid and a picture."""
+"""The flow: services, and what goes from which to which, as text, for Graphviz and for Mermaid."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import Any
 
 import msgspec
@@ -108,7 +107,7 @@ def mermaid(edges: Sequence[Edge]) -> str:
     number = {name: place for place, name in enumerate(names)}
     lines = ["flowchart LR", *(f"  s{number[name]}[{_entities(name)}]" for name in names)]
     lines += [
-        f"  s{number[each.sender]} -->|{_entities(_label(each))}| s{number[each.service]}"
+        f"  s{number[each.sender]} -->|{_entities(label(each))}| s{number[each.service]}"
         for each in arrows(edges)
     ]
     return "\n".join(lines) + "\n"
@@ -119,62 +118,10 @@ def _entities(name: str) -> str:
     return f'"{plain}"'
 
 
-def _label(arrow: Arrow) -> str:
+def label(arrow: Arrow) -> str:
+    """What is written on it in a drawing."""
     bad = f", {arrow.failing:.1%} failing" if arrow.failing else ""
     return f"{arrow.n}{bad}"
-
-
-def svg(edges: Sequence[Edge]) -> str:
-    """A picture: services on a circle, arrows as wide as they are busy, red where messages fail."""
-    names, found = services(edges), arrows(edges)
-    radius = max(120.0, 34.0 * len(names))
-    size = 2 * radius + 240
-    middle = size / 2
-    places = {
-        name: (
-            middle + radius * math.cos(2 * math.pi * n / len(names) - math.pi / 2),
-            middle + radius * math.sin(2 * math.pi * n / len(names) - math.pi / 2),
-        )
-        for n, name in enumerate(names)
-    }
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size:.0f} {size:.0f}" role="img" '
-        'font-family="sans-serif" font-size="13">',
-        "<title>message flow</title>",
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
-        'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 8 4 0 8z"/></marker></defs>',
-        f'<rect width="{size:.0f}" height="{size:.0f}" fill="#fff"/>',
-        *(_curve(each, places[each.sender], places[each.service]) for each in found),
-        *(_box(name, *places[name]) for name in names),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _curve(arrow: Arrow, start: tuple[float, float], end: tuple[float, float]) -> str:
-    (x1, y1), (x2, y2) = start, end
-    length = math.hypot(x2 - x1, y2 - y1) or 1.0
-    ux, uy = (x2 - x1) / length, (y2 - y1) / length
-    # Bent to the right, so that two services that send to each other have two arrows.
-    mx, my = (x1 + x2) / 2 - uy * 26, (y1 + y2) / 2 + ux * 26
-    ex, ey = x2 - ux * 40, y2 - uy * 26
-    colour = "#b42318" if arrow.failing > 0.01 else "#344054"
-    width = 1 + math.log10(max(arrow.n, 1))
-    told = escape(f"{arrow.sender} to {arrow.service}: {_label(arrow)}", quote=True)
-    return (
-        f'<path d="M{x1:.1f} {y1:.1f} Q{mx:.1f} {my:.1f} {ex:.1f} {ey:.1f}" fill="none" stroke="{colour}" '
-        f'stroke-width="{width:.1f}" marker-end="url(#tip)"><title>{told}</title></path>'
-        f'<text x="{mx:.1f}" y="{my:.1f}" text-anchor="middle" fill="{colour}">{escape(_label(arrow))}</text>'
-    )
-
-
-def _box(name: str, x: float, y: float) -> str:
-    told = escape("".join(c if c.isprintable() else " " for c in name))
-    width = 24 + 8 * len(name)
-    return (
-        f'<rect x="{x - width / 2:.1f}" y="{y - 15:.1f}" width="{width}" height="30" rx="6" fill="#f2f4f7" '
-        f'stroke="#344054"/><text x="{x:.1f}" y="{y + 5:.1f}" text-anchor="middle">{told}</text>'
-    )
 
 
 def record(arrow: Arrow) -> dict[str, Any]:

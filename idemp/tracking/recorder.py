@@ -30,9 +30,6 @@ PATIENCE = (0.2, 5.0)
 FAREWELL = 5.0
 """Seconds that `close` waits for the log."""
 
-Later = Callable[[], Iterable[Event]]
-"""What makes events in the recorder's own thread."""
-
 
 class Recorder:
     """Takes events of ``service`` to ``target``: an `EventLog`, or any object with ``write(event)``.
@@ -47,14 +44,14 @@ class Recorder:
         *,
         room: int = ROOM,
         every: float = EVERY,
-        extra: Later = tuple,
+        extra: Callable[[], Iterable[Event]] = tuple,
         clock: Clock | None = None,
         writer: str = "",
     ) -> None:
         self._target, self._service, self._extra = target, service, extra
         self._room, self._every, self._clock = room, every, clock or Clock()
         self.writer = writer or uuid.uuid4().hex[:12]
-        self._waiting: deque[tuple[int, Later]] = deque()
+        self._waiting: deque[Sequence[Event]] = deque()
         self._weight = 0
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -67,27 +64,23 @@ class Recorder:
 
     def add(self, events: Sequence[Event]) -> None:
         """Record ``events`` soon."""
-        self.later(len(events), lambda: events)
-
-    def write(self, event: Event) -> None:
-        """`add` of one, so that a recorder is a logger for envelopes."""
-        self.add([event])
-
-    def later(self, n: int, make: Later) -> None:
-        """Record ``n`` events that ``make`` makes; nothing is called here."""
         if self._ending.is_set():
             return
         with self._lock:
-            self._waiting.append((n, make))
-            self._weight += n
+            self._waiting.append(events)
+            self._weight += len(events)
             while self._weight > self._room and len(self._waiting) > 1:
-                gone, _ = self._waiting.popleft()
+                gone = len(self._waiting.popleft())
                 self._weight -= gone
                 self._drop(gone)
         if self._thread is None:
             self.start()
         if self._weight >= TOGETHER:
             self._bell.set()
+
+    def write(self, event: Event) -> None:
+        """`add` of one, so that a recorder is a logger for envelopes."""
+        self.add([event])
 
     def start(self) -> None:
         """Let its thread run, which else begins with the first event; needed for ``extra`` alone."""
@@ -130,21 +123,16 @@ class Recorder:
 
     def _next(self) -> list[Event]:
         """What is to go now."""
-        taken: list[Later] = []
-        n = 0
-        with self._lock:
-            while self._waiting and n < TOGETHER:
-                weight, make = self._waiting.popleft()
-                self._weight -= weight
-                n += weight
-                taken.append(make)
-            lost, self._lost = self._lost, 0
         events: list[Event] = []
-        for make in (*taken, self._extra):
-            try:
-                events += make()
-            except Exception:
-                log.exception("%s: events could not be made", self._service)
+        with self._lock:
+            while self._waiting and len(events) < TOGETHER:
+                events += self._waiting.popleft()
+            self._weight -= len(events)
+            lost, self._lost = self._lost, 0
+        try:
+            events += self._extra()
+        except Exception:
+            log.exception("%s: events could not be made", self._service)
         if lost:
             events.append(Event("", "dropped", self._service, self._clock.wall(), attempt=lost))
         return events

@@ -343,18 +343,30 @@ class Mark(NamedTuple):
     origin: str = ""
 
 
+def sends(planned: Sequence[Planned]) -> list[Planned]:
+    """Those that are to be sent."""
+    return [each for each in planned if each.verdict in SENDS and each.item.body is not None]
+
+
 def stage(
-    desk: Desk, planned: Sequence[Planned], mark: Mark, told: Callable[[int], None] = lambda _: None
+    desk: Desk,
+    planned: Sequence[Planned],
+    mark: Mark,
+    told: Callable[[int], None] = lambda _: None,
+    *,
+    safe: Callable[[Sequence[Planned]], None] = lambda _: None,
 ) -> int:
     """Copy what is to be sent into the replay's queue, confirmed; how many.
 
-    A dead letter is taken out of its queue once its copy is safe.  Raises `TransportUnavailable`.
+    safe: called with those whose copies are.  Only then a dead letter is taken out of its queue.  Raises
+    `TransportUnavailable`.
     """
-    chosen = [each for each in planned if each.verdict in SENDS and each.item.body is not None]
+    chosen = sends(planned)
     desk.transport.declare(staging(mark.replay))
     for start in range(0, len(chosen), TOGETHER):
         some = chosen[start : start + TOGETHER]
         desk.send([_staged(each, mark) for each in some])
+        safe(some)
         desk.settle([each.item.tag for each in some if each.item.tag is not None])
         told(len(some))
     return len(chosen)
@@ -436,6 +448,15 @@ def _onward(delivery: Delivery) -> Publication:
         if not str(name).startswith("x-replay-") or name in (REPLAY, CONFIRMED)
     }
     return Publication(delivery.body, replace(properties, headers=kept), "", str(properties.headers[_TO]))
+
+
+def leave(desk: Desk, replay: str) -> None:
+    """Take its queues away, where the broker can, if nothing is in them."""
+    drop: Callable[[str], None] | None = getattr(desk.transport, "drop", None)
+    if drop is not None:
+        desk.transport.cancel()
+        for queue in (staging(replay), f"{staging(replay)}.plan"):
+            drop(queue)
 
 
 def cancel(desk: Desk, replay: str) -> tuple[int, int]:

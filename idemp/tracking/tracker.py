@@ -1,6 +1,6 @@
 """The tracker: what a service's consumer and publishers tell, as events.
 
-The consumer hands over a batch of outcomes at a time, and events are made of it in the recorder's thread.
+The consumer hands over a batch of outcomes at a time; a thread of the recorder takes their events to the log.
 Short handlers cost one event, at their end; one that is still at it when the recorder comes by is told as
 ``started`` too, so that one which never ends is seen.
 """
@@ -12,11 +12,11 @@ import logging
 import os
 import re
 import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -39,17 +39,11 @@ MOST = 64 * 1024
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class Ran(NamedTuple):
-    """A handler's run: ``began`` by the wall clock, how long it ``took`` in seconds."""
-
-    began: float
-    took: float
-    attempt: int
-
-
 class Tracker:
     """Makes events of what ``service`` sends and receives, and records them in ``target``.
 
+    Who runs a handler says so in ``running``, by its thread: the flight, since when by `time.perf_counter`,
+    and the attempt; then in the flight's ``ran``: since when by the wall clock, seconds, the attempt.
     target: an `EventLog`, or any object with ``write(event)``; it stays open.  queue: of the service.
     """
 
@@ -68,7 +62,7 @@ class Tracker:
         self._payloads = bool(getattr(target, "payloads", True))
         business = getattr(target, "business", "")
         self._business = business.split(".") if business else []
-        self._running: dict[int, tuple[Any, float, int]] = {}
+        self.running: dict[int, tuple[Any, float, int]] = {}
         self._started: dict[int, Any] = {}
         self._told_dropped = 0
         self.recorder = Recorder(target, service, room=room, extra=self._started_since, clock=self._clock)
@@ -87,30 +81,37 @@ class Tracker:
 
     # ---------------------------------------------------------------- what the consumer tells
 
-    def begins(self, flight: Any, attempt: int) -> None:
-        """A worker begins with ``flight``."""
-        self._running[threading.get_ident()] = flight, self._clock.wall(), attempt
+    def since(self) -> float:
+        """Seconds to add to `time.perf_counter` for the time by the wall clock."""
+        return float(self._clock.wall() - time.perf_counter())
 
-    def ended(self, flight: Any, took: float) -> None:
-        """It is over."""
-        _, began, attempt = self._running.pop(threading.get_ident())
-        flight.ran = Ran(began, took, attempt)
+    def ends(self) -> None:
+        """This worker is at nothing now."""
+        self.running.pop(threading.get_ident(), None)
 
     def told(self, lines: Sequence[tuple[str, Any, str]]) -> None:
-        """A batch of outcomes: each with its flight, and why."""
-        make = partial(self._outcomes, lines, self._clock.wall())
-        if any(outcome == "lost" for outcome, _, _ in lines):  # that flight goes on, and changes
-            self.recorder.add(make())
-        else:
-            self.recorder.later(len(lines), make)
+        """A batch of outcomes: each with its flight, and why.
 
-    def _outcomes(self, lines: Sequence[tuple[str, Any, str]], wall: float) -> list[Event]:
+        Events are made at once: they are nothing to the garbage collector, and flights that waited for the
+        recorder would be much.
+        """
+        wall = self._clock.wall()
         self._count()
-        return [
-            self._received(flight, outcome, wall, why)
-            for outcome, flight, why in lines
-            if outcome in OUTCOMES
-        ]
+        self._record(
+            lambda: [
+                self._received(flight, outcome, wall, why)
+                for outcome, flight, why in lines
+                if outcome in OUTCOMES
+            ]
+        )
+
+    def _record(self, make: Callable[[], Sequence[Event]]) -> None:
+        """What cannot be recorded is logged: nobody fails for it."""
+        try:
+            if events := make():
+                self.recorder.add(events)
+        except Exception:
+            log.exception("%s: events could not be made", self._service)
 
     def _received(self, flight: Any, kind: str, wall: float, why: str = "") -> Event:
         delivery, message, ran = flight.delivery, flight.message, flight.ran
@@ -120,6 +121,14 @@ class Tracker:
             identity, kind_of = properties.message_id or "", properties.type or ""
         else:
             identity, kind_of = message.id, message.type
+        parent = replay = ""
+        conversation, attempt, at, took = properties.correlation_id or identity, 0, wall, None
+        if headers:  # most have none, and each look costs
+            parent, replay = _text(headers.get(PARENT)), _text(headers.get(REPLAY))
+            conversation = _text(headers.get(CONVERSATION)) or conversation
+            attempt = _number(headers.get("idemp-attempt"))
+        if ran is not None:
+            at, took, attempt = ran
         body = stored = None
         if self._payloads and kind not in ("skipped", "started"):
             body = text_of(delivery.body)
@@ -128,19 +137,19 @@ class Tracker:
             identity,
             kind,
             self._service,
-            wall if ran is None else ran.began,
+            at,
             "receiver",
-            _text(headers.get(PARENT)),
-            _text(headers.get(CONVERSATION)) or properties.correlation_id or identity,
+            parent,
+            conversation,
             properties.app_id or "",
             kind_of,
             self._queue,
             _sent_at(properties),
-            None if ran is None else ran.took,
-            ran.attempt if ran is not None else _number(headers.get("idemp-attempt")),
+            took,
+            attempt,
             why[:1000],
             "" if flight.key.startswith("delivery ") else flight.key,
-            _text(headers.get(REPLAY)),
+            replay,
             self._find_business(message.args) if self._business and message is not None else "",
             body,
             stored,
@@ -148,8 +157,8 @@ class Tracker:
 
     def _started_since(self) -> Iterable[Event]:
         """The handlers that have been at it for long, each once."""
-        running = dict(self._running)
-        old = self._clock.wall() - LONG
+        running = dict(self.running)
+        since, old = self.since(), time.perf_counter() - LONG
         self._started = {
             thread: each for thread, each in self._started.items() if running.get(thread) is each
         }
@@ -157,7 +166,8 @@ class Tracker:
         for thread, (flight, began, attempt) in running.items():
             if thread not in self._started and began < old:
                 self._started[thread] = running[thread]
-                events.append(replace(self._received(flight, "started", began), attempt=attempt))
+                told = self._received(flight, "started", began + since)
+                events.append(replace(told, attempt=attempt))
         return events
 
     def _find_business(self, args: Any) -> str:
@@ -209,7 +219,16 @@ class Tracker:
 
     def sent(self, publications: Sequence[Publication]) -> None:
         """See `idemp.causality.Tracks`."""
-        self.recorder.later(len(publications), lambda: [self._sent(each) for each in publications])
+        self._record(lambda: [self._sent(each) for each in publications])
+
+    def relayed(self, publications: Sequence[Publication], at: float) -> None:
+        """They waited in an outbox and went out ``at``: sent by the services that wrote them."""
+        self._record(
+            lambda: [
+                replace(self._sent(each), service=each.properties.app_id or self._service, at=at)
+                for each in publications
+            ]
+        )
 
     def _sent(self, publication: Publication) -> Event:
         properties = publication.properties
@@ -240,10 +259,7 @@ class Tracker:
 
     def note(self, message: Message, text: str, *, hide_payload: bool = False) -> None:
         """See `idemp.causality.Tracks`."""
-        try:
-            self.recorder.add([self._note(message, text, hide_payload)])
-        except Exception:
-            log.exception("%s: a note was not recorded", self._service)
+        self._record(lambda: [self._note(message, text, hide_payload)])
 
     def _note(self, message: Message, text: str, hide_payload: bool) -> Event:
         cause = around()

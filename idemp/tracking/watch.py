@@ -78,12 +78,18 @@ def judge(seen: Seen, now: float, limits: Limits) -> list[Finding]:
 def _no_consumer(seen: Seen) -> Finding | None:
     queue = f"{seen.service}-queue"
     if seen.absent:
-        return Finding("no consumer", seen.service, f"there is no queue {queue}", _last(seen))
+        return _waiting("no consumer", seen, f"there is no queue {queue}")
     if seen.consumers != 0:
         return None
-    return Finding(
-        "no consumer", seen.service, f"nobody consumes {queue}; {seen.ready} messages are ready", _last(seen)
-    )
+    return _waiting("no consumer", seen, f"nobody consumes {queue}; {seen.ready} messages are ready")
+
+
+def _waiting(kind: str, seen: Seen, why: str) -> Finding:
+    """With the oldest message that it got and told nothing of, where the publisher was tracked."""
+    if not seen.missing:
+        return Finding(kind, seen.service, why, _last(seen))
+    oldest = min(seen.missing, key=lambda event: event.at)
+    return Finding(kind, seen.service, f"{why}; the oldest is {oldest.uuid}", oldest.at, _ids(seen.missing))
 
 
 def _last(seen: Seen) -> float | None:
@@ -100,7 +106,7 @@ def _no_progress(seen: Seen, now: float, limits: Limits) -> Finding | None:
         return None
     error = next((f"; last error {event.why}" for event in seen.events if event.kind in _BAD), "")
     told = f"{seen.consumers} consumers, {seen.ready} messages ready, and no outcome for {now - last:.0f} s"
-    return Finding("no progress", seen.service, told + error, last)
+    return _waiting("no progress", seen, told + error)
 
 
 def _never_finished(seen: Seen, now: float, limits: Limits) -> Finding | None:

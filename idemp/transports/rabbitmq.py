@@ -153,6 +153,11 @@ class RabbitMQTransport:
             found = link.look(queue)
         return None if found is None else found[1]
 
+    def drop(self, queue: str) -> None:
+        """Delete ``queue``, if nothing is in it and nobody consumes it."""
+        with self._connected() as link:
+            link.drop(queue)
+
     def wake(self) -> None:
         """From any thread; free until the next `poll` has returned."""
         if not self._woken:
@@ -396,6 +401,15 @@ class _Link:
             return None
         channel.close()
         return int(found.message_count), int(found.consumer_count)
+
+    def drop(self, queue: str) -> None:
+        """A refusal closes the channel, and the queue stays."""
+        channel = self._channel()
+        if self._ask(
+            channel,
+            lambda then: channel.queue_delete(queue, if_unused=True, if_empty=True, callback=then),
+        ):
+            channel.close()
 
     # ---------------------------------------------------------------- consuming
 
