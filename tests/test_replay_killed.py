@@ -373,7 +373,7 @@ def on_a_terminal(case: Case, *arguments: str, answer: str = "") -> tuple[int, s
 
 
 def test_a_person_sees_the_plan_is_asked_and_sees_bars(amqp_url: str, tmp_path: Path, unique: str) -> None:
-    """A plan, a question, a bar for what is staged and one for what is sent; no is no."""
+    """A plan, a question, a bar for what is staged, what is sent, what came to an end; no is no."""
     case = Case(amqp_url, tmp_path, unique, "file")
     n = 600
     case.add(*map(str, range(n)))
@@ -387,7 +387,7 @@ def test_a_person_sees_the_plan_is_asked_and_sees_bars(amqp_url: str, tmp_path: 
         until(lambda: len(ran) == n, lambda: len(ran))
         lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown))
         bars = [line for line in lines if "100%" in line]
-        assert {line.split()[0] for line in bars} == {"staged", "sent"}
+        assert {line.split()[0] for line in bars} == {"staged", "sent", "settled"}
         assert f"{n} sent: {n} ok" in shown
         code, shown = on_a_terminal(case, "watch", "--times", "1")
         assert (code, shown.splitlines()[-1]) == (0, "idemp: nothing is wrong"), shown
