@@ -806,4 +806,5 @@ def _collected_seldom() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.set_threshold(*_PYTHONS_OWN)
+        if gc.get_threshold() == COLLECT:
+            gc.set_threshold(*_PYTHONS_OWN)

@@ -125,7 +125,11 @@ def test_garbage_is_looked_for_seldom_unless_the_application_says_when(make: Cal
     """While messages come, and as before afterwards."""
     before = gc.get_threshold()
     try:
-        for own, meanwhile in (((700, 10, 10), COLLECT), ((701, 10, 10), (701, 10, 10))):
+        for own, meanwhile, set_in_between in (
+            ((700, 10, 10), COLLECT, None),
+            ((701, 10, 10), (701, 10, 10), None),
+            ((700, 10, 10), COLLECT, (702, 10, 10)),
+        ):
             bench = make()
             seen: list[tuple[int, int, int]] = []
 
@@ -137,8 +141,10 @@ def test_garbage_is_looked_for_seldom_unless_the_application_says_when(make: Cal
             with bench.running():
                 bench.publish(Message("1", "t"))
                 until(partial(len, seen))
+                if set_in_between:
+                    gc.set_threshold(*set_in_between)
             assert seen == [meanwhile]
-            assert gc.get_threshold() == own
+            assert gc.get_threshold() == (set_in_between or own)
     finally:
         gc.set_threshold(*before)
 

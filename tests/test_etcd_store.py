@@ -254,6 +254,26 @@ def test_one_event_that_is_dropped_is_noticed(make: Make) -> None:
     assert isinstance(one(store, Claim("b")), Busy)
 
 
+def test_an_import_may_outlast_a_session(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one comes before there is a lease; during a later one the lease is kept."""
+    quick = Wire.watch
+
+    def slow(self: Wire, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(4.0)
+        return quick(self, *args, **kwargs)
+
+    monkeypatch.setattr(Wire, "watch", slow)
+    store, _ = make(session_ttl=2.0)
+    session: Any = store._session  # type: ignore[attr-defined]
+    mine = session._id
+    claim = one(store, Claim("a"))
+    assert (session._id, type(claim)) == (mine, Claimed)
+    session._replica.distrust("for a test")
+    assert isinstance(one(store, Claim("b")), Claimed)
+    assert session._id == mine
+    assert one(store, Complete("a", claim.token)) == Applied()
+
+
 def test_a_duplicate_costs_no_round_trip(make: Make) -> None:
     """Done is answered from memory."""
     store, _ = make()

@@ -208,7 +208,8 @@ class _Session:
         try:
             with self._as_store_error():
                 self._prepare()
-                self._import(clock.steady() + PATIENCE)  # before there is a lease, which it may outlast
+                # Before there is a lease, which it may outlast.
+                self._import(clock.steady() + PATIENCE)
                 self._begin_session()
                 self._import_seed(clock.steady() + PATIENCE)
         except BaseException:

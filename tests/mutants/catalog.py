@@ -401,6 +401,13 @@ MUTANTS = (
         unit("test_postgresql_store.py::test_what_cannot_go_the_short_way_leaves_no_trace"),
     ),
     Mutant(
+        "an import that takes long comes before the lease",
+        "stores/etcd.py",
+        "                self._import(clock.steady() + PATIENCE)\n                self._begin_session()\n",
+        "                self._begin_session()\n                self._import(clock.steady() + PATIENCE)\n",
+        unit("test_etcd_store.py::test_an_import_may_outlast_a_session"),
+    ),
+    Mutant(
         "what is kept ready goes when a key is forgotten",
         "stores/journal.py",
         "            case Forget():\n                self.hot.clear()\n",
