@@ -408,7 +408,7 @@ class Pipeline:
             return
         first = self._window.get(flight.key)
         if first is None and route.policy is not None and not _sent_back(delivery):
-            done = route.policy.store.recall(flight.key)
+            done = route.policy.store.recall(flight.key, self._now)
             if done is not None:
                 self._repeated(flight, done)
                 return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from idemp.message import Properties, Value
@@ -200,10 +201,11 @@ class Store(Protocol):
         """
         ...
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """The answer that a `Claim` would get, if this process's memory is sure that ``key`` is done.
 
-        Asks nobody and does not wait.  None: ask with `apply`.
+        Asks nobody else and does not wait.  None: ask with `apply`.  since: steady seconds; an answer
+        will do that held then or later, so that one look may serve all messages that came before it.
         """
         ...
 

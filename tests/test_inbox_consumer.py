@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -361,7 +362,7 @@ class Store:
 
     retention = 3600.0
 
-    def recall(self, key: str) -> None:
+    def recall(self, key: str, since: float = inf) -> None:
         """Its memory is not sure of anything."""
 
     def apply(self, ops: Any) -> Any:

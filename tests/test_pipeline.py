@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ class Store:
     def apply(self, ops: Any) -> Any:
         raise AssertionError("the pipeline is pure")
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         return self.known.get(key)
 
 

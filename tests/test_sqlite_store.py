@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ import pytest
 
 from idemp.embedded import mount_of
 from idemp.errors import ConfigError, StoreUnavailable
+from idemp.laws import Entry, Ledger
 from idemp.ports import (
+    Abandon,
     Applied,
     Busy,
     Claim,
@@ -25,13 +28,17 @@ from idemp.ports import (
     Complete,
     Done,
     Doubt,
+    Forget,
     Free,
     Get,
     Lost,
+    Op,
+    Park,
     Release,
+    Reply,
     Takeover,
 )
-from idemp.stores import open_store
+from idemp.stores import open_store, sqlite_known
 from idemp.stores.sqlite import SqliteStore, _portions
 from idemp.transports import open_transport
 from idemp.transports.sqlite import SqliteTransport
@@ -56,13 +63,13 @@ class Wire:
         self.fault: Callable[[str, str], None] = lambda when, sql: None
         self.commits = 0
 
-    def connect(self, *args: Any, **kwargs: Any) -> sqlite3.Connection:
+    def connect(self, *args: Any, factory: Any = sqlite3.Connection, **kwargs: Any) -> sqlite3.Connection:
         wire = self
 
-        class Connection(sqlite3.Connection):
+        class Connection(factory):  # type: ignore[misc]
             def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
                 wire.fault("before", sql)
-                cursor = super().execute(sql, *values)
+                cursor: sqlite3.Cursor = super().execute(sql, *values)
                 wire.commits += sql == "COMMIT"
                 wire.fault("after", sql)
                 return cursor
@@ -299,6 +306,232 @@ def test_threads_share_commits(make: Any, wire: Wire) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, range(16)))
     assert wire.commits - before < 80
+
+
+# ------------------------------------------------------------------ what is known without asking
+
+
+def done(store: SqliteStore, key: str, result: bytes = b"1") -> int:
+    """Claim and complete ``key``; its token."""
+    [claimed] = store.apply([Claim(key)])
+    assert isinstance(claimed, Claimed)
+    assert store.apply([Complete(key, claimed.token, result)]) == [Applied()]
+    return claimed.token
+
+
+def test_what_this_process_wrote_is_not_loaded_again(make: Any, wire: Wire) -> None:
+    """A completion of its own claim; a batch of duplicates not even begins a transaction."""
+    store = make()
+    store.apply([])
+    said: list[str] = []
+    wire.fault = lambda when, sql: said.append(sql.split()[0]) if when == "before" else None
+    claims = store.apply([Claim(key) for key in "abc"])
+    assert said.count("SELECT") == 1
+    store.apply([Complete(key, claim.token) for key, claim in zip("abc", claims, strict=True)])
+    assert said.count("SELECT") == 1
+    said.clear()
+    assert all(isinstance(reply, Done) for reply in store.apply([Claim(key) for key in "abcabc"]))
+    assert set(said) == {"PRAGMA"}
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+def test_what_another_process_wrote_is_seen(make: Any, asked: int) -> None:
+    """Forgotten by it: not done; taken over by it: lost.  In batches of one key and of more."""
+    mine, theirs = make(), make()
+    mine.apply([])
+    for key in "abc":
+        token = done(mine, key)
+        assert mine.recall(key) == mine.apply([Claim(key)])[0]
+        assert theirs.apply([Forget(key, token)]) == [Applied()]
+        assert mine.recall(key) is None
+        assert [type(reply) for reply in mine.apply([Claim(key)] * asked)] == [Claimed, Busy][:asked]
+        [busy] = theirs.apply([Claim(key)])
+        assert mine.apply([Abandon(key, busy.token)]) == [Applied()]
+        [taken] = theirs.apply([Takeover(key, busy.token)])
+        assert isinstance(taken, Claimed)
+        [lost] = mine.apply([Complete(key, busy.token)])
+        assert isinstance(lost, Lost)
+        assert theirs.apply([Complete(key, taken.token, b"2")]) == [Applied()]
+        [seen] = mine.apply([Claim(key)])
+        assert (type(seen), seen.result) == (Done, b"2")
+
+
+def test_what_a_handler_wrote_is_seen(make: Any) -> None:
+    """Its transaction has a connection of its own."""
+    store = make()
+    token = done(store, "a")
+    assert store.recall("a")
+    store.transaction(lambda transaction: transaction.apply([Forget("a", token)]), 10.0)
+    assert store.recall("a") is None
+    assert isinstance(store.apply([Claim("a")])[0], Claimed)
+
+
+def test_one_look_serves_what_came_before_it(make: Any, time: Time, wire: Wire) -> None:
+    """Who asks what held at the last look or later, or later than that."""
+    store, other = make(), make()
+    token = done(store, "a")
+    looks: list[str] = []
+    wire.fault = lambda when, sql: looks.append(sql) if when == "before" else None
+    assert store.recall("a")
+    assert looks == ["PRAGMA data_version"]
+    assert store.recall("a", time.now)
+    assert store.recall("a", time.now - 5)
+    assert len(looks) == 1
+    other.apply([Forget("a", token)])
+    looks.clear()
+    assert store.recall("a", time.now)  # it held when it was looked at
+    assert looks == []
+    assert store.recall("a", time.now + 1) is None
+    assert store.recall("a", time.now) is None
+
+
+def test_nothing_is_recalled_that_cannot_be_looked_at(make: Any, wire: Wire) -> None:
+    """The look fails, or another thread is reading; what is committed stands."""
+    store = make()
+    done(store, "a")
+    wire.fail("before", "PRAGMA data_version", 1)
+    assert store.recall("a") is None
+    assert store.recall("a")
+    [claimed] = store.apply([Claim("b")])
+    looks = [0]
+
+    def fault(when: str, sql: str) -> None:
+        looks[0] += (when, sql) == ("before", "PRAGMA data_version")
+        if looks[0] == 2:
+            raise sqlite3.OperationalError("disk I/O error")
+
+    wire.fault = fault
+    assert store.apply([Complete("b", claimed.token)]) == [Applied()]
+    wire.fault = lambda when, sql: None
+    assert store.recall("b") is None
+    assert isinstance(store.apply([Claim("b")])[0], Done)
+    with store._session_here()._reading:
+        assert store.recall("b") is None
+    assert store.recall("b")
+
+
+def test_another_writes_between_a_commit_and_the_look_behind_it(make: Any, wire: Wire) -> None:
+    """The look is of what the other wrote, so nothing is recalled by it."""
+    store, other = make(), make()
+    other.apply([])
+    [claimed] = store.apply([Claim("a")])
+    committed = []
+
+    def fault(when: str, sql: str) -> None:
+        if (when, sql) == ("after", "COMMIT"):
+            committed.append(sql)
+        elif committed and when == "before":
+            wire.fault = lambda when, sql: None
+            assert other.apply([Forget("a", claimed.token)]) == [Applied()]
+
+    wire.fault = fault
+    assert store.apply([Complete("a", claimed.token)]) == [Applied()]
+    assert store.recall("a") is None
+    assert isinstance(store.apply([Claim("a")])[0], Claimed)
+
+
+def test_a_new_connection_knows_nothing(make: Any, wire: Wire) -> None:
+    """Its numbers are its own; others wrote while the old one was lost."""
+    store, other = make(), make()
+    other.apply([])
+    for _ in range(5):
+        token = done(store, "a")
+        failed: list[str] = []
+
+        def fault(when: str, sql: str, token: int = token, failed: list[str] = failed) -> None:
+            if (when, sql) == ("before", "BEGIN IMMEDIATE") and not failed:
+                failed.append(sql)
+                wire.fault = lambda when, sql: None
+                other.apply([Forget("a", token)])
+                raise sqlite3.OperationalError("disk I/O error")
+
+        wire.fault = fault
+        [again, _] = store.apply([Claim("a"), Claim("b")])
+        assert failed
+        assert isinstance(again, Claimed)
+        assert store.apply([Complete("a", again.token)]) == [Applied()]
+        assert other.apply([Forget("a", again.token)]) == [Applied()]
+
+
+def test_what_is_over_is_not_known(make: Any, time: Time) -> None:
+    """Done for a retention; free with its attempts as long."""
+    store = make(retention=100.0, session_ttl=1000.0)
+    done(store, "a")
+    [claimed] = store.apply([Claim("b")])
+    store.apply([Release("b", claimed.token, 7)])
+    time.now += 100
+    assert store.recall("a") is None
+    first, second = store.apply([Claim("a"), Claim("b")])
+    assert (type(first), second.attempt) == (Claimed, 1)
+
+
+def test_memory_is_bounded(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two generations of keys, without large results; the rest is loaded as before."""
+    monkeypatch.setattr(sqlite_known, "MOST", 10)
+    store = make()
+    for number in range(95):
+        done(store, f"k/{number}", str(number).encode())
+    done(store, "large", b"x" * 2000)
+    known = [number for number in range(95) if store.recall(f"k/{number}")]
+    assert 10 <= len(known) <= 20
+    assert known[-1] == 94
+    assert store.recall("large") is None
+    results = [reply.result for reply in store.apply([Claim(f"k/{number}") for number in range(95)])]
+    assert results == [str(number).encode() for number in range(95)]
+    assert store.apply([Claim("large")])[0].result == b"x" * 2000
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_histories_of_two_processes_and_handlers(make: Any, time: Time, seed: int) -> None:
+    """Each answer is the one that the laws give over one table of entries, whoever knows what."""
+    chance = random.Random(seed)
+    stores = [make(retention=1000.0, session_ttl=1e6) for _ in range(2)]
+    entries: dict[str, Entry] = {}
+    token = 0
+
+    def after(me: str, ops: list[Op]) -> list[Reply]:
+        nonlocal token
+        for key in [key for key, entry in entries.items() if entry.state in ("done", "free")]:
+            if entries[key].at + 1000.0 <= time.now:
+                del entries[key]
+        ledger = Ledger(entries, lambda session: session != "", me, token, time.now)
+        replies = [ledger.apply(op) for op in ops]
+        token = ledger.token
+        return replies
+
+    for _ in range(600):
+        store = chance.choice(stores)
+        key = chance.choice("abcdef")
+        entry = entries.get(key)
+        now = (entry.token if entry else 0) - chance.choice([0, 0, 0, 1])
+        kinds: list[Op] = [
+            Claim(key),
+            Complete(key, now, b"%d" % now),
+            Release(key, now, 2),
+            Forget(key, now),
+        ]
+        kinds += [Park(key, now, "why"), Abandon(key, now), Takeover(key, now), Get(key)]
+        weights = [6, 6, 1, 2, 1, 1, 2, 1]
+        ops = chance.choices(kinds, weights, k=chance.choice([1, 1, 2]))
+        ops += [Claim(other) for other in chance.sample("abcdef", chance.choice([0, 0, 3]))]
+        recalled = store.recall(key)
+        assert recalled in (None, after("", [Get(key)])[0])
+        if chance.random() < 0.1:
+            found = store.transaction(lambda t, ops=ops: t.apply([Get(op.key) for op in ops]), 10.0)
+            assert found == after("", [Get(op.key) for op in ops])
+            continue
+        replies = store.apply(ops)
+        assert replies == after(store._session_here()._id, ops)
+        time.now += chance.choice([0.0, 1.0, 1.0, 200.0])
+
+
+def test_the_reason_of_a_parked_key_is_legible(make: Any) -> None:
+    """An error's text may hold half a character, or NUL."""
+    store = make()
+    [claimed] = store.apply([Claim("a")])
+    store.apply([Park("a", claimed.token, "because\0 \udc80 100 %")])
+    [parked] = make().apply([Get("a")])
+    assert parked.reason == "because\\x00 \\udc80 100 %"
 
 
 # ------------------------------------------------------------------ retention

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Protocol
 
 from idemp.errors import Closed
@@ -87,7 +88,7 @@ class SessionStore:
         """See `idemp.ports.Store`."""
         return self._mine().group.apply(ops)
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `idemp.ports.Store`.  Nothing: most sessions remember nothing themselves."""
         if self._closed:
             raise Closed("this store was closed")

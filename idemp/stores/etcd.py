@@ -18,6 +18,7 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -115,7 +116,7 @@ class EtcdStore(SessionStore):
     def _tell(self, progress: Progress | None) -> None:
         self._progress = progress
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `idemp.ports.Store`.  Whatever is done anywhere is in this process's memory."""
         session = self._mine()
         assert isinstance(session, _Session)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from math import inf
 
 from idemp.errors import Closed
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
@@ -50,7 +51,7 @@ class MemoryStore:
                 self._changed.notify_all()
             return replies
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `idemp.ports.Store`."""
         with self._changed:
             self._check_open()

@@ -27,6 +27,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
@@ -109,7 +110,7 @@ class PostgresqlStore(SessionStore):
             _check_key(op.key)
         return super().apply(ops)
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `idemp.ports.Store`.  What this process did, or was told of, while it listened."""
         return self._session_here().recall(key)
 

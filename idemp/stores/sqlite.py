@@ -2,7 +2,8 @@
 
 A batch is one transaction: load its keys, let `idemp.laws` decide, write what changed.  Each of
 these is a statement or a few, whatever the batch's size, because sqlite3 lets go of the GIL at every
-step and a busy thread beside it would take it each time.
+step and a busy thread beside it would take it each time.  What the writer read or wrote it need not load
+again until another connection has written, which SQLite tells (sqlite_known.py).
 
 Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to
 ``done_2``: a new slice begins when the last is half a retention old, in the place of the oldest,
@@ -21,6 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,7 +36,8 @@ from idemp.ports import Backlog, Busy, Claim, Clock, Done, Letter, Op, Reply, St
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.outbox import pack, unpack
-from idemp.stores.sqlite_inbox import HandlersConnection, Loaded, SqliteTransaction
+from idemp.stores.sqlite_inbox import HandlersConnection, SqliteTransaction
+from idemp.stores.sqlite_known import Known, Loaded
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -67,11 +70,6 @@ CREATE TABLE IF NOT EXISTS open
 )
 
 
-def _excluded(*columns: str) -> str:
-    """What replaces a row's columns where there is one."""
-    return ", ".join(f"{column} = excluded.{column}" for column in columns)
-
-
 # The columns of an Entry, for open and for done; blobs travel as hexadecimal text.
 _OPEN_ENTRY = "o.state, o.token, o.attempt, o.session, o.at, o.reason, NULL, NULL"
 _DONE_ENTRY = (
@@ -81,7 +79,7 @@ _DONE_ENTRY = (
 
 _LOAD = (
     "SELECT (SELECT json_group_object(name, value) FROM meta),"
-    " (SELECT json_group_array(id) FROM session WHERE boot = :boot AND expires > :now),"
+    " (SELECT json_group_object(id, expires) FROM session WHERE boot = :boot AND expires > :now),"
     f" (SELECT json_group_array(json_array(o.key, {_OPEN_ENTRY}))"
     "    FROM json_each(:keys) k CROSS JOIN open o ON o.key = k.value)"
 ) + "".join(
@@ -91,14 +89,9 @@ _LOAD = (
 )
 # Not INSERT OR REPLACE, which copies every page first that it may have to give back: three times the work.
 # Here a failure ends the transaction.
-_REPLACE = "INSERT OR FAIL INTO {} {} ON CONFLICT (key) DO UPDATE SET {}"
-_SAVE_OPEN = _REPLACE.format(
-    "open",
-    "SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6 FROM json_each(?)"
-    " WHERE true",
-    _excluded("state", "token", "attempt", "session", "at", "reason"),
-)
-_DONE_COLUMNS = _excluded("token", "attempt", "at", "result", "fingerprint")
+_REPLACE = "INSERT OR FAIL INTO {} VALUES {} ON CONFLICT (key) DO UPDATE SET {}"
+_OPEN_COLUMNS = ("state", "token", "attempt", "session", "at", "reason")
+_DONE_COLUMNS = ("token", "attempt", "at", "result", "fingerprint")
 _DROP_OPEN = "DELETE FROM open WHERE key IN (SELECT value FROM json_each(?))"
 _DROP_DONE = tuple(f"DELETE FROM done_{n} WHERE key IN (SELECT value FROM json_each(?))" for n in _SLICES)
 _CONFIRM = "UPDATE session SET expires = ?, batch = ? WHERE id = ?"
@@ -144,6 +137,10 @@ class SqliteStore(SessionStore):
     ) -> None:
         make = partial(_Session, path, retention, session_ttl, clock or Clock(), connect)
         super().__init__(make, retention)
+
+    def recall(self, key: str, since: float = inf) -> Done | None:
+        """See `idemp.ports.Store`.  What this process did or saw, while no other wrote to the file."""
+        return self._session_here().recall(key, since)
 
     def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
         """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
@@ -205,6 +202,8 @@ class _Session(Confirmed):
         self._born = 0  # the last token before the session
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
+        self._known = Known()
+        self._looked = (-1, 0.0)  # what the reader saw last, and when it was asked
         check_place(path)
         self._writer = self._open()
         self._reader = self._open()
@@ -270,7 +269,9 @@ class _Session(Confirmed):
         self._batch += 1
         while True:
             try:
-                return self._resolved(ops)
+                replies = self._resolved(ops)
+                self._stamp()
+                return replies
             except sqlite3.Error as error:
                 if self._clock.steady() >= deadline:
                     raise StoreUnavailable(f"{self._path}: {error}") from error
@@ -279,6 +280,7 @@ class _Session(Confirmed):
 
     def _reopen(self) -> None:
         """After an error the connection's state is anybody's guess: take a new one."""
+        self._known = Known()
         try:
             self._writer.close()
             self._writer = self._open()
@@ -292,8 +294,8 @@ class _Session(Confirmed):
         an earlier batch, whose caller was told `StoreUnavailable`, its claims are given back.
         """
         db = self._writer
-        if len(ops) == 1 and type(ops[0]) is Claim and (done := self._done(ops[0].key)) is not None:
-            return [done]
+        if (found := self._duplicates(db, ops)) is not None:
+            return found
         db.execute("BEGIN IMMEDIATE")
         try:
             undo: Sequence[Op] = ()
@@ -309,11 +311,22 @@ class _Session(Confirmed):
                 db.execute("ROLLBACK")
             raise
 
-    def _done(self, key: str) -> State | None:
-        """What a single call's duplicate asks: it needs no lock, and waits for nobody's."""
-        with suppress(StoreUnavailable):  # the writer will find out
-            if type(state := self._peek(key)) is Done:
-                return state
+    def _duplicates(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply] | None:
+        """What those are told who claim what is done: it needs no lock, and waits for nobody's."""
+        known, over = self._known, self._clock.wall() - self.retention
+        replies: list[Reply] = []
+        for op in ops:
+            entry = known.find(op.key) if type(op) is Claim else None
+            if entry is None or entry.state != DONE or entry.at <= over:
+                break
+            replies.append(view(entry, bool))
+        else:
+            if ops and known.version == _version(db):
+                return replies
+        if len(ops) == 1 and type(ops[0]) is Claim:
+            with suppress(StoreUnavailable):  # the writer will find out
+                if type(state := self._peek(ops[0].key)) is Done:
+                    return [state]
         return None
 
     def _took_effect(self, db: sqlite3.Connection, batch: int) -> bool:
@@ -322,18 +335,18 @@ class _Session(Confirmed):
 
     def _transact(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply]:
         now, wall = self._clock.steady(), self._clock.wall()
-        meta, alive, entries = self._load(db, {op.key for op in ops})
-        ours = self._id in alive
+        meta, sessions, entries = self._look(db, {op.key for op in ops})
+        ours = self._id in sessions
         if not ours:
             self._id, self._born = uuid.uuid4().hex, meta.get("token", 0)
-            alive.add(self._id)
-        ledger = Ledger(entries, alive.__contains__, self._id, meta.get("token", 0), wall)
+        sessions[self._id] = now + self._ttl
+        ledger = Ledger(entries, sessions.__contains__, self._id, meta.get("token", 0), wall)
         replies = [ledger.apply(op) for op in ops]
         if not ledger.changed and ours and now - self._confirmed < self._ttl / 6:
             db.execute("ROLLBACK")
             self._unsure = None
             return replies
-        self._save(db, ledger, self._slice(db, meta, wall), meta.get("token", 0))
+        self._save(db, ledger, meta, wall)
         if ours:
             db.execute(_CONFIRM, (now + self._ttl, self._batch, self._id))
         else:
@@ -343,9 +356,24 @@ class _Session(Confirmed):
         db.execute("COMMIT")
         self._unsure = None
         self._confirmed = now
+        self._known.wrote(meta, sessions, ledger)
         with self._changed:
             self._changed.notify_all()
         return replies
+
+    def _look(self, db: sqlite3.Connection, keys: set[str]) -> Loaded:
+        """What the file says of ``keys``, in an open transaction of the writer; loads what is not known."""
+        if (version := _version(db)) != self._known.version:
+            self._known = Known(version)
+        known, wall = self._known, self._clock.wall()
+        entries = {key: entry for key in keys if (entry := known.find(key)) and not self._over(entry, wall)}
+        if len(entries) == len(keys) and known.meta:
+            return Loaded(dict(known.meta), known.alive(self._clock.steady()), entries)
+        found = self._load(db, keys - entries.keys())
+        for key, entry in found.entries.items():
+            if entry.state == DONE:
+                known.keep(key, entry)
+        return found._replace(entries=found.entries | entries)
 
     def _load(self, db: sqlite3.Connection, keys: set[str]) -> Loaded:
         """What the file says of ``keys``, in an open transaction."""
@@ -353,7 +381,7 @@ class _Session(Confirmed):
         row = db.execute(_LOAD, {"boot": self._boot, "now": self._clock.steady(), "keys": names}).fetchone()
         meta = _read(row[0])
         self._settle_retention(db, meta)
-        return Loaded(meta, set(_read(row[1])), self._entries(row[2:], self._clock.wall()))
+        return Loaded(meta, _read(row[1]), self._entries(row[2:], self._clock.wall()))
 
     def _entries(self, tables: Sequence[str], wall: float) -> dict[str, Entry]:
         """What is stored of the keys, without what is over; the newest where several slices have it."""
@@ -361,15 +389,19 @@ class _Session(Confirmed):
         for table in tables:
             for key, *columns in _read(table):
                 entry = _entry(columns)
-                if entry.state in (DONE, FREE) and entry.at + self.retention <= wall:
+                if self._over(entry, wall):
                     continue
                 name = _unescape(key)
                 if name not in entries or entries[name].token <= entry.token:
                     entries[name] = entry
         return entries
 
-    def _save(self, db: sqlite3.Connection, ledger: Ledger, slice_now: int, token: int) -> None:
-        """Write the changed keys; ``slice_now`` takes those that are done."""
+    def _over(self, entry: Entry, wall: float) -> bool:
+        return entry.state in (DONE, FREE) and entry.at + self.retention <= wall
+
+    def _save(self, db: sqlite3.Connection, ledger: Ledger, meta: dict[str, Any], wall: float) -> None:
+        """Write the changed keys, and bring ``meta`` up to date."""
+        slice_now = self._slice(db, meta, wall)
         opened, done, gone = [], [], []
         for key in ledger.changed:
             entry = ledger.entries.get(key)
@@ -379,18 +411,15 @@ class _Session(Confirmed):
             elif entry.state == DONE:
                 done.append((name, entry.token, entry.attempt, entry.at, entry.result, entry.fingerprint))
             else:
-                opened.append((name, *astuple(entry)[:6]))
-        if opened:
-            db.execute(_SAVE_OPEN, (_json(opened),))
-        for rows in _portions(done):
-            db.execute(_save_done(slice_now, len(rows)), [value for row in rows for value in row])
+                opened.append((name, *astuple(entry)[:5], _legible(entry.reason)))
+        _replace(db, "open", _OPEN_COLUMNS, opened)
+        _replace(db, f"done_{slice_now}", _DONE_COLUMNS, done)
         if done or gone:
             db.execute(_DROP_OPEN, (_json([row[0] for row in done] + gone),))
         if gone:
             for statement in _DROP_DONE:
                 db.execute(statement, (_json(gone),))
-        if ledger.token != token:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('token', ?)", (ledger.token,))
+        _set(db, meta, token=ledger.token)
 
     # ---------------------------------------------------------------- a transaction with handlers in it
 
@@ -426,8 +455,7 @@ class _Session(Confirmed):
             result = work(transaction)
             ledger = transaction.ledger
             if ledger is not None:
-                slice_now = self._slice(db, transaction.meta, self._clock.wall())
-                self._save(db, ledger, slice_now, transaction.meta.get("token", 0))
+                self._save(db, ledger, transaction.meta, self._clock.wall())
             if transaction.outgoing:
                 db.execute(_OUTBOX)
                 now = self._clock.wall()
@@ -491,7 +519,7 @@ class _Session(Confirmed):
         """The longest retention that anybody named is everybody's."""
         known = meta.get("retention", 0.0)
         if self.retention > known:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('retention', ?)", (self.retention,))
+            _set(db, meta, retention=self.retention)
         elif self.retention < known:
             log.warning(
                 "%s remembers for %g s, longer than the %g s named", self._path, known, self.retention
@@ -502,17 +530,16 @@ class _Session(Confirmed):
         """The slice that takes what is done now; begins a new one when it is time."""
         number, began = meta.get("slice", 0), meta.get("began")
         if began is None:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('began', ?)", (wall,))
+            _set(db, meta, began=wall)
         elif wall - began >= self.retention / 2 and wall - meta.get("ended", 0) >= self.retention:
             # The slice that comes next was closed when the one before the present began.
             number += 1
             db.execute(f"DELETE FROM done_{number % 3}")
-            rows = [("slice", number), ("began", wall), ("ended", began)]
-            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+            _set(db, meta, slice=number, began=wall, ended=began)
         return int(number) % 3
 
     def _sweep(self) -> None:
-        """Drop dead sessions and free keys that are over; both are few."""
+        """Drop dead sessions and free keys that are over; both are few, and nobody counts with them."""
         with self.group.paused():
             now = self._swept = self._clock.steady()
             over = self._clock.wall() - self.retention
@@ -550,6 +577,45 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- reading
 
+    def _stamp(self) -> None:
+        """Let others than the writer see whether what is known still holds, by the reader's number."""
+        if self._known.stamp is None and self._reading.acquire(blocking=False):
+            try:
+                with suppress(sqlite3.Error):  # what was committed stands
+                    stamp = _version(self._reader)
+                    if _version(self._writer) == self._known.version:
+                        self._known.stamp = stamp
+            finally:
+                self._reading.release()
+
+    def recall(self, key: str, since: float) -> Done | None:
+        """See `idemp.ports.Store`.  What memory knows to be done, unless somebody has written."""
+        if self._ended.is_set():
+            raise Closed("this store was closed")
+        known = self._known
+        stamp, entry = known.stamp, known.find(key)
+        if stamp is None or entry is None or entry.state != DONE or self._over(entry, self._clock.wall()):
+            return None
+        seen, asked = self._looked
+        if not (seen == stamp and asked >= since) and not self._still(stamp):
+            return None
+        return Done(entry.token, entry.result, entry.fingerprint, entry.at, entry.attempt)
+
+    def _still(self, stamp: int) -> bool:
+        """Whether the reader sees nothing newer than at that stamp; false if it is at work."""
+        if not self._reading.acquire(blocking=False):
+            return False
+        try:
+            if self._ended.is_set():
+                return False
+            asked = self._clock.steady()
+            self._looked = (_version(self._reader), asked)
+        except sqlite3.Error:
+            return False
+        finally:
+            self._reading.release()
+        return self._looked[0] == stamp
+
     def wait(self, key: str, token: int, timeout: float) -> None:
         """Look at the key after each commit of this process, and every `_POLL` for the others'."""
         deadline = self._clock.steady() + timeout
@@ -564,8 +630,8 @@ class _Session(Confirmed):
     def _peek(self, key: str) -> State:
         values = {"boot": self._boot, "now": self._clock.steady(), "keys": _json([_escape(key)])}
         row = self._read(_LOAD, values)[0]
-        alive = set(_read(row[1]))
-        return view(self._entries(row[2:], self._clock.wall()).get(key), alive.__contains__)
+        entries = self._entries(row[2:], self._clock.wall())
+        return view(entries.get(key), _read(row[1]).__contains__)
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`."""
@@ -598,16 +664,40 @@ class _Session(Confirmed):
                 raise StoreUnavailable(f"{self._path}: {error}") from error
 
 
+def _version(db: sqlite3.Connection) -> int:
+    """Another number when another connection has written to the file."""
+    return int(db.execute("PRAGMA data_version").fetchone()[0])
+
+
+def _set(db: sqlite3.Connection, meta: dict[str, Any], **values: Any) -> None:
+    """Write what differs, in the file and in ``meta``."""
+    for name, value in values.items():
+        if meta.get(name) != value:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+            meta[name] = value
+
+
 def _entry(columns: Sequence[Any]) -> Entry:
     *plain, result, fingerprint = columns
     return Entry(*plain, *(None if blob is None else bytes.fromhex(blob) for blob in (result, fingerprint)))
 
 
+def _excluded(*columns: str) -> str:
+    """What replaces a row's columns where there is one."""
+    return ", ".join(f"{column} = excluded.{column}" for column in columns)
+
+
+def _replace(db: sqlite3.Connection, table: str, columns: tuple[str, ...], rows: Sequence[Row]) -> None:
+    """Write rows of a key and ``columns``."""
+    for portion in _portions(rows):
+        db.execute(_replacing(table, columns, len(portion)), [value for row in portion for value in row])
+
+
 @cache
-def _save_done(slice_now: int, rows: int) -> str:
+def _replacing(table: str, columns: tuple[str, ...], rows: int) -> str:
     """So many rows at once: JSON would be parsed anew for each column."""
-    values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * rows)
-    return _REPLACE.format(f"done_{slice_now}", f"VALUES {values}", _DONE_COLUMNS)
+    values = ", ".join([f"(?{', ?' * len(columns)})"] * rows)
+    return _REPLACE.format(table, values, _excluded(*columns))
 
 
 def _portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
@@ -618,6 +708,11 @@ def _portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
             size //= 2
         yield rows[start : start + size]
         start += size
+
+
+def _legible(text: str) -> str:
+    """As SQLite takes it: some errors' text holds half characters, and its JSON functions cut it at NUL."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _json(value: object) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from idemp.errors import PermanentFailure
-from idemp.laws import Entry, Ledger
+from idemp.laws import Ledger
 from idemp.ports import Op, Publication, Reply
+from idemp.stores.sqlite_known import Loaded
 
 ME = "in this transaction"
 """The session of its claims, which nobody ever sees."""
@@ -35,14 +36,6 @@ class HandlersConnection(sqlite3.Connection):
     def end(self) -> None:
         """Close it."""
         super().close()
-
-
-class Loaded(NamedTuple):
-    """What a transaction knows of the file and of some keys."""
-
-    meta: dict[str, Any]
-    alive: set[str]
-    entries: dict[str, Entry]
 
 
 class SqliteTransaction:
@@ -76,7 +69,7 @@ class SqliteTransaction:
         self._known |= keys
         if self._ledger is None:
             self.meta = found.meta
-            alive = {*found.alive, ME}
+            alive = {*found.sessions, ME}
             token = found.meta.get("token", 0)
             self._ledger = Ledger({}, alive.__contains__, ME, token, self._wall())
         self._ledger.entries.update(found.entries)

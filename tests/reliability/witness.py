@@ -18,6 +18,7 @@ a test hands in what then happens.  The steps, in the order of a message's life:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any
 
 from idemp.errors import Unavailable
@@ -99,9 +100,9 @@ class WitnessedStore:
         self._strike(ops, "after")
         return replies
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `Store`.  What it knows is the answer of a claim."""
-        done = self._inner.recall(key)
+        done = self._inner.recall(key, since)
         if done is not None:
             asked = {"f": NAMES[Claim], "op": self._history.number(), "k": id_of(key)}
             self._history.note_all([{**asked, "type": "invoke"}, {**asked, "type": "ok", **_told(done)}])

@@ -7,6 +7,7 @@ sqlite.py and etcd.py have them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 from msgspec.structs import replace
@@ -58,7 +59,7 @@ class Session(Protocol):
     id: str
 
     def apply(self, ops: Sequence[Op], lost: str = "") -> list[Reply]: ...
-    def recall(self, key: str) -> Done | None: ...
+    def recall(self, key: str, since: float = inf) -> Done | None: ...
     def fresh(self, token: int) -> bool: ...
     def beat(self) -> None: ...
     def learn(self) -> None: ...
@@ -161,7 +162,7 @@ class LedgerSession:
     def learn(self) -> None:
         """There is nothing to learn."""
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `idemp.ports.Store`.  Nothing is kept in the process."""
         return None
 
@@ -299,7 +300,7 @@ class JournalSession:
         store.leases[self.id] = store.place.now() + TTL
         self.alive_at = store.place.now()
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float = inf) -> Done | None:
         """See `idemp.ports.Store`: what this replica has heard."""
         return self.replica.done(key)
 
