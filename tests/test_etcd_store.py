@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from idemp import ConfigError, open_store
 from idemp.errors import StoreUnavailable
@@ -32,9 +34,11 @@ from idemp.ports import (
     Doubt,
     Free,
     Get,
+    Op,
     Park,
     Store,
 )
+from idemp.stores import etcd
 from idemp.stores.etcd import SLICES, EtcdStore
 from idemp.stores.etcd_client import (
     Client,
@@ -252,6 +256,29 @@ def test_one_event_that_is_dropped_is_noticed(make: Make) -> None:
     assert one(other, Complete("a", first.token)) == Applied()
     assert isinstance(one(store, Claim("a")), Done)
     assert isinstance(one(store, Claim("b")), Busy)
+
+
+@given(
+    st.lists(
+        st.builds(Claim, st.text(max_size=30))
+        | st.builds(Complete, st.text(max_size=3), st.just(1), st.none() | st.binary(max_size=200), st.none())
+        | st.builds(Park, st.text(max_size=3), st.just(1), st.text(max_size=50)),
+        max_size=30,
+    )
+)
+def test_what_fits_into_one_append(ops: list[Op]) -> None:
+    """The quick answer never says so of what the exact one divides; nothing is left out, or out of order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(etcd, "MOST_BYTES", 1000)
+        fits, parts = etcd._fit(ops, 20), etcd._parts(ops, 20)
+        patch.setattr(etcd, "_fit", lambda ops, most: False)
+        exact = etcd._parts(ops, 20)
+    assert [op for part in parts for op in part] == ops
+    assert [list(part) for part in parts] == [list(part) for part in exact]
+    assert len(exact) == 1 or not fits
+    for part in parts:
+        assert sum(map(etcd._weight, part)) <= 1000 or len(part) == 1
+        assert len(part) <= 20
 
 
 def test_an_import_may_outlast_a_session(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

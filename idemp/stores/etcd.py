@@ -154,6 +154,8 @@ def _parts(ops: Sequence[Op], most: int) -> list[Sequence[Op]]:
     On the wire a D, R, Q or P names no token, for nobody else can change a live session's claim; so
     its token is checked against a memory that has everything before it.
     """
+    if _fit(ops, most):
+        return [ops]
     parts: list[Sequence[Op]] = []
     start, size, touched = 0, 0, set[str]()
     for place, op in enumerate(ops):
@@ -165,6 +167,15 @@ def _parts(ops: Sequence[Op], most: int) -> list[Sequence[Op]]:
         size += weight
         touched.add(op.key)
     return [*parts, ops[start:]]
+
+
+def _fit(ops: Sequence[Op], most: int) -> bool:
+    """Whether one append is enough for sure: what is usual, told quickly."""
+    keys = [op.key for op in ops]
+    said = sum([len(op.result or b"") for op in ops if type(op) is Complete])
+    said += sum([len(op.reason) for op in ops if type(op) is Park])
+    size = 100 * len(ops) + 12 * (sum(map(len, keys)) + said)
+    return size <= MOST_BYTES and len(ops) <= most and len(set(keys)) == len(ops)
 
 
 def _weight(op: Op) -> int:
@@ -302,13 +313,13 @@ class _Session:
         deadline = self._clock.steady() + PATIENCE
         self._trust(deadline)
         self._settle_unsure(deadline)
-        current = any(isinstance(op, Get) for op in ops) and self._catch_up(deadline)
+        current = Get in map(type, ops) and self._catch_up(deadline)
         while True:
             known, records, left = self._plan(ops)
             if left:
                 ops = self._retake(ops, left, deadline)
                 continue
-            if any(type(reply) is Lost for reply in known) and not current:
+            if Lost in map(type, known) and not current:
                 current = self._catch_up(deadline)  # a loss is told with the state of now, not of before
                 continue
             if not records:
@@ -317,6 +328,8 @@ class _Session:
                 outcomes = self._append(records, deadline)
             except _Never:
                 continue
+            if len(records) == len(ops):
+                return outcomes
             return [self._answer(op, reply, outcomes) for op, reply in zip(ops, known, strict=True)]
 
     def _retake(self, ops: Sequence[Op], left: Sequence[int], deadline: float) -> list[Op]:
@@ -358,6 +371,11 @@ class _Session:
             journal = self._replica.journal
             for place, op in enumerate(ops):
                 entry = journal.entry(op.key)
+                if op.key not in touched and self._is_plain(op, entry):
+                    touched.add(op.key)
+                    plan.append(len(records))
+                    records.append(op)
+                    continue
                 if isinstance(op, _SETTLES) and self._is_left(entry, op):
                     left.append(place)
                 certain = None if op.key in touched else self._certain(op, entry)
@@ -369,6 +387,13 @@ class _Session:
                 touched.add(op.key)
                 plan.append(len(records) - 1)
         return plan, records, left
+
+    def _is_plain(self, op: Op, entry: Entry | None) -> bool:
+        """Whether memory has nothing to say: a claim of a new key, the completion of a claim of mine."""
+        if entry is None:
+            return type(op) is Claim
+        mine = entry.session == self._id and entry.state == CLAIMED
+        return mine and type(op) is Complete and op.token == entry.token
 
     def _is_left(self, entry: Entry | None, op: Complete | Release | Abandon | Park) -> bool:
         """Whether that claim is of an earlier session of mine, declared dead or not, or given up."""

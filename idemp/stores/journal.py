@@ -9,13 +9,27 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple, cast
 
 from msgspec.structs import replace
 
 from idemp.laws import CLAIMED, DONE, FREE, Entry, Ledger, view
-from idemp.ports import Abandon, Applied, Claim, Complete, Done, Forget, Park, Release, Reply, State, Takeover
+from idemp.ports import (
+    Abandon,
+    Applied,
+    Claim,
+    Claimed,
+    Complete,
+    Done,
+    Forget,
+    Park,
+    Release,
+    Reply,
+    State,
+    Takeover,
+)
 from idemp.stores.records import (
     LINES,
     NULL,
@@ -210,9 +224,19 @@ class Journal:
         if fold is None:
             return []
         outcomes: list[Reply] = []
-        for before, record in enumerate(records, revision * LINES - 1):
-            fold.token = before
-            outcomes.append(self._apply(fold, record))
+        for kind, run in groupby(records, type):
+            token = revision * LINES + len(outcomes)
+            if kind is Claim:
+                keys = [claim.key for claim in cast("Iterator[Claim]", run)]
+                others = self._claim_all(fold, keys, token)
+                outcomes += [others.get(each) or Claimed(each, 1) for each in range(token, token + len(keys))]
+                continue
+            for record in run:
+                if self._complete(fold, record):
+                    outcomes.append(_APPLIED)
+                    continue
+                fold.token = revision * LINES + len(outcomes) - 1
+                outcomes.append(self._apply(fold, record))
         return outcomes
 
     def replay(self, revision: int, session: str, seq: int, text: bytes, *, importing: bool = False) -> None:
@@ -256,18 +280,32 @@ class Journal:
         fold.bucket, fold.place = self.bucket, self._applied
         return fold
 
-    def _claim_all(self, fold: _Fold, keys: Sequence[str], token: int) -> None:
-        """Claims, by the short way for keys that nobody has claimed before."""
+    def _claim_all(self, fold: _Fold, keys: Sequence[str], token: int) -> dict[int, Reply]:
+        """Claims, by the short way for keys that nobody has claimed before; what the others are told."""
         known, find, claims = self._keys.open, self._keys.done.find, self._keys.claims
         session, wall = fold.session, fold.now
+        others: dict[int, Reply] = {}
         for key in keys:
             if key not in known and find(key) is None:
                 known[key] = Entry(CLAIMED, token, 1, session, wall)
                 claims[token] = key
             else:
                 fold.token = token - 1
-                fold.apply(Claim(key))
+                others[token] = fold.apply(Claim(key))
             token += 1
+        return others
+
+    def _complete(self, fold: _Fold, record: Record) -> bool:
+        """A completion by its claim's holder; false: it is none, and nothing was done."""
+        keys = self._keys
+        if type(record) is not Complete or keys.claims.get(record.token) != record.key:
+            return False
+        key, token, result, fingerprint = record.key, record.token, record.result, record.fingerprint
+        if keys.open[key].session != fold.session:
+            return False
+        del keys.claims[token]
+        keys.done.add(key, token, fold.place, result, fingerprint, keys.open.pop(key).attempt)
+        return True
 
     def _finish_all(self, fold: _Fold, first: int, many: int) -> None:
         """Plain completions, by the short way; one that is not of its claim's holder is void."""

@@ -97,27 +97,30 @@ def encode(wall: float, records: Sequence[Record]) -> bytes:
     """The value of a log key."""
     lines = [f"{wall:.3f}"]
     prefix: str | None = None
-    first = after = 0
+    first = after = 0  # of a run of plain completions
     for record in records:
-        if isinstance(record, Claim):
-            key = _quote(record.key)
-            end = key.rfind("/") + 1
-            if key[:end] == prefix:
-                lines.append("c " + key[end:])
-            else:
-                prefix = key[:end]
-                lines.append("C " + key)
-            after = 0
-        elif isinstance(record, Complete) and record.result == NULL and record.fingerprint is None:
-            if record.token == after and after % LINES:
-                lines.pop()
-            else:
+        if type(record) is Complete and record.result == NULL and record.fingerprint is None:
+            if record.token != after or not after % LINES:
+                if after:
+                    lines.append(_run(first, after - first))
                 first = record.token
             after = record.token + 1
+            continue
+        if after:
             lines.append(_run(first, after - first))
-        else:
-            lines.append(_line(record))
             after = 0
+        if type(record) is not Claim:
+            lines.append(_line(record))
+            continue
+        key = _quote(record.key)
+        end = key.rfind("/") + 1
+        if key[:end] == prefix:
+            lines.append("c " + key[end:])
+        else:
+            prefix = key[:end]
+            lines.append("C " + key)
+    if after:
+        lines.append(_run(first, after - first))
     return "\n".join(lines).encode()
 
 

@@ -208,6 +208,20 @@ MUTANTS = (
         unit("test_journal.py::TestReplicas"),
     ),
     Mutant(
+        "by the short way, too, only a claim's holder completes it",
+        "stores/journal.py",
+        "if keys.open[key].session != fold.session:",
+        "if not key:",
+        unit("test_journal.py::TestReplicas"),
+    ),
+    Mutant(
+        "what is too much for one append is divided",
+        "stores/etcd.py",
+        "return size <= MOST_BYTES and len(ops)",
+        "return len(ops)",
+        unit("test_etcd_store.py::test_what_fits_into_one_append"),
+    ),
+    Mutant(
         "the short way gives nobody a key that was done",
         "stores/journal.py",
         "if key not in known and find(key) is None:",
