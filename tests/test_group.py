@@ -61,18 +61,18 @@ def together(group: GroupCommit, commits: Commits) -> None:
     def hold() -> None:
         commits.hold = lambda: None
         under_way.set()
-        assert go_on.wait(20)
+        assert go_on.wait(10)
 
     commits.hold = hold
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(group.apply, [Claim("a")])
-        assert under_way.wait(20)
+        assert under_way.wait(10)
         second = pool.submit(group.apply, [Claim("b")])
         while not group._waiting:
             time.sleep(0.001)
         go_on.set()
-        first.result(20)
-        second.result(20)
+        first.result(10)
+        second.result(10)
 
 
 def test_one_who_does_not_come_back_is_not_waited_for_again() -> None:
@@ -212,7 +212,7 @@ class Together:
         self.sizes.append(len(ops))
         number = len(self.sizes) - 1
         if number < len(self._held):
-            assert self._held[number].wait(20)
+            assert self._held[number].wait(10)
         return self.outcome(ops) if number == 1 else [Applied()] * len(ops)
 
     def begin(self) -> None:
@@ -226,12 +226,12 @@ class Together:
 
     def end(self, *names: str) -> None:
         for name in names:
-            self._threads[name].join(20)
+            self._threads[name].join(10)
             assert not self._threads[name].is_alive(), f"nobody woke {name}"
 
     @staticmethod
     def wait_for(ready: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 10
         while not ready():
             assert time.monotonic() < end
             time.sleep(0.001)
@@ -256,7 +256,7 @@ def ctrl_c() -> Iterator[Interrupt]:
 
     yield when
     for thread in threads:
-        thread.join(20)
+        thread.join(10)
     signal.signal(signal.SIGINT, before)
 
 
@@ -264,7 +264,7 @@ def test_one_who_is_awake_wakes_the_next_before_anything_else() -> None:
     """A handler that takes long holds nobody up, not even if it is the first that was woken."""
     calls = Together("abcdef")
     slow = threading.Event()
-    calls.after = lambda name: slow.wait(20) if name == "c" else None
+    calls.after = lambda name: slow.wait(10) if name == "c" else None
     calls.begin()
     calls.go()
     calls.end("a", "b", "d", "e", "f")
@@ -335,7 +335,7 @@ def test_ctrl_c_while_the_commit_is_under_way_lets_nobody_sleep(ctrl_c: Interrup
         calls.group.apply([Claim("mine")])
     calls.go()
     calls.end("a", "b")
-    threads[0].join(20)
+    threads[0].join(10)
     assert calls.replies["c"] == [Applied()]
     assert calls.sizes == [1, 3]
 
@@ -347,7 +347,7 @@ def test_ctrl_c_in_one_who_is_about_to_be_woken_wakes_the_others(ctrl_c: Interru
     def clock() -> float:
         if threading.current_thread().name == "c" and not held.is_set():
             held.set()
-            assert go_on.wait(20)
+            assert go_on.wait(10)
         return 1.0
 
     calls = Together("abc", clock)
@@ -359,12 +359,12 @@ def test_ctrl_c_in_one_who_is_about_to_be_woken_wakes_the_others(ctrl_c: Interru
         calls.wait_for(lambda: len(calls.group._waiting) == 4)
         calls.begin()
         calls.go()
-        assert held.wait(20)
+        assert held.wait(10)
 
     ctrl_c(begin)
     with pytest.raises(KeyboardInterrupt):
         calls.group.apply([Claim("mine")])
-    threads[0].join(20)
+    threads[0].join(10)
     assert calls.replies["d"] == [Applied()]
     go_on.set()
     calls.end("a", "b", "c")
