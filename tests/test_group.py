@@ -75,22 +75,42 @@ def together(group: GroupCommit, commits: Commits) -> None:
         second.result(10)
 
 
-def test_one_who_does_not_come_back_is_not_waited_for_again() -> None:
-    """After one moment in vain, many commits without one."""
-    pauses: list[float] = []
+def test_one_who_does_not_come_back_is_waited_for_ever_more_seldom() -> None:
+    """One commit without a wait after the first in vain, then twice as many each time; ``ALONE`` at most."""
+    without: list[int] = [0]
 
     def pause(lock: threading.Lock, seconds: float) -> bool:
-        pauses.append(seconds)
+        assert 0 < seconds < 10
+        without.append(0)
         return False
 
-    commits = Commits(0.01)
-    group = GroupCommit(commits, pause=pause)
-    together(group, commits)
-    pauses.clear()
-    for _ in range(ALONE):
+    group = GroupCommit(Commits(), pause=pause)
+    group.apply([Claim("a")])
+    for _ in range(60):
+        group._callers = 2
         group.apply([Claim("a")])
-    assert len(pauses) <= 1
-    assert all(0 < seconds < 10 for seconds in pauses)
+        without[-1] += 1
+    assert without[1:6] == [2, 3, 5, 9, 17]  # with the one that waited
+    assert max(without) == ALONE + 1
+
+
+def test_who_was_waited_for_and_came_is_waited_for_again() -> None:
+    """Those in vain before count no more."""
+    commits = Commits()
+    group = GroupCommit(commits, pause=lambda lock, seconds: False)
+    for _ in range(20):
+        group._callers = 2
+        group.apply([Claim("a")])
+    assert group._in_vain == ALONE
+
+    def comes(lock: threading.Lock, seconds: float) -> bool:
+        threading.Thread(target=group.apply, args=([Claim("late")],)).start()
+        return lock.acquire(timeout=10)
+
+    group._pause, group._callers, group._alone = comes, 2, 0
+    group.apply([Claim("a")])
+    assert commits.sizes[-1] == 2
+    assert group._in_vain == 0
 
 
 def test_a_single_caller_never_waits() -> None:

@@ -7,7 +7,7 @@ the more of them do; so one waits for it while another runs.
 
 Threads that do one call after another would fall into two halves that take turns, each waiting for
 the other's commit.  So who leads waits for those who were just served, as long as they keep coming and
-that pays: they come back at once, or they are not waited for again for a while.
+that pays: they come back at once, or they are not waited for again for a while, the longer the more often.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOMENT = 0.5
 LONGEST = 2.0
 """The same for all of them together."""
 ALONE = 16
-"""Commits that do not wait, after one that waited for nobody."""
+"""Commits that do not wait, after one that waited in vain once more; one after the first."""
 LATE = 0.001
 """Seconds that a thread may take to wake the next; then the one it wakes wakes all the others."""
 
@@ -96,7 +96,8 @@ class GroupCommit:
         self._waiting: list[_Slot] = []
         self._took = 0.0  # the last commit, seconds
         self._callers = 0  # who was in it, and who came meanwhile
-        self._alone = 0
+        self._alone = 0  # so many commits do not wait
+        self._in_vain = 0  # how many that was the last time, and nobody was worth it since
         self._wanted = 0  # so many, for the leader to go on; 0 while it does not wait
         self._enough = threading.Lock()
         self._enough.acquire()
@@ -173,6 +174,7 @@ class GroupCommit:
             self._wanted = wanted
         try:
             if self._all_come(before):
+                self._in_vain = 0
                 return
         except BaseException:
             self._stop_waiting()
@@ -181,7 +183,7 @@ class GroupCommit:
             self._hand_over()
             raise
         if self._stop_waiting() - before < (wanted - before) / 2:
-            self._alone = ALONE
+            self._alone = self._in_vain = min(ALONE, 2 * self._in_vain or 1)
 
     def _all_come(self, there: int) -> bool:
         """Whether all came that are wanted, before a moment went by without one."""

@@ -436,6 +436,13 @@ MUTANTS = (
         unit("test_group.py::test_who_leads_waits_as_long_as_they_keep_coming"),
     ),
     Mutant(
+        "who waits in vain waits more seldom",
+        "stores/group.py",
+        "self._alone = self._in_vain = min(ALONE, 2 * self._in_vain or 1)",
+        "self._alone = 1",
+        unit("test_group.py::test_one_who_does_not_come_back_is_waited_for_ever_more_seldom"),
+    ),
+    Mutant(
         "a memory that is not trusted recalls nothing",
         "stores/etcd.py",
         "        if not replica.trusted:\n            return None\n",
