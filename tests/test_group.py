@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from idemp import idempotent, open_store
 from idemp.errors import StoreUnavailable
 from idemp.ports import Applied, Claim, Op, Reply
 from idemp.stores.group import ALONE, GroupCommit, _Asleep
@@ -414,3 +416,33 @@ def test_one_who_was_late_wakes_all_others() -> None:
         calls.go()
         calls.end("a", "b", "c", "d", "e", "f")
     assert woken[:3] == [1, 1, 3]
+
+
+def test_a_handler_that_takes_long_delays_no_other_caller(tmp_path: Path) -> None:
+    """Eight threads on a real store: seven of them call on and on while the eighth's handler runs."""
+    store = open_store(f"sqlite:///{tmp_path}/seen.db")
+    running, go_on = threading.Event(), threading.Event()
+
+    @idempotent(store, name="place", key="order")
+    def place(order: str) -> str:
+        if order == "slow":
+            running.set()
+            assert go_on.wait(30)
+        return order
+
+    def work(number: int) -> None:
+        for call in range(40):
+            assert place(f"{number}-{call}") == f"{number}-{call}"
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(work, number) for number in range(7)]
+        slow = pool.submit(place, "slow")
+        assert running.wait(30)
+        try:
+            for other in others:
+                other.result(30)
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result(30) == "slow"
+    store.close()
