@@ -147,6 +147,8 @@ class GroupCommit:
 
     def _wake_next(self, asleep: _Asleep) -> None:
         """Or all of them, if it took long to come here: something else holds the interpreter."""
+        if not asleep.slots:
+            return
         now = self._clock()
         late, asleep.until = now > asleep.until, now + LATE
         asleep.wake(len(asleep.slots) if late else 1)

@@ -443,6 +443,13 @@ MUTANTS = (
         unit("test_group.py::test_one_who_does_not_come_back_is_waited_for_ever_more_seldom"),
     ),
     Mutant(
+        "who was worth the wait is waited for again",
+        "stores/group.py",
+        "                self._in_vain = 0\n",
+        "",
+        unit("test_group.py::test_who_was_waited_for_and_came_is_waited_for_again"),
+    ),
+    Mutant(
         "a memory that is not trusted recalls nothing",
         "stores/etcd.py",
         "        if not replica.trusted:\n            return None\n",
