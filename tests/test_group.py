@@ -415,7 +415,7 @@ def test_one_who_was_late_wakes_all_others() -> None:
         calls.begin()
         calls.go()
         calls.end("a", "b", "c", "d", "e", "f")
-    assert woken[:3] == [1, 1, 3]
+    assert woken[:2] == [1, 3]
 
 
 def test_a_handler_that_takes_long_delays_no_other_caller(tmp_path: Path) -> None:
