@@ -1,7 +1,8 @@
 """The decorator alone: calls a second of `@idempotent` and of AWS Powertools' `@idempotent_function`.
 
 Each with its strongest honest setting: Powertools with its cache on and Redis without persistence, which
-is faster than a Redis that keeps what it acknowledged; idemp on a store that does.
+is faster than a Redis that keeps what it acknowledged; idemp on a store that does.  Beside them what threads
+can reach at all where a call waits for two appends to etcd: the same without idemp's decisions and memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -19,9 +20,13 @@ import click
 from bench.stack import Stack, stack
 from idemp import idempotent, open_store
 from idemp.bars import bar
+from idemp.ports import Applied, Claim, Op, Reply
+from idemp.stores.etcd_client import Client, Created, Put, Value
+from idemp.stores.group import GroupCommit
 from tests.servers import Redis
 
 THREADS = 32
+BARE = "two bare appends, etcd"
 
 Call = Callable[[str], Any]
 
@@ -32,18 +37,22 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
     with (
         stack() as servers,
         Redis(options={"appendonly": "no"}) as redis,
-        bar(rounds * 3 * 2, "decorators", least=1) as step,
+        bar(rounds * (3 * 2 + 1), "decorators", least=1) as step,
     ):
         subjects = {
             "powertools": powertools(redis.port),
             "idemp, etcd": ours(servers, "etcd"),
             "idemp, sqlite": ours(servers, "sqlite"),
+            BARE: bare(servers),
         }
         for _ in range(rounds):
             for name, call in subjects.items():
                 call("warm")
-                rates.setdefault(f"duplicate, 1 thread: {name}", []).append(rate(call, 1, seconds, ["warm"]))
-                step(1)
+                if name != BARE:
+                    rates.setdefault(f"duplicate, 1 thread: {name}", []).append(
+                        rate(call, 1, seconds, ["warm"])
+                    )
+                    step(1)
                 rates.setdefault(f"fresh, {THREADS} threads: {name}", []).append(rate(call, THREADS, seconds))
                 step(1)
     found = {}
@@ -85,6 +94,30 @@ def ours(servers: Stack, name: str) -> Call:
     @idempotent(store, name="bench.place", key="order")
     def place(order: str) -> dict[str, str]:
         return {"order": order}
+
+    return place
+
+
+def bare(servers: Stack) -> Call:
+    """Two durable appends a call, shared by all threads like ours, and nothing else: the ceiling on etcd."""
+    host, _, namespace = servers.store("etcd").removeprefix("etcd://").partition("/")
+    client, root = Client([host]), f"/bare/{namespace}/"
+    seq = 0
+
+    def commit(ops: Sequence[Op]) -> list[Reply]:
+        nonlocal seq
+        text = "\n".join([op.key for op in ops]).encode()
+        log, tail = Put(f"{root}log/{seq + 1}", text), Put(f"{root}tail", b"%d" % (seq + 1))
+        mine = [Value(f"{root}tail", b"%d" % seq)] if seq else [Created(f"{root}tail", 0)]
+        assert client.txn(mine, [log, tail]).succeeded
+        seq += 1
+        return [Applied()] * len(ops)
+
+    group = GroupCommit(commit)
+
+    def place(order: str) -> None:
+        group.apply([Claim(order)])
+        group.apply([Claim(order)])
 
     return place
 

@@ -83,8 +83,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+_encode = json.JSONEncoder(default=_plain, separators=(",", ":")).encode  # `dumps` would make one each time
+
+
 def _dump(value: Any) -> bytes:
-    return b"null" if value is None else json.dumps(value, default=_plain, separators=(",", ":")).encode()
+    return b"null" if value is None else _encode(value).encode()
 
 
 def _load(result: bytes) -> Any:
