@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-import select
+import selectors
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -242,6 +242,9 @@ class _Session(Confirmed):
                 failed = explain(self._place, error)
             except StoreUnavailable as error:
                 failed = error
+            # Another server may be the primary now, of which who listens on the old line hears nothing; and
+            # a forget of this batch may have taken effect.
+            self._recall.lose()
             if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
                 raise failed
             log.debug("%s", failed)
@@ -660,12 +663,14 @@ class _Session(Confirmed):
         self._recall.begin(asked)
         self._listens = True
         self._wake()  # what was said before goes unheard
-        while not self._ended.is_set() and self._recall.follows:
-            select.select([connection.fileno()], [], [], VOUCH)
-            self._listener.limit(PATIENCE)
-            asked = self._clock.steady()
-            run(connection, "SELECT")
-            self._recall.vouch(asked)
+        with selectors.DefaultSelector() as news:
+            news.register(connection, selectors.EVENT_READ)
+            while not self._ended.is_set() and self._recall.follows:
+                self._listener.limit(PATIENCE + VOUCH)
+                news.select(VOUCH)
+                asked = self._clock.steady()
+                run(connection, "SELECT")
+                self._recall.vouch(asked)
 
     def _told(self, said: psycopg.Notify) -> None:
         if said.payload:

@@ -43,7 +43,7 @@ from idemp.ports import (
     State,
     Takeover,
 )
-from idemp.redis_server import Server, check, explain
+from idemp.redis_server import IsReplica, Server, check, explain
 from idemp.stores.door import Confirmed, SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.recall import VOUCH, Recall
@@ -51,7 +51,7 @@ from idemp.stores.recall import VOUCH, Recall
 try:
     import redis
     from redis.backoff import NoBackoff
-    from redis.exceptions import NoScriptError, RedisError
+    from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError
     from redis.retry import Retry
 except ImportError:
     raise MissingExtra("redis://", "redis") from None
@@ -261,7 +261,7 @@ class _Session(Confirmed):
         """What each new connection begins with: the login, and what the server says of itself."""
         try:
             connection.on_connect()
-            epoch = check(connection, self._at)
+            epoch = self._checked(connection)
             if self._epoch is not None and self._epoch != epoch:
                 raise _Restarted(epoch)
             self._epoch = epoch
@@ -270,15 +270,31 @@ class _Session(Confirmed):
             raise
         return epoch
 
+    def _checked(self, connection: Any) -> str:
+        try:
+            return check(connection, self._at)
+        except IsReplica:
+            if self._epoch is None:
+                raise
+            # It was a master, and another is one now, or will soon be: to wait for, not to give up.
+            raise redis.ConnectionError("it is a read-only replica now") from None
+
     def _connected_to_listen(self, connection: Any) -> None:
         self._heard_epoch = self._connected(connection)
 
     def _call(self, *words: Any) -> Any:
         """The script's answer.  Raises redis's errors and `_Restarted`."""
         try:
-            return self._client.execute_command("EVALSHA", _NAME, 1, self._at.prefix, *words)
-        except NoScriptError:
-            return self._client.execute_command("EVAL", _SCRIPT, 1, self._at.prefix, *words)
+            try:
+                return self._client.execute_command("EVALSHA", _NAME, 1, self._at.prefix, *words)
+            except NoScriptError:
+                return self._client.execute_command("EVAL", _SCRIPT, 1, self._at.prefix, *words)
+        except (ReadOnlyError, MasterDownError):
+            # It became a replica, which ends no connection: the next one finds who is the master now, and
+            # what is forgotten there is not heard here.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            self._recall.lose()
+            raise
 
     # ---------------------------------------------------------------- one batch
 

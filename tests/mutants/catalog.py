@@ -318,7 +318,7 @@ MUTANTS = (
     Mutant(
         "a memory that hears nothing answers nothing",
         "stores/recall.py",
-        "            self._follows = False\n            self._clear()\n",
+        "            self._follows = self._timed = False\n            self._clear()\n",
         "",
         unit("test_recall.py::test_it_answers_while_somebody_vouches"),
     ),
@@ -332,8 +332,8 @@ MUTANTS = (
     Mutant(
         "a done that i forgot is not heard of again",
         "stores/recall.py",
-        "if kept > LARGE or self._gone.get(key, -1) >= done.token:",
-        "if kept > LARGE:",
+        "if key in self._gone and self._gone[key][0] >= done.token:",
+        "if False:",
         unit("test_recall.py::test_a_done_that_i_forgot_is_not_heard_of_again"),
     ),
     Mutant(
@@ -342,6 +342,35 @@ MUTANTS = (
         "if found is not None and found.token <= token:",
         "if found is not None:",
         unit("test_recall.py::test_a_done_that_i_forgot_is_not_heard_of_again"),
+    ),
+    Mutant(
+        "a longer retention brings back nothing that was over under the shorter one",
+        "stores/recall.py",
+        "                self._era += 1\n                self._clear()\n                self._since = now\n",
+        "",
+        unit("test_recall.py::test_a_longer_retention_brings_nothing_back"),
+    ),
+    Mutant(
+        "what was done under a shorter retention is not kept",
+        "stores/recall.py",
+        "if kept > LARGE or done.at < self._since:",
+        "if kept > LARGE:",
+        unit("test_recall.py::test_a_longer_retention_brings_nothing_back"),
+    ),
+    Mutant(
+        "nothing is learned from a server whose clock is not known",
+        "stores/recall.py",
+        "and self._follows and self._timed:",
+        "and self._follows and self._retention:",
+        unit("test_recall.py::test_another_server_has_another_clock"),
+    ),
+    Mutant(
+        "what i forgot outlasts the line on which it is to be heard",
+        "stores/recall.py",
+        "            self._clear()\n            self._era += 1\n            self._follows, self._until",
+        "            self._clear()\n            self._gone = {}\n            self._era += 1\n"
+        "            self._follows, self._until",
+        unit("test_recall.py::test_a_done_that_i_forgot_is_not_learned_on_a_line_that_is_new"),
     ),
     Mutant(
         "memory forgets when the server does",
@@ -356,6 +385,20 @@ MUTANTS = (
         "sum(self._weights) > self._room * (1 - 1 / _SLICES)",
         "False",
         unit("test_recall.py::test_its_size_is_bounded"),
+    ),
+    Mutant(
+        "who became a replica is not spoken for",
+        "stores/redis.py",
+        "            self._recall.lose()\n            raise\n",
+        "            raise\n",
+        unit("test_recall.py::test_a_server_that_became_a_replica_is_left"),
+    ),
+    Mutant(
+        "nothing is recalled when the fate of a batch is not known, nor who will answer the next",
+        "stores/postgresql.py",
+        "            self._recall.lose()\n            if isinstance(failed",
+        "            if isinstance(failed",
+        unit("test_recall.py::test_what_this_process_forgot_in_a_commit_whose_reply_was_lost"),
     ),
     # ---------------------------------------------------------------- deeds.py, resolve.py
     Mutant(
