@@ -340,13 +340,16 @@ def test_a_process_with_many_files_hears_too(redis: Redis, postgresql: PostgreSQ
         for _ in range(1030):
             files.enter_context(open(os.devnull))
         for url in (redis.database(), postgresql.database()):
-            here: Any = files.enter_context(closing(open_store(url)))
-            there: Any = files.enter_context(closing(open_store(url)))
-            done = finish(listening(here), "key")
-            there.apply([Forget("key", done.token)])
-            until(lambda store=here: store.recall("key") is None, 5.0)
-            new = finish(here, "new")
-            assert here.recall("new") == new
+            here, there = (files.enter_context(closing(open_store(url))) for _ in range(2))
+            _hears(here, there)
+
+
+def _hears(here: Any, there: Any) -> None:
+    done = finish(listening(here), "key")
+    there.apply([Forget("key", done.token)])
+    until(lambda: here.recall("key") is None, 5.0)
+    new = finish(here, "new")
+    assert here.recall("new") == new
 
 
 # ------------------------------------------------------------------ the memory itself
