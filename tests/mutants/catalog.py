@@ -307,6 +307,14 @@ MUTANTS = (
         "if True:",
         unit("test_inbox_count.py::test_a_count_whose_reply_was_lost_is_not_made_again"),
     ),
+    # ---------------------------------------------------------------- message.py
+    Mutant(
+        "a body with more in it is read as a whole",
+        "message.py",
+        "class _Usual(msgspec.Struct, forbid_unknown_fields=True):",
+        "class _Usual(msgspec.Struct):",
+        unit("test_message.py::test_the_short_way_to_read_a_body_leads_where_the_long_one_does"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
