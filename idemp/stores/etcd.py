@@ -186,7 +186,6 @@ class _Session:
         clock: Clock,
         tell: Tell,
     ) -> None:
-        self.pid = os.getpid()
         client = connect()
         self.retention = retention
         self.group = GroupCommit(self._commit)

@@ -20,7 +20,6 @@ all commits of a server wait for each other.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import selectors
 import threading
@@ -192,7 +191,6 @@ class _Session(Confirmed):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, place: Place, retention: float, ttl: float, clock: Clock) -> None:
-        self.pid = os.getpid()
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -218,7 +217,6 @@ class _Session(Confirmed):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, at: Server, retention: float, ttl: float, clock: Clock) -> None:
-        self.pid = os.getpid()
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention

@@ -307,6 +307,21 @@ MUTANTS = (
         "if True:",
         unit("test_inbox_count.py::test_a_count_whose_reply_was_lost_is_not_made_again"),
     ),
+    # ---------------------------------------------------------------- forks
+    Mutant(
+        "what a fork inherits of a store is not used",
+        "stores/door.py",
+        "        store._forked()\n",
+        "        pass\n",
+        unit("test_door.py::test_threads_that_come_first_after_a_fork_share_a_session"),
+    ),
+    Mutant(
+        "a forked child has threads of its own to wait in",
+        "once.py",
+        "os.register_at_fork(after_in_child=_make_pools)\n",
+        "",
+        unit("test_door.py::test_calls_that_wait_in_threads_go_on_after_a_fork"),
+    ),
     # ---------------------------------------------------------------- message.py
     Mutant(
         "a body with more in it is read as a whole",
