@@ -307,6 +307,20 @@ MUTANTS = (
         "if True:",
         unit("test_inbox_count.py::test_a_count_whose_reply_was_lost_is_not_made_again"),
     ),
+    Mutant(
+        "who keeps the session of etcd outlasts a file of its URL that is away",
+        "stores/etcd.py",
+        "            except IdempError as error:  # also",
+        "            except EtcdError as error:  # also",
+        unit("test_etcd_store.py::test_who_keeps_it_outlasts_a_file_that_was_away"),
+    ),
+    Mutant(
+        "a word for the lease before says nothing of this one",
+        "stores/etcd.py",
+        " > 0 and lease == self._lease:",
+        " > 0:",
+        unit("test_etcd_store.py::test_a_word_for_the_lease_before_says_nothing_of_this_one"),
+    ),
     # ---------------------------------------------------------------- forks
     Mutant(
         "what a fork inherits of a store is not used",
