@@ -448,9 +448,16 @@ MUTANTS = (
     Mutant(
         "nor from what this process remembers",
         "pipeline.py",
-        "if first is None and route.policy is not None and not _sent_back(delivery):",
+        "if first is None and route.policy is not None and not _must_ask(flight):",
         "if first is None and route.policy is not None:",
         unit("test_pipeline.py::test_what_memory_knows_to_be_done_is_acknowledged_without_asking"),
+    ),
+    Mutant(
+        "a transaction that comes again is counted, whatever is known here",
+        "pipeline.py",
+        "    return _sent_back(delivery) or (delivery.redelivered and flight.policy.transaction)\n",
+        "    return _sent_back(delivery)\n",
+        unit("test_pipeline.py::test_a_transaction_that_comes_again_is_looked_up_to_be_counted"),
     ),
     Mutant(
         "an interrupted leader hands the lead over",
@@ -490,7 +497,7 @@ MUTANTS = (
     Mutant(
         "nor because another one was",
         "pipeline.py",
-        "if done and duplicate.fingerprint is None and not _sent_back(duplicate.delivery):",
+        "if done and duplicate.fingerprint is None and not _must_ask(duplicate):",
         "if done and duplicate.fingerprint is None:",
         unit("test_pipeline.py::test_a_message_that_was_sent_back_is_looked_up_anew"),
     ),
