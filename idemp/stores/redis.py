@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,7 +25,6 @@ from idemp.laws import Entry, undoing, view
 from idemp.ports import (
     Abandon,
     Applied,
-    Busy,
     Claim,
     Claimed,
     Clock,
@@ -43,9 +41,10 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.redis_server import IsReplica, Server, check, explain
-from idemp.stores.door import Confirmed, SessionStore
+from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
-from idemp.stores.recall import VOUCH, Recall
+from idemp.stores.listening import Listening
+from idemp.stores.recall import VOUCH
 
 try:
     import redis
@@ -61,7 +60,6 @@ PATIENCE = 10.0
 """Seconds that a batch tries to get through before `StoreUnavailable`."""
 TIMEOUT = 5.0
 """Seconds for one answer."""
-_POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications come
 _PAGE = 1000
 _SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 _NAME = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
@@ -213,14 +211,15 @@ class _Unsure(NamedTuple):
     tail: int  # how many of them, at the end, the caller asked for
 
 
-class _Session(Confirmed):
+class _Session(Listening):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, at: Server, retention: float, ttl: float, clock: Clock) -> None:
+        super().__init__("redis", clock)
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention
-        self._at, self._ttl, self._clock = at, ttl, clock
+        self._at, self._ttl = at, ttl
         self._epoch: str | None = None
         self._id = ""
         self._batch = 0
@@ -232,16 +231,7 @@ class _Session(Confirmed):
         self._client = self._connects(self._connected)
         self._ear = self._connects(self._connected_to_listen)
         self._heard_epoch = ""
-        self._recall = Recall(clock)
-        self._changed = threading.Condition()
-        self._listens: bool | None = None  # None: nobody has waited yet
-        self._ended = threading.Event()
-        self._threads = [self._start("heartbeat", self._beat)]
-
-    def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, name=f"idemp-redis-{name}", daemon=True)
-        thread.start()
-        return thread
+        self._start("heartbeat", self._beat)
 
     # ---------------------------------------------------------------- one call
 
@@ -463,31 +453,11 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- reading
 
-    def recall(self, key: str) -> Done | None:
-        """See `idemp.ports.Store`.  From the first time on this process listens."""
-        if self._ended.is_set():
-            raise Closed("this store was closed")
-        if self._listens is None:
-            self._listen()
-        return self._recall.find(key)
+    def _peek(self, key: str) -> State:
+        return _state(self._ask("look", "", key)[0])
 
-    def wait(self, key: str, token: int, timeout: float) -> None:
-        """Leave word that the key is awaited, and look at it when told, and now and then."""
-        deadline = self._clock.steady() + timeout
-        pause, told = _POLL[0], False
-        while True:
-            state = _state(self._ask("look", "", key)[0])
-            left = deadline - self._clock.steady()
-            if left <= 0 or not (isinstance(state, Busy) and state.token == token):
-                return
-            if not told:
-                self._ask("await", "", key, token)
-                self._listen()
-                told = True
-                continue
-            with self._changed:
-                self._changed.wait(min(left, pause))
-            pause = min(pause * 2, _POLL[2] if self._listens else _POLL[1])
+    def _await(self, key: str, token: int) -> None:
+        self._ask("await", "", key, token)
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`.  Redis has no order: each page walks over all keys of the database."""
@@ -534,17 +504,6 @@ class _Session(Confirmed):
             raise StoreUnavailable(f"{self._at.shown}: {error}") from None
 
     # ---------------------------------------------------------------- being told
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _listen(self) -> None:
-        """Be told from now on, on a connection of its own."""
-        with self._changed:
-            if self._listens is None:
-                self._listens = False
-                self._threads.append(self._start("listen", self._hear))
 
     def _hear(self) -> None:
         while not self._ended.is_set():
