@@ -336,6 +336,13 @@ MUTANTS = (
         "",
         unit("test_door.py::test_calls_that_wait_in_threads_go_on_after_a_fork"),
     ),
+    Mutant(
+        "a meter goes on in a forked child",
+        "metrics.py",
+        "            meter._begin()\n",
+        "            pass\n",
+        unit("test_metrics.py::test_a_forked_child_counts_for_itself"),
+    ),
     # ---------------------------------------------------------------- message.py
     Mutant(
         "a body with more in it is read as a whole",
