@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from idemp.metrics import StatsdMeter
 from idemp.ports import Op, Reply
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
@@ -140,3 +142,22 @@ asyncio.run(both(3))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_forked_child_counts_for_itself() -> None:
+    """What the parent counted is sent once, by the parent; its thread is not in the child."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(20)
+        meter = StatsdMeter(f"127.0.0.1:{statsd.getsockname()[1]}")
+        meter.count("ours", 7)
+        with meter._lock:  # as its thread might, just then
+            child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            meter.count("theirs", 3)
+            meter.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        meter.close()
+        assert sorted(statsd.recv(1000) for _ in range(2)) == [b"ours:7|c", b"theirs:3|c"]

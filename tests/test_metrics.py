@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -85,22 +83,6 @@ def test_counters_are_summed_and_sent_together(statsd: Listener) -> None:
         counts[name] += int(n)
     assert counts == {"orders_new_order_ok": 1000}
     assert len(lines) <= 2  # one, unless a second went by in between
-
-
-def test_a_forked_child_counts_for_itself(statsd: Listener) -> None:
-    """What the parent counted is sent once, by the parent; its thread is not in the child."""
-    meter = StatsdMeter(statsd.address)
-    meter.count("ours", 7)
-    with meter._lock:  # as its thread might, just then
-        child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        meter.count("theirs", 3)
-        meter.close()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    meter.close()
-    assert sorted(statsd.lines() + statsd.waiting()) == ["ours:7|c", "theirs:3|c"]
 
 
 def test_zero_makes_a_counter_exist(statsd: Listener) -> None:

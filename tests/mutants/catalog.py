@@ -341,7 +341,7 @@ MUTANTS = (
         "metrics.py",
         "            meter._begin()\n",
         "            pass\n",
-        unit("test_metrics.py::test_a_forked_child_counts_for_itself"),
+        unit("test_door.py::test_a_forked_child_counts_for_itself"),
     ),
     # ---------------------------------------------------------------- message.py
     Mutant(
@@ -390,8 +390,8 @@ MUTANTS = (
     Mutant(
         "a longer retention brings back nothing that was over under the shorter one",
         "stores/recall.py",
-        "                self._era += 1\n                self._clear()\n                self._since = now\n",
-        "",
+        "                self._clear()\n                self._since = now\n",
+        "                self._since = now\n",
         unit("test_recall.py::test_a_longer_retention_brings_nothing_back"),
     ),
     Mutant(
