@@ -6,12 +6,14 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import gettempdir
 from typing import Any, NamedTuple
 
-from idemp.errors import ConfigError
+from idemp.errors import ConfigError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -105,3 +107,14 @@ def alone(path: str, who: str, what: str) -> int:
         os.close(lock)
         raise ConfigError(f"{who} {path}; stop it, or name another file as {what}") from None
     return lock
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """What SQLite raises inside, in one sentence: `ConfigError` if ``path`` is none of its files."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if "not a database" in str(error):
+            raise ConfigError(f"{path} is no SQLite file; name another one") from None
+        raise StoreUnavailable(f"{path}: {error}") from None

@@ -28,13 +28,15 @@ _AMQP_TEXT = 255
 _strict = msgspec.json.Decoder().decode
 
 
-class _Usual(msgspec.Struct):
-    """The body that most messages have, which is read in one go."""
+class _Usual(msgspec.Struct, forbid_unknown_fields=True):
+    """The body that most messages have, which is read in one go.
+
+    One with more in it is not: what would be skipped here is not looked at, and need be no JSON.
+    """
 
     type: str
     id: str
     args: Any
-    specversion: Any = msgspec.UNSET
 
 
 _usual = msgspec.json.Decoder(_Usual).decode
@@ -112,8 +114,7 @@ def decode(body: bytes, properties: Properties) -> Message:
     except (ValueError, RecursionError):
         pass  # it is another one, or nothing that is accepted: see below
     else:
-        if usual.specversion is msgspec.UNSET:
-            return _message(usual.id, usual.type, usual.args, properties)
+        return _message(usual.id, usual.type, usual.args, properties)
     event = _json_object(body)
     if "specversion" in event and "source" in event:
         return _from_cloudevent(event, event.get("data", {}), properties)

@@ -16,8 +16,10 @@ Prometheus gets their parts as labels.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -253,6 +255,11 @@ class StatsdMeter:
         except ImportError:
             raise MissingExtra("the statsd meter", "statsd") from None
         self._library = statsd
+        self._begin()
+        _meters.add(self)
+
+    def _begin(self) -> None:
+        """Nothing is counted yet.  Also in a forked child, in which there is no sender."""
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._times: defaultdict[str, list[float]] = defaultdict(list)
@@ -316,6 +323,18 @@ class StatsdMeter:
         for name, value in levels.items():
             pipe.gauge(name, value)
         pipe.send()
+
+
+_meters: weakref.WeakSet[StatsdMeter] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for meter in list(_meters):
+        if not meter._ended.is_set():
+            meter._begin()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _address(address: str) -> tuple[str, int]:

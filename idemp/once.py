@@ -11,13 +11,14 @@ import contextvars
 import functools
 import inspect
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import msgspec
 
@@ -77,10 +78,28 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _IDS = uuid.UUID("6b1f7c52-6f3b-5d0e-9d0a-6d1f4f0e6a11")
-# Waiting duplicates must not take the threads that the ones they wait for need.
-_waiters = ThreadPoolExecutor(64, "idemp-wait")
-# A transaction's thread waits for the loop that runs its handler, and for other transactions.
-_transactions = ThreadPoolExecutor(64, "idemp-transaction")
+
+
+class _Pools(NamedTuple):
+    """Threads that only wait.
+
+    waiters: waiting duplicates must not take the threads that the ones they wait for need.  transactions: a
+    transaction's thread waits for the loop that runs its handler, and for other transactions.
+    """
+
+    waiters: ThreadPoolExecutor
+    transactions: ThreadPoolExecutor
+
+
+def _make_pools() -> None:
+    """Also in a forked child, where its parent's threads are not, but their pool would count on them."""
+    global _pools
+    _pools = _Pools(ThreadPoolExecutor(64, "idemp-wait"), ThreadPoolExecutor(64, "idemp-transaction"))
+
+
+_pools: _Pools
+_make_pools()
+os.register_at_fork(after_in_child=_make_pools)
 
 
 # ------------------------------------------------------------------ what a handler can know
@@ -448,7 +467,7 @@ async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, k
                 event = await _ask_async(policy, Context(key, claim.token, claim.attempt), args, kwargs)
             case Await(busy):
                 loop = asyncio.get_running_loop()
-                event = await loop.run_in_executor(_waiters, patience.wait, busy.token)
+                event = await loop.run_in_executor(_pools.waiters, patience.wait, busy.token)
             case _:
                 event = await _apply_async(policy.store, step)
 
@@ -463,7 +482,7 @@ async def _call_async_in_transaction(
     key = policy.key(args, kwargs)
     visit = _Visit(function, asyncio.get_running_loop())
     call = functools.partial(_transacted, visit, policy, key, args, kwargs)
-    future = visit.loop.run_in_executor(_transactions, contextvars.copy_context().run, call)
+    future = visit.loop.run_in_executor(_pools.transactions, contextvars.copy_context().run, call)
     try:
         verdict = await asyncio.shield(future)
     except asyncio.CancelledError:

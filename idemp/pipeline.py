@@ -407,7 +407,7 @@ class Pipeline:
             self._dead(flight, "rejected", str(error))
             return
         first = self._window.get(flight.key)
-        if first is None and route.policy is not None and not _sent_back(delivery):
+        if first is None and route.policy is not None and not _must_ask(flight):
             done = route.policy.store.recall(flight.key, self._now)
             if done is not None:
                 self._repeated(flight, done)
@@ -574,7 +574,7 @@ class Pipeline:
         for place, duplicate in enumerate(waiting):
             if self._stopping:
                 continue
-            if done and duplicate.fingerprint is None and not _sent_back(duplicate.delivery):
+            if done and duplicate.fingerprint is None and not _must_ask(duplicate):
                 self._acknowledge(duplicate, "skipped")
             elif delay is not None:
                 attempts = _attempts(duplicate.delivery)
@@ -726,6 +726,15 @@ def _plain(copy: Publication) -> Publication:
 def _sent_back(delivery: Delivery) -> bool:
     """Whether a person sent it back: then its key may have been forgotten since it was called done."""
     return "idemp-retry" in delivery.properties.headers
+
+
+def _must_ask(flight: Flight) -> bool:
+    """Whether it goes the whole way to its verdict, though its key is done by all that is known here.
+
+    Also one whose transaction may have been made by who was killed before he counted it: see consumer.py.
+    """
+    delivery = flight.delivery
+    return _sent_back(delivery) or (delivery.redelivered and flight.policy.transaction)
 
 
 def _attempts(delivery: Delivery) -> int:

@@ -21,6 +21,10 @@ except ImportError:
 _REFUSED = ("NOAUTH", "WRONGPASS")
 
 
+class IsReplica(ConfigError):
+    """It takes no writes."""
+
+
 class Server(NamedTuple):
     """A namespace in a Redis.
 
@@ -72,7 +76,7 @@ def check(connection: Any, at: Server) -> str:
     if int(version.partition(".")[0]) < 7:
         raise ConfigError(f"{at.shown} is Redis {version}; idemp needs 7 or newer")
     if about.get("role") != "master":
-        raise ConfigError(f"{at.shown} is a read-only replica; name its master")
+        raise IsReplica(f"{at.shown} is a read-only replica; name its master")
     if not at.unsafe:
         _check_durable(connection, at)
     return f"{about.get('run_id')}/{about.get('master_replid')}"

@@ -11,20 +11,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from idemp.cli import main, options
 from idemp.ports import Delivery
 from idemp.tracking import pace, plan_queue, replay
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.orders import Forker
 
 
 class Ended(NamedTuple):
@@ -131,26 +128,12 @@ def _serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-class Replays:
-    """The process that forks them; for one thread."""
+class Replays(Forker):
+    """The process that forks them."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__("tests.replay_killed")
         self._folder = folder
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.replay_killed"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.wait(30)
-        self._process.stdout.close()  # type: ignore[union-attr]
 
     def begin(self, *arguments: str, settings: Mapping[str, str], kill: int = 0) -> int:
         """Start one; its process id."""
@@ -165,14 +148,6 @@ class Replays:
     def run(self, *arguments: str, settings: Mapping[str, str], kill: int = 0) -> Ended:
         """From its start to its end."""
         return self.end(self.begin(*arguments, settings=settings, kill=kill))
-
-    def _order(self, **order: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
 
 
 if __name__ == "__main__":

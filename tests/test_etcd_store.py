@@ -419,6 +419,50 @@ def test_closed_while_its_keeper_is_about_to_ask(make: Make, monkeypatch: pytest
     assert left.wait(30)
 
 
+def test_who_keeps_it_outlasts_a_file_that_was_away(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate that is being replaced when another member has to be asked: the next time it is there."""
+    store, wire = make(retention=8.0, session_ttl=3.0)
+    left = dict.fromkeys(("lease_keepalive", "range"), 1)
+    kept = {name: threading.Event() for name in left}
+
+    def missing(name: str, asked: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **named: Any) -> Any:
+            if threading.current_thread().name not in ("idemp-etcd-lease", "idemp-etcd-keeper"):
+                return asked(*args, **named)
+            if left[name]:
+                left[name] -= 1
+                raise ConfigError("cannot read ca.pem of the etcd:// URL: No such file or directory")
+            kept[name].set()
+            return asked(*args, **named)
+
+        return ask
+
+    for name in left:
+        monkeypatch.setattr(wire, name, missing(name, getattr(wire, name)))
+    for name, event in kept.items():
+        assert event.wait(30), name
+    until(lambda: store.fresh(one(store, Claim(f"{time.monotonic()}")).token))
+
+
+def test_a_word_for_the_lease_before_says_nothing_of_this_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader that is cut off still says that it lives, while another session has begun."""
+    opened, wire = make()
+    session: Any = opened._session  # type: ignore[attr-defined]
+    old, began = session._lease, session._clock.steady() - 60
+    monkeypatch.setattr(session, "_alive_at", began)
+
+    def late(lease: int) -> int:
+        session._lease = old + 1
+        return 10
+
+    monkeypatch.setattr(wire, "lease_keepalive", late)
+    session._keep_alive()
+    session._lease = old
+    assert session._alive_at == began
+
+
 def test_buckets_roll_and_what_is_over_is_deleted(make: Make, etcd: Etcd, unique: str) -> None:
     """Law 8 (N12): etcd holds what the retention explains, and an importer agrees with who was there."""
     store, _ = make(retention=2.0)

@@ -174,6 +174,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.transports.redis_log": {"redis"},
         "idemp.redis_server": {"redis"},
         "idemp.metrics": {"statsd", "prometheus_client"},
+        "idemp.embedded": {"sqlite3"},
         "idemp.audit.state.sqlite": {"sqlite3"},
         "idemp.audit.state.postgresql": {"psycopg"},
         "idemp.audit.tallies": {"sqlite3"},

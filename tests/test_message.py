@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from typing import Any
+from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idemp import message as message_module
 from idemp.errors import BadMessage
 from idemp.message import MAX_BODY, MAX_ID, Message, Properties, decode
 
@@ -100,6 +102,75 @@ def test_any_bytes_are_decoded_or_refused(data: bytes) -> None:
     """Nothing but `BadMessage` ever comes out."""
     with contextlib.suppress(BadMessage):
         assert decode(data, PLAIN).id
+
+
+# As text, so that nothing is only such JSON as some library would write.
+_LARGE = {"long": "9" * 5000, "deep": "[" * 5000 + "]" * 5000, "much": f'"{"x" * MAX_ID}x"'}
+_ODD = (
+    *(
+        '"a"',
+        '""',
+        '"\\ud800"',
+        '"\\u0000"',
+        '"\\q"',
+        '"\udcff"',
+        '"\x01"',
+        '"\udced\udca0\udc80"',
+        '"',
+        "\ufeff",
+    ),
+    *(
+        "0",
+        "-0",
+        "01",
+        "1.",
+        "5",
+        "-",
+        "9" * 30,
+        "0.12345678901234567",
+        "1e999",
+        "-1E-999",
+        "NaN",
+        "-Infinity",
+    ),
+    *("null", "true", "tru", "{}", "[]", "[", "[1,]", '{"id":"inner","id":1}', '{"\udcff":0}', *_LARGE),
+)
+_NAMES = ("type", "id", "args", "ID", "Type", r"\u0069d", "specversion", "source", "data", "x", "\udcff")
+_PAIRS = st.tuples(st.sampled_from(_NAMES), st.sampled_from(_ODD))
+_USUAL = [("type", '"t"'), ("id", '"i"'), ("args", "{}")]
+
+
+def _spelled(usual: bool, pairs: list[tuple[str, str]], start: str, end: str) -> bytes:
+    fields = [*(_USUAL if usual else ()), *pairs]
+    inside = ",".join(f'"{name}":{_LARGE.get(value, value)}' for name, value in fields)
+    return f"{start}{{{inside}}}{end}".encode(errors="surrogateescape")
+
+
+_BODIES = st.builds(
+    _spelled,
+    st.booleans(),
+    st.lists(_PAIRS, max_size=5),
+    st.sampled_from(("", "", "\ufeff")),
+    st.sampled_from(("", "", " ", "\x00", "x", "{}")),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(_BODIES, st.sampled_from((PLAIN, Properties(message_id="m", type="t"))))
+def test_the_short_way_to_read_a_body_leads_where_the_long_one_does(
+    body: bytes, properties: Properties
+) -> None:
+    """Whatever is odd in it: the same message, or the same reason."""
+    short = _came(body, properties)
+    with mock.patch.object(message_module, "_usual", side_effect=ValueError):
+        assert repr(short) == repr(_came(body, properties))  # a NaN is not equal to itself
+
+
+def _came(body: bytes, properties: Properties) -> Message | str:
+    try:
+        return decode(body, properties)
+    except BadMessage as error:
+        return str(error)
 
 
 def test_properties_carry_the_identity() -> None:

@@ -24,6 +24,8 @@ from idemp.pipeline import (
     Stop,
     Tell,
     Tick,
+    Transact,
+    Transacted,
     Work,
     Worked,
 )
@@ -45,7 +47,7 @@ from idemp.ports import (
     Release,
     Takeover,
 )
-from idemp.protocol import NotStarted, Raised, Returned
+from idemp.protocol import NotStarted, Raised, Returned, Skipped
 from tests.simulator import World
 
 
@@ -117,6 +119,27 @@ def test_what_memory_knows_to_be_done_is_acknowledged_without_asking(monkeypatch
     [send] = deliver(line, delivery(9))
     [(_, copy)] = send.items
     assert copy.properties.headers["idemp-reason"] == "done already, with another payload"
+
+
+def test_a_transaction_that_comes_again_is_looked_up_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who made it may have been killed before he counted it: the consumer counts what it skips of these."""
+    monkeypatch.setattr(Store, "transaction", lambda *_: None, raising=False)
+    line = pipeline(transaction=True)
+    again = replace(delivery(2), redelivered=True)
+    [transact] = deliver(line, delivery(1))
+    assert deliver(line, again) == []
+    [(flight, _)] = transact.items
+    skipped = Skipped(Done(9, None, None, 0.0))
+    commands = step(line, Transacted(STORE, [(flight, skipped)]))
+    assert [type(command) for command in commands] == [Transact, Acknowledge]
+    assert commands[1] == Acknowledge([1])
+
+    monkeypatch.setattr(STORE, "known", {"h/1": Done(9, None, None, 0.0)})
+    line = pipeline(transaction=True)
+    assert deliver(line, delivery(1)) == [Acknowledge([1])]
+    assert [type(command) for command in deliver(line, again)] == [Transact]
+    line = pipeline()
+    assert deliver(line, again) == [Acknowledge([2])]
 
 
 def test_what_waits_for_its_twin_waits_though_memory_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 import pytest
 
-from idemp.errors import ConfigError
-from idemp.ports import Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Op, Reply
+from idemp.errors import ConfigError, StoreUnavailable
+from idemp.ports import Applied, Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Op, Reply
 from idemp.stores import open_store
 from idemp.stores.recall import LARGE, TRUST, Recall
 from idemp.stores.redis import _SCRIPT
@@ -145,6 +148,33 @@ def test_what_this_process_forgets_is_forgotten_at_once(pair: Pair) -> None:
             assert pair.here.recall(f"{n}") is None
 
 
+def test_what_this_process_forgot_in_a_commit_whose_reply_was_lost(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took effect, which the next call finds out; the news of it is still on its way."""
+    session = pair.here._session
+    gone = finish(pair.here, "gone")
+    monkeypatch.setattr(session._recall, "forgotten", lambda pairs: None)
+    real_all = session._recall.forget_all
+    here = threading.current_thread()
+    monkeypatch.setattr(
+        session._recall, "forget_all", lambda: real_all() if threading.current_thread() is here else None
+    )
+    name = "_write" if pair.kind == "postgresql" else "_call"
+    real = getattr(session, name)
+
+    def struck(*args: Any) -> Any:
+        monkeypatch.setattr(session, name, real)
+        pair.proxy.lose()
+        return real(*args)
+
+    monkeypatch.setattr(session, name, struck)
+    assert pair.here.recall("gone") == gone
+    assert one(pair.here, Forget("gone", gone.token)) == Applied()
+    assert pair.proxy.counts.lost == 1
+    assert pair.here.recall("gone") is None
+
+
 def test_who_was_cut_off_from_the_news_knows_nothing(pair: Pair) -> None:
     """What was forgotten meanwhile is not recalled, and nothing else: it was not heard what else was."""
     gone, kept = finish(pair.here, "gone"), finish(pair.here, "kept")
@@ -217,6 +247,54 @@ def test_another_server_takes_over(own_redis: Redis) -> None:
         assert isinstance(one(here, Claim("key")), Claimed)
 
 
+def test_a_server_that_became_a_replica_is_left(own_redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its connections, refuses to write, and hears of a forget late or never."""
+    need("redis")
+    monkeypatch.setattr("idemp.stores.redis.PATIENCE", 1.0)
+    follows = {"replicaof": f"127.0.0.1 {own_redis.port}"}
+    with (
+        Redis(options=follows) as other,
+        Proxy(own_redis.port) as proxy,
+        closing(open_store(f"redis://127.0.0.1:{proxy.port}/0?session=2s")) as here,
+    ):
+        done = finish(listening(here), "key")
+        until(lambda: other.call("EXISTS", "idemp:{default}:k:key") == "1")
+        other.call("REPLICAOF", "NO", "ONE")
+        own_redis.call("REPLICAOF", "127.0.0.1", "1")  # nobody is there, so it will hear nothing
+        with closing(open_store(other.url)) as there:
+            there.apply([Forget("key", done.token)])
+
+        until(lambda: here.recall("key") is None, 10.0)
+        with pytest.raises(StoreUnavailable, match="a read-only replica now"):
+            here.apply([Claim("key")])
+
+        proxy.move(other.port)
+        assert isinstance(one(here, Claim("key")), Claimed)
+        listening(here)
+
+
+@pytest.mark.parametrize("kind", ["redis", "postgresql"])
+def test_a_retention_that_was_over_is_made_longer(kind: str, request: pytest.FixtureRequest) -> None:
+    """What the store had let go, and another does anew, does not come back."""
+    url = request.getfixturevalue(kind).database()
+    with closing(open_store(f"{url}?retention=1s")) as opened:
+        here: Any = listening(opened)
+        old = finish(here, "key")
+        assert here.recall("key") == old
+        until(lambda: one(here, Get("key")) == Free(0))
+        with closing(open_store(f"{url}?retention=1s")) as there:
+            again = one(there, Claim("key"))
+            assert isinstance(again, Claimed)
+            with closing(open_store(f"{url}?retention=1h")) as third:
+                third.apply([])
+            one(here, Claim("other"))
+            assert here.retention == 3600
+            until(lambda: here._session._recall.follows)
+            assert here.recall("key") is None
+            there.apply([Complete("key", again.token, b"2")])
+            assert one(here, Claim("key")).result == b"2"  # type: ignore[union-attr]
+
+
 def test_a_server_that_forgot_is_not_spoken_for(redis: Redis) -> None:
     """Its keys were deleted behind our back, and the session with them."""
     with closing(open_store(f"{redis.database()}?session=1s")) as opened:
@@ -251,6 +329,27 @@ def test_behind_a_pooler_nothing_is_remembered(postgresql: PostgreSQL) -> None:
         done = finish(store, "key")
         assert one(store, Claim("key")) == done
         assert store.recall("key") is None
+
+
+def test_a_process_with_many_files_hears_too(redis: Redis, postgresql: PostgreSQL) -> None:
+    """More than select() can look at."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, limit[1]), limit[1]))
+    with ExitStack() as files:
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+        for _ in range(1030):
+            files.enter_context(open(os.devnull))
+        for url in (redis.database(), postgresql.database()):
+            here, there = (files.enter_context(closing(open_store(url))) for _ in range(2))
+            _hears(here, there)
+
+
+def _hears(here: Any, there: Any) -> None:
+    done = finish(listening(here), "key")
+    there.apply([Forget("key", done.token)])
+    until(lambda: here.recall("key") is None, 5.0)
+    new = finish(here, "new")
+    assert here.recall("new") == new
 
 
 # ------------------------------------------------------------------ the memory itself
@@ -310,10 +409,13 @@ def test_a_reply_that_the_news_overtook_teaches_nothing(memory: Recall, hands: H
     for news in all_news:
         asked = memory.era()
         news()
-        memory.learn(asked, [("key", done(1))])
         if not memory.follows:
             memory.begin(hands.now)
+            memory.told(80.0, hands.now + 4000, hands.now)
+        memory.learn(asked, [("key", done(1))])
         assert memory.find("key") is None
+    memory.learn(memory.era(), [("key", done(1))])
+    assert memory.find("key") == done(1)
 
 
 def test_a_done_that_i_forgot_is_not_heard_of_again(memory: Recall) -> None:
@@ -326,6 +428,53 @@ def test_a_done_that_i_forgot_is_not_heard_of_again(memory: Recall) -> None:
     memory.forgotten([("key", 5)])
     assert memory.find("key") == done(6)
     memory.forgotten([("key", 6)])
+    assert memory.find("key") is None
+
+
+def test_a_done_that_i_forgot_is_not_learned_on_a_line_that_is_new(memory: Recall, hands: Hands) -> None:
+    """It began to hear before the forget, and what it heard first is told to me after it."""
+    memory.lose()
+    asked = hands.now
+    memory.forget([("key", 5)])
+    memory.begin(asked)
+    memory.told(80.0, hands.now + 4000, hands.now)
+    memory.learn(memory.era(), [("key", done(5))])
+    assert memory.find("key") is None
+
+
+def test_what_i_forgot_is_kept_for_a_moment_only(memory: Recall, hands: Hands) -> None:
+    """Nobody may ever say so again: it was parked, or its news came first, or nobody listens."""
+    for n in range(1000):
+        memory.forget([(f"{n}", n)])
+        hands.now += TRUST / 10
+    assert len(memory._gone) <= 11
+
+
+def test_a_longer_retention_brings_nothing_back(memory: Recall, hands: Hands) -> None:
+    """What was done under the shorter one may be gone from the store by now, and be run anew."""
+    memory.learn(memory.era(), [("key", done(1, 5000.0))])
+    hands.now += 90
+    asked, now = memory.era(), hands.now + 4000
+    memory.told(8000.0, now, hands.now)
+    memory.vouch(hands.now)
+    assert memory.find("key") is None
+    memory.learn(asked, [("asked before", done(2, now))])
+    memory.learn(memory.era(), [("old", done(3, now - 0.1)), ("new", done(4, now))])
+    assert memory.find("asked before") is memory.find("old") is None
+    assert memory.find("new") == done(4, now)
+
+
+def test_another_server_has_another_clock(memory: Recall, hands: Hands) -> None:
+    """Nothing is learned until it has said what time it is there: else this would last for an hour more."""
+    memory.lose()
+    memory.begin(hands.now)
+    memory.learn(memory.era(), [("key", done(1, 9000.0))])
+    assert memory.find("key") is None
+    memory.told(80.0, hands.now + 8000, hands.now)
+    memory.learn(memory.era(), [("key", done(1, 9000.0))])
+    assert memory.find("key") == done(1, 9000.0)
+    hands.now += 80
+    memory.vouch(hands.now)
     assert memory.find("key") is None
 
 

@@ -298,7 +298,7 @@ def test_a_waiter_in_another_process_is_woken(
 ) -> None:
     """At once by a notification; and by a look now and then where none comes."""
     if told:
-        monkeypatch.setattr(f"idemp.stores.{far.kind}._POLL", (60.0, 60.0, 60.0))
+        monkeypatch.setattr("idemp.stores.listening._POLL", (60.0, 60.0, 60.0))
     else:
         monkeypatch.setattr(store._session, "_listen", lambda: None)
     with closing(far.open(url=far.straight)) as other:

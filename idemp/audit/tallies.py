@@ -20,8 +20,8 @@ from uuid import uuid4
 
 from idemp.audit.tally import ANY, SLICES, Tally, hashed, slice_of
 from idemp.embedded import alone as only_one
-from idemp.embedded import check_place
-from idemp.errors import ConfigError, StoreUnavailable
+from idemp.embedded import check_place, explained
+from idemp.errors import ConfigError
 from idemp.ports import Ran
 
 PATIENCE = 10.0
@@ -203,7 +203,7 @@ class Tallies:
     def buckets(self, kind: str) -> dict[int, Tally]:
         """All of them, also the one that is not closed yet."""
         ask = "SELECT start, n, checksum, unsure FROM tally WHERE kind = ? ORDER BY start"
-        with self._explained():
+        with explained(self.path):
             return {place: self._honest(place, *row) for place, *row in self._db().execute(ask, (kind,))}
 
     def slices(self, kind: str, start: int) -> dict[int, Tally]:
@@ -228,7 +228,7 @@ class Tallies:
 
     def _ids(self, kind: str, start: int, after: str) -> Iterator[tuple[str, int, int]]:
         ask = "SELECT id, n, unsure FROM ran WHERE start = ? AND kind = ? AND id > ? ORDER BY id"
-        with self._explained():
+        with explained(self.path):
             yield from self._db().execute(ask, (start, kind, after))
 
     # ---------------------------------------------------------------- the file
@@ -244,7 +244,7 @@ class Tallies:
         """Let go of the file; what was counted is on disk."""
         try:
             if self._lock is not None:
-                with self._explained():
+                with explained(self.path):
                     self._db().execute("PRAGMA wal_checkpoint(FULL)")
                 with self._transaction() as db:
                     db.execute("UPDATE meta SET open = 0")
@@ -270,17 +270,8 @@ class Tallies:
         return db
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if "not a database" in str(error):
-                raise ConfigError(f"{self.path} is no SQLite file; name another one") from None
-            raise StoreUnavailable(f"{self.path}: {error}") from None
-
-    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._explained():
+        with explained(self.path):
             db = self._db()
             db.execute("BEGIN IMMEDIATE")
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Protocol
@@ -12,21 +13,10 @@ from idemp.errors import Closed
 from idemp.ports import Clock, Done, Op, Progress, Reply, State
 from idemp.stores.group import GroupCommit
 
-_pid = os.getpid()  # asking the system each time would be a call for every message
-
-
-def _forked() -> None:
-    global _pid
-    _pid = os.getpid()
-
-
-os.register_at_fork(after_in_child=_forked)
-
 
 class Session(Protocol):
     """One process's presence in a store."""
 
-    pid: int
     retention: float
     group: GroupCommit
 
@@ -78,6 +68,7 @@ class SessionStore:
         self._session: Session | None = None
         self._inherited: list[Session] = []
         self._closed = False
+        _stores.add(self)
 
     @property
     def retention(self) -> float:
@@ -118,21 +109,35 @@ class SessionStore:
         """See `idemp.ports.Store`."""
         with self._lock:
             session, self._session, self._closed = self._session, None, True
-        if session and session.pid == _pid:
+        if session:
             session.close()
 
     def _mine(self) -> Session:
-        """This process's session.  What a fork inherited is kept, never used and never closed."""
+        """This process's session."""
         session = self._session
-        if session is not None and session.pid == _pid:
-            return session
         if session is not None:
-            self._inherited.append(session)
-            # Its lock may be held by a thread that is not here.
-            self._session, self._lock = None, threading.Lock()
+            return session
         with self._lock:
             if self._closed:
                 raise Closed("this store was closed")
             if self._session is None:
                 self._session = self._make()
             return self._session
+
+    def _forked(self) -> None:
+        """In the child, before anything else: what it inherits is kept, never used and never closed."""
+        if self._session is not None:
+            self._inherited.append(self._session)
+        # The lock may be held by a thread that is not here.
+        self._session, self._lock = None, threading.Lock()
+
+
+_stores: weakref.WeakSet[SessionStore] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for store in list(_stores):
+        store._forked()
+
+
+os.register_at_fork(after_in_child=_forked)

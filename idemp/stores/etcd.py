@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from idemp.errors import Closed, ConfigError, StoreUnavailable
+from idemp.errors import Closed, ConfigError, IdempError, StoreUnavailable
 from idemp.laws import CLAIMED, DONE, Entry, undoing, view
 from idemp.ports import (
     Abandon,
@@ -198,7 +198,6 @@ class _Session:
         clock: Clock,
         tell: Tell,
     ) -> None:
-        self.pid = os.getpid()
         client = connect()
         self.retention = retention
         self.group = GroupCommit(self._commit)
@@ -656,7 +655,7 @@ class _Session:
                 self._keep_alive()
             except Closed:
                 return  # between the look at whether it ended and the call
-            except EtcdError as error:
+            except IdempError as error:  # also a file of the URL that is away for a moment
                 log.warning("keeping the session of %s: %s", self._layout.root, error)
 
     def _keep(self) -> None:
@@ -671,12 +670,12 @@ class _Session:
                 return  # between the look at whether it ended and the call
             except _Never:
                 continue  # somebody was first, or the bucket moved: next time
-            except (EtcdError, StoreUnavailable) as error:
+            except IdempError as error:
                 log.warning("keeping %s: %s", self._layout.root, error)
 
     def _keep_alive(self) -> None:
-        asked = self._clock.steady()
-        if self._client.lease_keepalive(self._lease) > 0:
+        asked, lease = self._clock.steady(), self._lease
+        if self._client.lease_keepalive(lease) > 0 and lease == self._lease:
             self._alive_at = asked
 
     def _keep_journal(self, deadline: float) -> None:

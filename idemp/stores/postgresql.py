@@ -20,9 +20,8 @@ all commits of a server wait for each other.
 from __future__ import annotations
 
 import logging
-import os
 import random
-import select
+import selectors
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -32,12 +31,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
 from idemp.laws import undoing, view
-from idemp.ports import Backlog, Busy, Clock, Done, Get, Letter, Op, Reply, State, Transaction
-from idemp.stores.door import Confirmed, SessionStore
+from idemp.ports import Backlog, Clock, Done, Get, Letter, Op, Reply, State, Transaction
+from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
+from idemp.stores.listening import Listening
 from idemp.stores.outbox import unpack
 from idemp.stores.postgresql_sql import settings, statements
-from idemp.stores.recall import VOUCH, Recall
+from idemp.stores.recall import VOUCH
 
 try:
     import psycopg
@@ -88,7 +88,6 @@ _SWEEP = 3600.0
 _MARGIN = 2.0
 DETOURS = 8
 """Batches that go the long way at once, after one that could not go the short way."""
-_POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications come
 
 
 class PostgresqlStore(SessionStore):
@@ -189,15 +188,15 @@ class _Result(NamedTuple):
     value: Any
 
 
-class _Session(Confirmed):
+class _Session(Listening):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, place: Place, retention: float, ttl: float, clock: Clock) -> None:
-        self.pid = os.getpid()
+        super().__init__("postgresql", clock)
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention
-        self._place, self._ttl, self._clock = place, ttl, clock
+        self._place, self._ttl = place, ttl
         self._words = statements(place.schema)
         self._settings = settings(_HOLD).encode()
         self._id = ""
@@ -214,17 +213,8 @@ class _Session(Confirmed):
         self._lines = [self._writer, self._beater, self._reader, self._listener]
         self._idle: list[Line] = []  # for transactions with handlers in them
         self._reading = threading.Lock()
-        self._recall = Recall(clock)
-        self._changed = threading.Condition()
-        self._listens: bool | None = None  # None: nobody has waited yet
-        self._ended = threading.Event()
-        self._threads = [self._start("watch", partial(watch, self._lines, self._ended))]
-        self._threads.append(self._start("heartbeat", self._beat))
-
-    def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, name=f"idemp-postgresql-{name}", daemon=True)
-        thread.start()
-        return thread
+        self._start("watch", partial(watch, self._lines, self._ended))
+        self._start("heartbeat", self._beat)
 
     # ---------------------------------------------------------------- one batch
 
@@ -243,6 +233,9 @@ class _Session(Confirmed):
                 failed = explain(self._place, error)
             except StoreUnavailable as error:
                 failed = error
+            # Another server may be the primary now, of which who listens on the old line hears nothing; and
+            # a forget of this batch may have taken effect.
+            self._recall.lose()
             if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
                 raise failed
             log.debug("%s", failed)
@@ -556,36 +549,12 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- reading
 
-    def recall(self, key: str) -> Done | None:
-        """See `idemp.ports.Store`.  From the first time on this process listens."""
-        if self._ended.is_set():
-            raise Closed("this store was closed")
-        if self._listens is None:
-            self._listen()
-        return self._recall.find(key)
-
-    def wait(self, key: str, token: int, timeout: float) -> None:
-        """Leave word that the key is awaited, and look at it when told, and now and then."""
-        deadline = self._clock.steady() + timeout
-        pause, most, told = _POLL[0], _POLL[1], False
-        while True:
-            state = self._peek(key)
-            left = deadline - self._clock.steady()
-            if left <= 0 or not (isinstance(state, Busy) and state.token == token):
-                return
-            if not told:
-                self._asked(lambda line: run(line, self._words.await_key, [key.encode(), token]))
-                self._listen()
-                told = True
-                continue
-            with self._changed:
-                self._changed.wait(min(left, pause))
-            most = _POLL[2] if self._listens else _POLL[1]
-            pause = min(pause * 2, most)
-
     def _peek(self, key: str) -> State:
         found = self._asked(lambda connection: self._looked(connection, [key]))
         return view(found.entries.get(key), found.alive.__contains__)
+
+    def _await(self, key: str, token: int) -> None:
+        self._asked(lambda line: run(line, self._words.await_key, [key.encode(), token]))
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`."""
@@ -627,17 +596,6 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- being told
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _listen(self) -> None:
-        """Be told from now on, on a connection of its own."""
-        with self._changed:
-            if self._listens is None:
-                self._listens = False
-                self._threads.append(self._start("listen", self._hear))
-
     def _hear(self) -> None:
         while not self._ended.is_set():
             try:
@@ -661,12 +619,14 @@ class _Session(Confirmed):
         self._recall.begin(asked)
         self._listens = True
         self._wake()  # what was said before goes unheard
-        while not self._ended.is_set() and self._recall.follows:
-            select.select([connection.fileno()], [], [], VOUCH)
-            self._listener.limit(PATIENCE)
-            asked = self._clock.steady()
-            run(connection, "SELECT")
-            self._recall.vouch(asked)
+        with selectors.DefaultSelector() as news:
+            news.register(connection, selectors.EVENT_READ)
+            while not self._ended.is_set() and self._recall.follows:
+                self._listener.limit(PATIENCE + VOUCH)
+                news.select(VOUCH)
+                asked = self._clock.steady()
+                run(connection, "SELECT")
+                self._recall.vouch(asked)
 
     def _told(self, said: psycopg.Notify) -> None:
         if said.payload:

@@ -52,8 +52,11 @@ class Recall:
         self._era = 0
         self._follows = False
         self._until = 0.0
+        self._timed = False  # whether the next two are this server's
         self._retention, self._ahead = 0.0, 0.0
-        self._gone: dict[str, int] = {}  # forgotten by me; a done that comes later may be an older one
+        self._since = 0.0  # by the server's clock: what was done before is not kept here
+        # Forgotten by me: under which token, and when.  A done that comes later may be an older one.
+        self._gone: dict[str, tuple[int, float]] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -74,7 +77,6 @@ class Recall:
         """From now on everything is heard.  ``asked``: when the server was asked for that, steady."""
         with self._lock:
             self._clear()
-            self._gone = {}
             self._era += 1
             self._follows, self._until = True, asked + TRUST
 
@@ -87,7 +89,7 @@ class Recall:
         """Something may go unheard, or the server is another: nothing is known until `begin`."""
         with self._lock:
             self._era += 1
-            self._follows = False
+            self._follows = self._timed = False
             self._clear()
 
     # ---------------------------------------------------------------- what is heard
@@ -98,12 +100,23 @@ class Recall:
 
     def told(self, retention: float, now: float, asked: float) -> None:
         """How long done is remembered, and the server's clock, as it said when it was ``asked``, steady."""
-        self._retention, self._ahead = retention, now - asked
+        if retention != self._retention:
+            self._retain(retention, now)
+        self._ahead, self._timed = now - asked, True
+
+    def _retain(self, retention: float, now: float) -> None:
+        """What was done under a shorter retention may be gone by that, and was perhaps run anew since."""
+        with self._lock:
+            if self._retention:
+                self._era += 1
+                self._clear()
+                self._since = now
+            self._retention = retention
 
     def learn(self, era: int, found: Iterable[tuple[str, Done]]) -> None:
         """What was done, in the words of the server to one who asked in that era."""
         with self._lock:
-            if era == self._era and self._follows and self._retention:
+            if era == self._era and self._follows and self._timed:
                 for key, done in found:
                     self._add(key, done)
 
@@ -113,15 +126,20 @@ class Recall:
             self._era += 1
             for key, token in pairs:
                 self._remove(key, token)
-                if self._gone.get(key, token + 1) <= token:
+                if key in self._gone and self._gone[key][0] <= token:
                     del self._gone[key]
 
     def forget(self, pairs: Iterable[tuple[str, int]]) -> None:
         """The same by myself, and it is still to be heard."""
         with self._lock:
+            now = self._clock.steady()
+            # Whoever listens is not that far behind, or is not vouched for.
+            while self._gone and next(iter(self._gone.values()))[1] + TRUST <= now:
+                del self._gone[next(iter(self._gone))]
             for key, token in pairs:
                 self._remove(key, token)
-                self._gone[key] = token
+                self._gone.pop(key, None)  # the oldest stand first
+                self._gone[key] = token, now
 
     def forget_all(self) -> None:
         """Some were forgotten, by whomever, and it is not said which."""
@@ -147,7 +165,9 @@ class Recall:
 
     def _add(self, key: str, done: Done) -> None:
         kept = len(done.result or b"") + len(done.fingerprint or b"")
-        if kept > LARGE or self._gone.get(key, -1) >= done.token:
+        if kept > LARGE or done.at < self._since:
+            return
+        if key in self._gone and self._gone[key][0] >= done.token:
             return
         found = self._seen.find(key)
         if found is not None:

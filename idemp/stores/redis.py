@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import logging
-import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,7 +26,6 @@ from idemp.laws import Entry, undoing, view
 from idemp.ports import (
     Abandon,
     Applied,
-    Busy,
     Claim,
     Claimed,
     Clock,
@@ -44,15 +41,16 @@ from idemp.ports import (
     State,
     Takeover,
 )
-from idemp.redis_server import Server, check, explain
-from idemp.stores.door import Confirmed, SessionStore
+from idemp.redis_server import IsReplica, Server, check, explain
+from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
-from idemp.stores.recall import VOUCH, Recall
+from idemp.stores.listening import Listening
+from idemp.stores.recall import VOUCH
 
 try:
     import redis
     from redis.backoff import NoBackoff
-    from redis.exceptions import NoScriptError, RedisError
+    from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError
     from redis.retry import Retry
 except ImportError:
     raise MissingExtra("redis://", "redis") from None
@@ -63,7 +61,6 @@ PATIENCE = 10.0
 """Seconds that a batch tries to get through before `StoreUnavailable`."""
 TIMEOUT = 5.0
 """Seconds for one answer."""
-_POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications come
 _PAGE = 1000
 _SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 _NAME = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
@@ -215,15 +212,15 @@ class _Unsure(NamedTuple):
     tail: int  # how many of them, at the end, the caller asked for
 
 
-class _Session(Confirmed):
+class _Session(Listening):
     """One process's presence: connections, heartbeat, group commit."""
 
     def __init__(self, at: Server, retention: float, ttl: float, clock: Clock) -> None:
-        self.pid = os.getpid()
+        super().__init__("redis", clock)
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention
-        self._at, self._ttl, self._clock = at, ttl, clock
+        self._at, self._ttl = at, ttl
         self._epoch: str | None = None
         self._id = ""
         self._batch = 0
@@ -235,16 +232,7 @@ class _Session(Confirmed):
         self._client = self._connects(self._connected)
         self._ear = self._connects(self._connected_to_listen)
         self._heard_epoch = ""
-        self._recall = Recall(clock)
-        self._changed = threading.Condition()
-        self._listens: bool | None = None  # None: nobody has waited yet
-        self._ended = threading.Event()
-        self._threads = [self._start("heartbeat", self._beat)]
-
-    def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, name=f"idemp-redis-{name}", daemon=True)
-        thread.start()
-        return thread
+        self._start("heartbeat", self._beat)
 
     # ---------------------------------------------------------------- one call
 
@@ -262,7 +250,7 @@ class _Session(Confirmed):
         """What each new connection begins with: the login, and what the server says of itself."""
         try:
             connection.on_connect()
-            epoch = check(connection, self._at)
+            epoch = self._checked(connection)
             if self._epoch is not None and self._epoch != epoch:
                 raise _Restarted(epoch)
             self._epoch = epoch
@@ -271,15 +259,31 @@ class _Session(Confirmed):
             raise
         return epoch
 
+    def _checked(self, connection: Any) -> str:
+        try:
+            return check(connection, self._at)
+        except IsReplica:
+            if self._epoch is None:
+                raise
+            # It was a master, and another is one now, or will soon be: to wait for, not to give up.
+            raise redis.ConnectionError("it is a read-only replica now") from None
+
     def _connected_to_listen(self, connection: Any) -> None:
         self._heard_epoch = self._connected(connection)
 
     def _call(self, *words: Any) -> Any:
         """The script's answer.  Raises redis's errors and `_Restarted`."""
         try:
-            return self._client.execute_command("EVALSHA", _NAME, 1, self._at.prefix, *words)
-        except NoScriptError:
-            return self._client.execute_command("EVAL", _SCRIPT, 1, self._at.prefix, *words)
+            try:
+                return self._client.execute_command("EVALSHA", _NAME, 1, self._at.prefix, *words)
+            except NoScriptError:
+                return self._client.execute_command("EVAL", _SCRIPT, 1, self._at.prefix, *words)
+        except (ReadOnlyError, MasterDownError):
+            # It became a replica, which ends no connection: the next one finds who is the master now, and
+            # what is forgotten there is not heard here.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            self._recall.lose()
+            raise
 
     # ---------------------------------------------------------------- one batch
 
@@ -450,31 +454,11 @@ class _Session(Confirmed):
 
     # ---------------------------------------------------------------- reading
 
-    def recall(self, key: str) -> Done | None:
-        """See `idemp.ports.Store`.  From the first time on this process listens."""
-        if self._ended.is_set():
-            raise Closed("this store was closed")
-        if self._listens is None:
-            self._listen()
-        return self._recall.find(key)
+    def _peek(self, key: str) -> State:
+        return _state(self._ask("look", "", key)[0])
 
-    def wait(self, key: str, token: int, timeout: float) -> None:
-        """Leave word that the key is awaited, and look at it when told, and now and then."""
-        deadline = self._clock.steady() + timeout
-        pause, told = _POLL[0], False
-        while True:
-            state = _state(self._ask("look", "", key)[0])
-            left = deadline - self._clock.steady()
-            if left <= 0 or not (isinstance(state, Busy) and state.token == token):
-                return
-            if not told:
-                self._ask("await", "", key, token)
-                self._listen()
-                told = True
-                continue
-            with self._changed:
-                self._changed.wait(min(left, pause))
-            pause = min(pause * 2, _POLL[2] if self._listens else _POLL[1])
+    def _await(self, key: str, token: int) -> None:
+        self._ask("await", "", key, token)
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`.  Redis has no order: each page walks over all keys of the database."""
@@ -521,17 +505,6 @@ class _Session(Confirmed):
             raise StoreUnavailable(f"{self._at.shown}: {error}") from None
 
     # ---------------------------------------------------------------- being told
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _listen(self) -> None:
-        """Be told from now on, on a connection of its own."""
-        with self._changed:
-            if self._listens is None:
-                self._listens = False
-                self._threads.append(self._start("listen", self._hear))
 
     def _hear(self) -> None:
         while not self._ended.is_set():

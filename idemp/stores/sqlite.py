@@ -191,7 +191,6 @@ class _Session(Confirmed):
     def __init__(self, path: str, retention: float, ttl: float, clock: Clock, connect: Connect) -> None:
         if sqlite3.sqlite_version_info < (3, 38):
             raise ConfigError(f"SQLite {sqlite3.sqlite_version} is too old; this store needs 3.38 or newer")
-        self.pid = os.getpid()
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._path, self._ttl, self._clock, self._connect = path, ttl, clock, connect

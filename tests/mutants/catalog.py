@@ -321,6 +321,50 @@ MUTANTS = (
         "if True:",
         unit("test_inbox_count.py::test_a_count_whose_reply_was_lost_is_not_made_again"),
     ),
+    Mutant(
+        "who keeps the session of etcd outlasts a file of its URL that is away",
+        "stores/etcd.py",
+        "            except IdempError as error:  # also",
+        "            except EtcdError as error:  # also",
+        unit("test_etcd_store.py::test_who_keeps_it_outlasts_a_file_that_was_away"),
+    ),
+    Mutant(
+        "a word for the lease before says nothing of this one",
+        "stores/etcd.py",
+        " > 0 and lease == self._lease:",
+        " > 0:",
+        unit("test_etcd_store.py::test_a_word_for_the_lease_before_says_nothing_of_this_one"),
+    ),
+    # ---------------------------------------------------------------- forks
+    Mutant(
+        "what a fork inherits of a store is not used",
+        "stores/door.py",
+        "        store._forked()\n",
+        "        pass\n",
+        unit("test_door.py::test_threads_that_come_first_after_a_fork_share_a_session"),
+    ),
+    Mutant(
+        "a forked child has threads of its own to wait in",
+        "once.py",
+        "os.register_at_fork(after_in_child=_make_pools)\n",
+        "",
+        unit("test_door.py::test_calls_that_wait_in_threads_go_on_after_a_fork"),
+    ),
+    Mutant(
+        "a meter goes on in a forked child",
+        "metrics.py",
+        "            meter._begin()\n",
+        "            pass\n",
+        unit("test_door.py::test_a_forked_child_counts_for_itself"),
+    ),
+    # ---------------------------------------------------------------- message.py
+    Mutant(
+        "a body with more in it is read as a whole",
+        "message.py",
+        "class _Usual(msgspec.Struct, forbid_unknown_fields=True):",
+        "class _Usual(msgspec.Struct):",
+        unit("test_message.py::test_the_short_way_to_read_a_body_leads_where_the_long_one_does"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
@@ -332,7 +376,7 @@ MUTANTS = (
     Mutant(
         "a memory that hears nothing answers nothing",
         "stores/recall.py",
-        "            self._follows = False\n            self._clear()\n",
+        "            self._follows = self._timed = False\n            self._clear()\n",
         "",
         unit("test_recall.py::test_it_answers_while_somebody_vouches"),
     ),
@@ -346,8 +390,8 @@ MUTANTS = (
     Mutant(
         "a done that i forgot is not heard of again",
         "stores/recall.py",
-        "if kept > LARGE or self._gone.get(key, -1) >= done.token:",
-        "if kept > LARGE:",
+        "if key in self._gone and self._gone[key][0] >= done.token:",
+        "if False:",
         unit("test_recall.py::test_a_done_that_i_forgot_is_not_heard_of_again"),
     ),
     Mutant(
@@ -356,6 +400,35 @@ MUTANTS = (
         "if found is not None and found.token <= token:",
         "if found is not None:",
         unit("test_recall.py::test_a_done_that_i_forgot_is_not_heard_of_again"),
+    ),
+    Mutant(
+        "a longer retention brings back nothing that was over under the shorter one",
+        "stores/recall.py",
+        "                self._clear()\n                self._since = now\n",
+        "                self._since = now\n",
+        unit("test_recall.py::test_a_longer_retention_brings_nothing_back"),
+    ),
+    Mutant(
+        "what was done under a shorter retention is not kept",
+        "stores/recall.py",
+        "if kept > LARGE or done.at < self._since:",
+        "if kept > LARGE:",
+        unit("test_recall.py::test_a_longer_retention_brings_nothing_back"),
+    ),
+    Mutant(
+        "nothing is learned from a server whose clock is not known",
+        "stores/recall.py",
+        "and self._follows and self._timed:",
+        "and self._follows and self._retention:",
+        unit("test_recall.py::test_another_server_has_another_clock"),
+    ),
+    Mutant(
+        "what i forgot outlasts the line on which it is to be heard",
+        "stores/recall.py",
+        "            self._clear()\n            self._era += 1\n            self._follows, self._until",
+        "            self._clear()\n            self._gone = {}\n            self._era += 1\n"
+        "            self._follows, self._until",
+        unit("test_recall.py::test_a_done_that_i_forgot_is_not_learned_on_a_line_that_is_new"),
     ),
     Mutant(
         "memory forgets when the server does",
@@ -371,6 +444,20 @@ MUTANTS = (
         "False",
         unit("test_recall.py::test_its_size_is_bounded"),
     ),
+    Mutant(
+        "who became a replica is not spoken for",
+        "stores/redis.py",
+        "            self._recall.lose()\n            raise\n",
+        "            raise\n",
+        unit("test_recall.py::test_a_server_that_became_a_replica_is_left"),
+    ),
+    Mutant(
+        "nothing is recalled when the fate of a batch is not known, nor who will answer the next",
+        "stores/postgresql.py",
+        "            self._recall.lose()\n            if isinstance(failed",
+        "            if isinstance(failed",
+        unit("test_recall.py::test_what_this_process_forgot_in_a_commit_whose_reply_was_lost"),
+    ),
     # ---------------------------------------------------------------- deeds.py, resolve.py
     Mutant(
         "what was sent back is not called done from memory",
@@ -382,9 +469,16 @@ MUTANTS = (
     Mutant(
         "nor from what this process remembers",
         "pipeline.py",
-        "if first is None and route.policy is not None and not _sent_back(delivery):",
+        "if first is None and route.policy is not None and not _must_ask(flight):",
         "if first is None and route.policy is not None:",
         unit("test_pipeline.py::test_what_memory_knows_to_be_done_is_acknowledged_without_asking"),
+    ),
+    Mutant(
+        "a transaction that comes again is counted, whatever is known here",
+        "pipeline.py",
+        "    return _sent_back(delivery) or (delivery.redelivered and flight.policy.transaction)\n",
+        "    return _sent_back(delivery)\n",
+        unit("test_pipeline.py::test_a_transaction_that_comes_again_is_looked_up_to_be_counted"),
     ),
     Mutant(
         "an interrupted leader hands the lead over",
@@ -529,7 +623,7 @@ MUTANTS = (
     Mutant(
         "nor because another one was",
         "pipeline.py",
-        "if done and duplicate.fingerprint is None and not _sent_back(duplicate.delivery):",
+        "if done and duplicate.fingerprint is None and not _must_ask(duplicate):",
         "if done and duplicate.fingerprint is None:",
         unit("test_pipeline.py::test_a_message_that_was_sent_back_is_looked_up_anew"),
     ),

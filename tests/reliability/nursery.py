@@ -14,22 +14,19 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from idemp import Consumer, Message, context, idempotent, open_store, open_transport
 from idemp.errors import StoreUnavailable, TransportUnavailable
+from tests.orders import Forker
 from tests.reliability.history import History, digest
 from tests.reliability.witness import WitnessedStore, WitnessedTransport
 
-ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1
 
 
@@ -172,44 +169,20 @@ def consume(spec: Spec) -> None:
     transport.close()
 
 
-class Nursery:
-    """The process that forks them.  May be used from many threads."""
+class Nursery(Forker):
+    """The process that forks them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.nursery"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.wait(30)
-        self._process.stdout.close()  # type: ignore[union-attr]
+        super().__init__("tests.reliability.nursery")
 
     def start(self, spec: Spec) -> int:
         """The process id of a new consumer, which may not be ready yet."""
-        return int(self._order({"start": asdict(spec)})["pid"])
+        return int(self._order(start=asdict(spec))["pid"])
 
     def ended(self, pid: int) -> int | None:
         """How a consumer ended: its exit code, or minus the signal; None while it lives."""
-        status: int | None = self._order({"ended": pid})["status"]
+        status: int | None = self._order(ended=pid)["status"]
         return status
-
-    def _order(self, order: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
 
 
 def _serve() -> None:

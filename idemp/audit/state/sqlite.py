@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from idemp.audit.state.sql import Execute, Rows, SqlState, be_born, migrations
-from idemp.embedded import alone, check_durable, check_place
-from idemp.errors import Closed, ConfigError, StoreUnavailable
+from idemp.embedded import alone, check_durable, check_place, explained
+from idemp.errors import Closed, ConfigError
 
 T = TypeVar("T")
 
@@ -35,7 +34,7 @@ class SqliteState(SqlState):
         """See `SqlState`."""
         if self._closed:
             raise Closed(f"the state {self._path} was closed")
-        with self._explained():
+        with explained(self._path):
             db = self._db = self._db or self._connect()
             if not writes:
                 return work(partial(_run, db))
@@ -85,15 +84,6 @@ class SqliteState(SqlState):
                 db.execute(text)
             be_born(partial(_run, db))
             db.execute(f"PRAGMA user_version={len(_VERSIONS)}")
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if "not a database" in str(error):
-                raise ConfigError(f"{self._path} is no SQLite file; name another one as state") from None
-            raise StoreUnavailable(f"{self._path}: {error}") from None
 
     def among(self, column: str) -> str:
         """See `SqlState`."""
