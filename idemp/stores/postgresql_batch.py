@@ -209,7 +209,7 @@ def done_now(ledger: Ledger) -> Iterator[tuple[str, Done]]:
 
 
 def run(connection: Connection, text: str, values: Any = None) -> Rows:
-    return connection.execute(text.encode(), values, binary=True)
+    return connection.execute(text.encode(), values, prepare=True, binary=True)
 
 
 def fold(loaded: Loaded, rows: Sequence[tuple[Any, ...]]) -> None:
