@@ -88,7 +88,7 @@ class PostgresqlTransaction:
                 run(self.connection, TAKE_TURNS, own(self._wait))
                 asked = ask(self.connection, self._words, ME, ops, held_too=False)
                 run(self.connection, TAKE_TURNS, self._line.given)
-                self.connection.execute("SAVEPOINT idemp")
+                run(self.connection, NEXT[1].decode())
         except errors.LockNotAvailable:
             raise KeyBusy(ops[0].key) from None
         found = asked.loaded()
