@@ -24,6 +24,7 @@ from idemp.inbox import Job, transact
 from idemp.policy import make_policy
 from idemp.ports import Claimed, Done, Free, Get
 from idemp.protocol import Failed, Ok, Raised, Returned, Verdict, protocol
+from idemp.stores import postgresql_handlers
 from idemp.stores.postgresql_handlers import HandlersConnection, plain
 from tests.proxy import Proxy
 from tests.servers import PostgreSQL, need
@@ -407,6 +408,31 @@ def test_who_ends_its_savepoint_is_found_out(batch: Batch) -> None:
     assert batch.state("b") == Free(1)
     assert batch.run({"d": write("d"), "last": releases}) == ["a", "c", "d"]
     assert [type(each) for each in batch.verdicts.values()] == [Ok, Failed]
+
+
+@pytest.mark.parametrize(
+    "first", [write("b"), lambda line: line.cursor().executemany(INSERT, [["b"]])], ids=["along", "before"]
+)
+def test_a_savepoint_that_could_not_be_set_undoes_nothing_of_others(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, first: Handler
+) -> None:
+    """As when it is cancelled: the savepoint of the one before is the last.  Each is tried alone."""
+    tries: list[str] = []
+
+    def cancelled(connection: Any) -> None:
+        tries.append("b")
+        if len(tries) == 1:
+            monkeypatch.setattr(postgresql_handlers, "NEXT", (b"RELEASE SAVEPOINT none", b"SAVEPOINT idemp"))
+        try:
+            first(connection)
+        except psycopg.Error:
+            raise LookupError("no") from None
+        finally:
+            monkeypatch.undo()
+
+    assert batch.run({"a": write("a"), "b": cancelled, "c": write("c")}) == ["a", "b", "c"]
+    assert [type(each) for each in batch.verdicts.values()] == [Ok, Ok, Ok]
+    assert tries == ["b", "b"]
 
 
 def test_who_begins_another_transaction_is_found_out(batch: Batch) -> None:

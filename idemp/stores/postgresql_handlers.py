@@ -12,13 +12,14 @@ in one go, with the parts that psycopg's cursor has for pipelines.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors, generators
 from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class _Ahead(psycopg.Pipeline):
 
     def _communicate_gen(self) -> PQGen[None]:
         """Send all that is queued, and take all answers: what fails raises as it does by itself."""
-        pgconn, commands, asked = self.pgconn, [*self.command_queue], [None, None, *self.result_queue, None]
+        pgconn, commands, asked = self.pgconn, [*self.command_queue], [*self.result_queue, None]
         self.leave()
         self._owner.owes = False
         answers: list[list[Any]] = []
@@ -60,12 +61,13 @@ class _Ahead(psycopg.Pipeline):
                 command()
             pgconn.pipeline_sync()
             yield from generators.send(pgconn)
-            for _ in asked:
+            for _ in range(len(NEXT) + len(asked)):
                 answers.append((yield from generators.fetch_many(pgconn)))  # noqa: PERF401
         finally:
             if pgconn.status != ConnStatus.BAD:
                 pgconn.exit_pipeline_mode()
-        self._raise_first(asked, answers)
+        self._owner.paid(result for answer in answers[: len(NEXT)] for result in answer)
+        self._raise_first(asked, answers[len(NEXT) :])
 
     def _send(self, word: bytes) -> None:
         """As a prepared statement, where the store has it prepared: that is a quarter of the round trip."""
@@ -77,14 +79,14 @@ class _Ahead(psycopg.Pipeline):
 
     def _raise_first(self, asked: Sequence[Any], answers: Sequence[list[Any]]) -> None:
         """Give every answer to who asked."""
-        errors: list[psycopg.Error] = []
+        failed: list[psycopg.Error] = []
         for each, answer in zip(asked, answers, strict=True):
             try:
                 self._process_results(each, answer)
             except psycopg.Error as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     def leave(self) -> None:
         """From here on the cursor asks by itself."""
@@ -94,11 +96,16 @@ class _Ahead(psycopg.Pipeline):
 
 
 class HandlersConnection(psycopg.Connection[TupleRow]):
-    """A psycopg connection in all that a handler can see but its ``pgconn``, which knows no savepoints."""
+    """A psycopg connection in all that a handler can see but its ``pgconn``, which knows no savepoints.
+
+    owes: whether the savepoint is yet to be sent.  torn: why it could not be set, so that what is undone
+    now would be the work of the handler before.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.owes = False
+        self.torn: psycopg.Error | None = None
         self.cursor_factory = HandlersCursor
         self._ahead = _Ahead(self)
 
@@ -112,9 +119,14 @@ class HandlersConnection(psycopg.Connection[TupleRow]):
         """Send the savepoint by itself."""
         self.owes = False
         self.pgconn.send_query(b"; ".join(NEXT))
-        for result in (yield from generators.execute(self.pgconn)):
+        self.paid((yield from generators.execute(self.pgconn)))
+
+    def paid(self, results: Iterable[PGresult]) -> None:
+        """What the server said to the savepoint.  Raises its error."""
+        for result in results:
             if result.status != ExecStatus.COMMAND_OK:
-                raise errors.error_from_result(result, encoding=self.info.encoding)
+                self.torn = errors.error_from_result(result, encoding=self.info.encoding)
+                raise self.torn
 
     def ahead(self) -> _Ahead:
         """With the statement that is composed next the savepoint goes out, too."""

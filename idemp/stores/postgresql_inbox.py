@@ -58,7 +58,7 @@ class PostgresqlTransaction:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, the driver refuses commit and rollback to the handler."""
-        self.connection.owes = False
+        self.connection.owes, self.connection.torn = False, None
         self.connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         with self.connection.transaction():
             yield
@@ -132,11 +132,13 @@ class PostgresqlTransaction:
             self._ledger.now = self._loaded.head.now + self._clock.steady() - self._began
 
     def undo(self, error: BaseException) -> bool:
-        """See `idemp.ports.Transaction`."""
+        """See `idemp.ports.Transaction`.  Raises psycopg's errors: then nothing of it can be kept."""
         if any(gone(each) for each in _chain(error)) or self.connection.broken:
             self.lost = True
             return False
         self._reset()
+        if self.connection.torn is not None:
+            raise self.connection.torn
         if not self.connection.owes:  # else nothing was done
             self.connection.execute("ROLLBACK TO SAVEPOINT idemp", prepare=False)
         return True

@@ -323,6 +323,13 @@ MUTANTS = (
         unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[text]"),
     ),
     Mutant(
+        "a savepoint that could not be set is not taken for one",
+        "stores/postgresql_inbox.py",
+        "        if self.connection.torn is not None:\n",
+        "        if False:\n",
+        unit("test_inbox_connection.py::test_a_savepoint_that_could_not_be_set_undoes_nothing_of_others"),
+    ),
+    Mutant(
         "who ended its savepoint is found out before the commit",
         "stores/postgresql_inbox.py",
         "            if owed:\n",
