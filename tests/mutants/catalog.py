@@ -83,6 +83,20 @@ MUTANTS = (
         "False",
         unit("test_pipeline.py::test_a_suspect_is_run_alone"),
     ),
+    Mutant(
+        "a full batch is handed over ahead",
+        "pipeline.py",
+        "(full and self.under_way == 1)",
+        "False",
+        unit("test_inbox_consumer.py::test_a_full_batch_is_handed_over_ahead"),
+    ),
+    Mutant(
+        "but one only",
+        "pipeline.py",
+        "(full and self.under_way == 1)",
+        "full",
+        unit("test_inbox_consumer.py::test_a_full_batch_is_handed_over_ahead"),
+    ),
     # ---------------------------------------------------------------- protocol.py
     Mutant(
         "the policy decides what becomes of a doubt",
@@ -316,11 +330,11 @@ MUTANTS = (
         unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[text]"),
     ),
     Mutant(
-        "who asked nothing undoes nothing of others",
+        "of who asked nothing there is nothing to undo",
         "stores/postgresql_inbox.py",
         "        if not self.connection.owes:  # else nothing was done\n",
         "        if True:\n",
-        unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[text]"),
+        unit("test_inbox_connection.py::test_a_handler_that_asks_nothing_costs_none"),
     ),
     Mutant(
         "a savepoint that could not be set is not taken for one",
