@@ -18,7 +18,8 @@ while its last batch is under way is its next; nothing ever waits for a batch to
 A second delivery of a key that is in flight here waits for the first.
 
 A handler with ``transaction=True`` is not moved along here: a batch of its flights is handed over as one
-transaction (inbox.py) and comes back with verdicts.  What gathers meanwhile is the next batch.
+transaction (inbox.py) and comes back with verdicts.  What gathers meanwhile is the next batch; a full one
+is handed over at once, to begin when the one before it has ended.
 
 Keys are claimed ahead of their handlers, so a message that kills its process leaves its neighbours in
 doubt too, an attempt each.  A key that was in doubt before, or has one attempt left, is therefore a
@@ -239,11 +240,16 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Hall:
-    """Before one store's transactions: who waits for the next, and whether one is under way."""
+    """Before one store's transactions: who waits for the next, and how many are under way."""
 
     store: Store
     waiting: deque[Flight] = field(default_factory=deque)
-    under_way: bool = False
+    under_way: int = 0
+
+    def open(self) -> bool:
+        """Whether the next may go.  A full one goes ahead, so that nobody waits between two."""
+        full = len(self.waiting) >= TOGETHER
+        return bool(self.waiting) and (not self.under_way or (full and self.under_way == 1))
 
 
 class Pipeline:
@@ -310,7 +316,7 @@ class Pipeline:
                     self._advance(flight, result)
             case Transacted(store, results):
                 self._working -= len(results)
-                self._halls[id(store)].under_way = False
+                self._halls[id(store)].under_way -= 1
                 for flight, verdict in results:
                     self._settle(flight, verdict)
             case Confirmed(results):
@@ -371,8 +377,8 @@ class Pipeline:
         """The next of each store, unless a suspect wants to be alone."""
         commands: list[Command] = []
         for hall in self._halls.values() if not self._solitary else ():
-            if hall.waiting and not hall.under_way:
-                hall.under_way = True
+            while hall.open():
+                hall.under_way += 1
                 batch = [hall.waiting.popleft() for _ in range(min(TOGETHER, len(hall.waiting)))]
                 self._working += len(batch)
                 commands.append(

@@ -166,6 +166,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.stores.postgresql": {"psycopg"},
         "idemp.stores.postgresql_line": {"psycopg"},
         "idemp.stores.postgresql_batch": {"psycopg"},
+        "idemp.stores.postgresql_handlers": {"psycopg"},
         "idemp.stores.postgresql_inbox": {"psycopg"},
         "idemp.stores.redis": {"redis"},
         "idemp.stores.redis_doctor": {"redis"},

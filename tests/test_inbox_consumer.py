@@ -22,7 +22,17 @@ import pytest
 
 from idemp import Consumer, Message, Relay, context, idempotent, open_store, open_transport, publish
 from idemp.message import Properties
-from idemp.pipeline import Acknowledge, Delivered, Disconnected, Pipeline, Route, Tell, Transact, Transacted
+from idemp.pipeline import (
+    TOGETHER,
+    Acknowledge,
+    Delivered,
+    Disconnected,
+    Pipeline,
+    Route,
+    Tell,
+    Transact,
+    Transacted,
+)
 from idemp.policy import make_policy
 from idemp.ports import Claimed, Delivery, Done, Free, Get, Parked, Publication
 from idemp.protocol import NotRun, Ok, Verdict
@@ -415,6 +425,23 @@ def test_what_gathers_meanwhile_is_the_next_batch() -> None:
     assert isinstance(acks, Acknowledge)
     assert sorted(acks.tags) == [1, 2, 3]
     assert step(line, all_of(second, OK)) == [Acknowledge([1, 2])]
+    assert line.idle()
+
+
+def test_a_full_batch_is_handed_over_ahead() -> None:
+    """So that the next begins at once when one has ended; a third waits, and what is not full gathers."""
+    line = pipeline()
+    first, second = deliver(line, *(f"{n:04}" for n in range(TOGETHER * 3 + 1)))
+    assert [len(each.items) for each in (first, second)] == [TOGETHER] * 2
+    assert next(flight.key for flight, _ in second.items) == f"h/{TOGETHER:04}"
+    third, _ = step(line, all_of(first, OK))
+    assert next(flight.key for flight, _ in third.items) == f"h/{TOGETHER * 2:04}"
+    [acks] = step(line, all_of(second, OK))
+    assert isinstance(acks, Acknowledge)
+    last, _ = step(line, all_of(third, OK))
+    assert [flight.key for flight, _ in last.items] == [f"h/{TOGETHER * 3:04}"]
+    assert not line.idle()
+    assert step(line, all_of(last, OK)) == [Acknowledge([TOGETHER * 3 + 1])]
     assert line.idle()
 
 

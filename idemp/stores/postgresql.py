@@ -58,6 +58,7 @@ try:
         save,
         went,
     )
+    from idemp.stores.postgresql_handlers import HandlersConnection
     from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
         Connection,
@@ -389,6 +390,7 @@ class _Session(Listening):
             if not self._id:
                 self.group.apply([])  # the retention that was named is in force from here on
             with line.use(PATIENCE) as connection:
+                assert isinstance(connection, HandlersConnection)
                 transaction = PostgresqlTransaction(line, connection, self._words, wait, self._clock)
                 with transaction.open():
                     result = work(transaction)
@@ -422,7 +424,7 @@ class _Session(Listening):
         return self._asked(what)
 
     def _new_line(self) -> Line:
-        line = Line(self._place, self._clock)
+        line = Line(self._place, self._clock, HandlersConnection)
         self._lines.append(line)
         return line
 

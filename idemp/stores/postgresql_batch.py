@@ -9,6 +9,7 @@ import psycopg
 
 from idemp.laws import DONE, Entry, Ledger
 from idemp.ports import Applied, Claim, Claimed, Complete, Done, Forget, Get, Op, Reply, Takeover
+from idemp.stores.postgresql_handlers import HandlersConnection
 from idemp.stores.postgresql_line import Connection
 from idemp.stores.postgresql_sql import Statements
 
@@ -209,7 +210,9 @@ def done_now(ledger: Ledger) -> Iterator[tuple[str, Done]]:
 
 
 def run(connection: Connection, text: str, values: Any = None) -> Rows:
-    return connection.execute(text.encode(), values, binary=True)
+    # Between the statements of many handlers psycopg would not notice that this one comes often.
+    prepare = True if isinstance(connection, HandlersConnection) else None
+    return connection.execute(text.encode(), values, prepare=prepare, binary=True)
 
 
 def fold(loaded: Loaded, rows: Sequence[tuple[Any, ...]]) -> None:

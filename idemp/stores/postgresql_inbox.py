@@ -20,7 +20,8 @@ from idemp.laws import Ledger
 from idemp.ports import Clock, Get, Op, Publication, Reply, Takeover
 from idemp.stores.outbox import pack
 from idemp.stores.postgresql_batch import BATCH_TOKENS, Head, Loaded, ask, decide, done_now, run, save
-from idemp.stores.postgresql_line import Connection, Line
+from idemp.stores.postgresql_handlers import NEXT, HandlersConnection, HandlersCursor
+from idemp.stores.postgresql_line import Line
 from idemp.stores.postgresql_sql import GIVEN, TAKE_TURNS, Statements, own
 from idemp.stores.recall import Recall
 
@@ -40,7 +41,7 @@ class PostgresqlTransaction:
     """
 
     def __init__(
-        self, line: Line, connection: Connection, words: Statements, wait: float, clock: Clock
+        self, line: Line, connection: HandlersConnection, words: Statements, wait: float, clock: Clock
     ) -> None:
         self.connection = connection
         self.lost = False
@@ -57,6 +58,7 @@ class PostgresqlTransaction:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, the driver refuses commit and rollback to the handler."""
+        self.connection.owes, self.connection.torn = False, None
         self.connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         with self.connection.transaction():
             yield
@@ -86,7 +88,7 @@ class PostgresqlTransaction:
                 run(self.connection, TAKE_TURNS, own(self._wait))
                 asked = ask(self.connection, self._words, ME, ops, held_too=False)
                 run(self.connection, TAKE_TURNS, self._line.given)
-                self.connection.execute("SAVEPOINT idemp")
+                run(self.connection, NEXT[1].decode())
         except errors.LockNotAvailable:
             raise KeyBusy(ops[0].key) from None
         found = asked.loaded()
@@ -117,24 +119,34 @@ class PostgresqlTransaction:
 
     def keep(self) -> None:
         """See `idemp.ports.Transaction`."""
-        self.connection.row_factory = tuple_row  # it may have been the handler's
+        self._reset()
         status = self.connection.info.transaction_status
         if status == TransactionStatus.IDLE:
             raise PermanentFailure(
                 "the handler ended the transaction that it was given; leave commit and rollback to idemp"
             )
-        self.connection.execute("RELEASE SAVEPOINT idemp; SAVEPOINT idemp", prepare=False)
+        if status != TransactionStatus.INTRANS:
+            self.connection.execute(NEXT[0], prepare=False)  # the server says what is wrong
+        self.connection.owes = True
         if self._loaded is not None and self._ledger is not None:
             self._ledger.now = self._loaded.head.now + self._clock.steady() - self._began
 
     def undo(self, error: BaseException) -> bool:
-        """See `idemp.ports.Transaction`."""
+        """See `idemp.ports.Transaction`.  Raises psycopg's errors: then nothing of it can be kept."""
         if any(gone(each) for each in _chain(error)) or self.connection.broken:
             self.lost = True
             return False
-        self.connection.row_factory = tuple_row
-        self.connection.execute("ROLLBACK TO SAVEPOINT idemp", prepare=False)
+        self._reset()
+        if self.connection.torn is not None:
+            raise self.connection.torn
+        if not self.connection.owes:  # else nothing was done
+            self.connection.execute("ROLLBACK TO SAVEPOINT idemp", prepare=False)
         return True
+
+    def _reset(self) -> None:
+        """What the handler may have set for its own rows."""
+        self.connection.row_factory = tuple_row
+        self.connection.cursor_factory = HandlersCursor
 
     def teach(self, recall: Recall, era: int, asked: float) -> None:
         """What is done now, once it is committed.  ``era`` and ``asked``: of the moment before it began."""
@@ -151,11 +163,14 @@ class PostgresqlTransaction:
         if self._loaded is None or self._ledger is None:
             return
         self._line.limit(PATIENCE)
+        owed, self.connection.owes = self.connection.owes, False
         if self._clock.steady() - self._began > TURNED:
             head = run(self.connection, self._words.head, {"me": ME}).fetchone()
             assert head is not None
             self._loaded = self._loaded._replace(head=Head(*head))
         with self.connection.pipeline():
+            if owed:
+                run(self.connection, NEXT[0].decode())  # fails if a handler has ended it
             run(self.connection, TAKE_TURNS, own(self._wait))
             save(self.connection, self._words, self._loaded, self._ledger)
             if self._outgoing:

@@ -99,10 +99,12 @@ def place(
 class Line:
     """One connection, used by one thread at a time.  Made at its first use, and again after `drop`."""
 
-    def __init__(self, place: Place, clock: Clock) -> None:
+    def __init__(
+        self, place: Place, clock: Clock, kind: type[psycopg.Connection[Any]] = psycopg.Connection
+    ) -> None:
         self.pooled = False
         self.given: list[str] = []  # settings, as they are without ours; filled in by who changes them
-        self._place, self._clock = place, clock
+        self._place, self._clock, self._kind = place, clock, kind
         self._connection: Connection | None = None
         self._plug: socket.socket | None = None
         self._until: float | None = None
@@ -121,7 +123,7 @@ class Line:
             self._until = None
 
     def _connect(self) -> Connection:
-        connection = connect(self._place)
+        connection = connect(self._place, self._kind)
         try:
             self.pooled = check(connection, self._place)
             if self.pooled:
@@ -166,7 +168,7 @@ def watch(lines: list[Line], ended: threading.Event) -> None:
 # ------------------------------------------------------------------ connecting
 
 
-def connect(place: Place) -> Connection:
+def connect(place: Place, kind: type[psycopg.Connection[Any]] = psycopg.Connection) -> Connection:
     """A connection in autocommit, unchecked.  Raises `ConfigError` if the server refuses this user."""
     defaults = {
         "connect_timeout": CONNECT,
@@ -176,7 +178,7 @@ def connect(place: Place) -> Connection:
         "keepalives_count": 3,
     }
     try:
-        return psycopg.connect(make_conninfo(**{**defaults, **place.conninfo}), autocommit=True)
+        return kind.connect(make_conninfo(**{**defaults, **place.conninfo}), autocommit=True)
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         said = one_line(error)
         if _REFUSED.search(said) or isinstance(error, psycopg.ProgrammingError):

@@ -83,6 +83,20 @@ MUTANTS = (
         "False",
         unit("test_pipeline.py::test_a_suspect_is_run_alone"),
     ),
+    Mutant(
+        "a full batch is handed over ahead",
+        "pipeline.py",
+        "(full and self.under_way == 1)",
+        "False",
+        unit("test_inbox_consumer.py::test_a_full_batch_is_handed_over_ahead"),
+    ),
+    Mutant(
+        "but one only",
+        "pipeline.py",
+        "(full and self.under_way == 1)",
+        "full",
+        unit("test_inbox_consumer.py::test_a_full_batch_is_handed_over_ahead"),
+    ),
     # ---------------------------------------------------------------- protocol.py
     Mutant(
         "the policy decides what becomes of a doubt",
@@ -364,6 +378,77 @@ MUTANTS = (
         "class _Usual(msgspec.Struct, forbid_unknown_fields=True):",
         "class _Usual(msgspec.Struct):",
         unit("test_message.py::test_the_short_way_to_read_a_body_leads_where_the_long_one_does"),
+    ),
+    # ---------------------------------------------------------------- stores/postgresql_handlers.py
+    Mutant(
+        "the savepoint before a handler is owed",
+        "stores/postgresql_inbox.py",
+        "        self.connection.owes = True\n",
+        "",
+        unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[text]"),
+    ),
+    Mutant(
+        "of who asked nothing there is nothing to undo",
+        "stores/postgresql_inbox.py",
+        "        if not self.connection.owes:  # else nothing was done\n",
+        "        if True:\n",
+        unit("test_inbox_connection.py::test_a_handler_that_asks_nothing_costs_none"),
+    ),
+    Mutant(
+        "a savepoint that could not be set is not taken for one",
+        "stores/postgresql_inbox.py",
+        "        if self.connection.torn is not None:\n",
+        "        if False:\n",
+        unit("test_inbox_connection.py::test_a_savepoint_that_could_not_be_set_undoes_nothing_of_others"),
+    ),
+    Mutant(
+        "who ended its savepoint is found out before the commit",
+        "stores/postgresql_inbox.py",
+        "            if owed:\n",
+        "            if False:\n",
+        unit("test_inbox_connection.py::test_who_ends_its_savepoint_is_found_out"),
+    ),
+    Mutant(
+        "the next handler finds its kinds of cursor",
+        "stores/postgresql_inbox.py",
+        "        self.connection.cursor_factory = HandlersCursor\n",
+        "",
+        unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[own kinds]"),
+    ),
+    Mutant(
+        "what is no plain statement waits until the savepoint was sent",
+        "stores/postgresql_handlers.py",
+        '        if self.owes and getattr(gen, "gi_code", None) is not _EXECUTE:\n',
+        "        if False:\n",
+        unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[copy]"),
+    ),
+    Mutant(
+        "several statements in one are not plain",
+        "stores/postgresql_handlers.py",
+        'VALUES|WITH)\\b[^;]*;?\\s*"',
+        'VALUES|WITH)\\b.*"',
+        unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[several]"),
+    ),
+    Mutant(
+        "a statement that was never sent took nothing along",
+        "stores/postgresql_handlers.py",
+        "        self._pipeline = self._ahead\n",
+        "        self._pipeline, self.owes = self._ahead, False\n",
+        unit("test_inbox_connection.py::test_what_it_does_is_undone_alone[mistakes]"),
+    ),
+    Mutant(
+        "the savepoint goes along",
+        "stores/postgresql_handlers.py",
+        "        elif not plain(query):\n",
+        "        elif query:\n",
+        unit("test_inbox_connection.py::test_a_statement_a_handler_is_one_round_trip[values]"),
+    ),
+    Mutant(
+        "psycopg lets old statements go by itself",
+        "stores/postgresql_handlers.py",
+        "        self.leave()\n        self._owner.owes = False\n",
+        "        self._owner.owes = False\n        self.leave()\n        self._owner._pipeline = self\n",
+        unit("test_inbox_connection.py::test_who_prepares_much"),
     ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(

@@ -62,6 +62,7 @@ STEPS = (
 STORES = ("sqlite", "postgresql")
 CUTS = (
     "hold.before",
+    "handler.before",
     "effect.mid",
     "save.before",
     "commit.before",
