@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
-import msgspec
-
-from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Query
+from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Events, Query
 
 COLUMNS = Event.__struct_fields__
 TOGETHER = 100
@@ -24,6 +22,8 @@ PRUNE = 60.0
 """Seconds between two looks at what is too old or too much."""
 PART = 20_000
 """Events that go at a time."""
+_EDGE = 8
+"""Columns of an edge."""
 _DEPTH = 10_000
 """Messages that a story has at most."""
 
@@ -111,23 +111,23 @@ class SqlEventLog(ABC):
 
     def append(self, batch: Batch) -> None:
         """See `idemp.ports.EventLog`."""
-        rows: list[list[Any]] = msgspec.to_builtins(batch.events)  # an event is its columns, in order
-        edges = [(*key, *sums) for key, sums in edges_of(batch.events).items()]
+        events = batch.events if isinstance(batch.events, Events) else Events(batch.events)
+        edges = [each for key, sums in edges_of(events).items() for each in (*key, *sums)]
         try:
-            self._append(batch, rows, edges)
+            self._append(batch, events.fields, edges)
         except self.UNFIT:
-            self._append(batch, [plain(row) for row in rows], [plain(row) for row in edges])
+            self._append(batch, plain(events.fields), plain(edges))
         if self._clock.steady() - self._pruned > PRUNE:
             self._pruned = self._clock.steady()
             self.prune(self._clock.wall())
 
-    def _append(self, batch: Batch, rows: Sequence[Sequence[Any]], edges: Sequence[Sequence[Any]]) -> None:
+    def _append(self, batch: Batch, events: Sequence[Any], edges: Sequence[Any]) -> None:
         def work(execute: Execute) -> None:
             named = {"writer": batch.writer, "number": batch.number, "at": self._clock.wall()}
             new = "INSERT INTO batch VALUES (:writer, :number, :at) ON CONFLICT DO NOTHING RETURNING number"
             if execute(new, named):
-                _insert(execute, f"event ({', '.join(COLUMNS)})", rows)
-                _insert(execute, "edge", edges, self._upsert)
+                _insert(execute, f"event ({', '.join(COLUMNS)})", len(COLUMNS), events)
+                _insert(execute, "edge", _EDGE, edges, self._upsert)
 
         with self._lock:
             self.transact(work)
@@ -266,19 +266,19 @@ def _where(query: Query) -> tuple[list[str], dict[str, Any]]:
     return where, named
 
 
-def plain(row: Sequence[Any]) -> tuple[Any, ...]:
-    """``row`` without what no database takes in a text."""
-    return tuple(
+def plain(values: Sequence[Any]) -> list[Any]:
+    """``values`` without what no database takes in a text."""
+    return [
         each.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if isinstance(each, str) else each
-        for each in row
-    )
+        for each in values
+    ]
 
 
-def _insert(execute: Execute, into: str, rows: Sequence[Sequence[Any]], rest: str = "") -> None:
+def _insert(execute: Execute, into: str, columns: int, values: Sequence[Any], rest: str = "") -> None:
     """Many rows a statement: each statement lets a busy thread beside this one go first."""
-    for start in range(0, len(rows), TOGETHER):
-        part = rows[start : start + TOGETHER]
-        execute(_insertion(into, len(part), len(part[0]), rest), list(chain.from_iterable(part)))
+    for start in range(0, len(values), TOGETHER * columns):
+        part = values[start : start + TOGETHER * columns]
+        execute(_insertion(into, len(part) // columns, columns, rest), part)
 
 
 @lru_cache(maxsize=256)
@@ -287,21 +287,20 @@ def _insertion(into: str, rows: int, columns: int, rest: str) -> str:
     return f"INSERT INTO {into} VALUES {', '.join([one] * rows)}{rest}"
 
 
-def edges_of(events: Sequence[Event]) -> dict[tuple[str, str, str, str, float], list[float]]:
+def edges_of(events: Events) -> dict[tuple[str, str, str, str, float], list[float]]:
     """(sender, service, type, kind, minute) -> number, seconds, longest; of what was sent, service is ""."""
+    runs: dict[tuple[str, str, str, str, float], list[float]] = defaultdict(list)
+    minutes = [at // 60.0 * 60.0 for at in events.column("at")]
+    columns = [events.column(name) for name in ("sender", "service", "type", "kind")]
+    for place, took in zip(zip(*columns, minutes, strict=True), events.column("took"), strict=True):
+        runs[place].append(took or 0.0)
     found: dict[tuple[str, str, str, str, float], list[float]] = {}
-    for event in events:
-        if event.kind == "sent":
-            place = (event.service, "", event.type, "sent", event.at - event.at % 60.0)
-        elif event.kind in OUTCOMES:
-            place = (event.sender, event.service, event.type, event.kind, event.at - event.at % 60.0)
+    for (sender, service, type, kind, minute), took in runs.items():
+        if kind == "sent":
+            sums = found.setdefault((service, "", type, kind, minute), [0, 0.0, 0.0])
+        elif kind in OUTCOMES:
+            sums = found.setdefault((sender, service, type, kind, minute), [0, 0.0, 0.0])
         else:
             continue
-        took = event.took or 0.0
-        if (sums := found.get(place)) is None:
-            found[place] = [1, took, took]
-        else:
-            sums[0] += 1
-            sums[1] += took
-            sums[2] = max(sums[2], took)
+        sums[:] = sums[0] + len(took), sums[1] + sum(took), max(sums[2], *took)
     return found
