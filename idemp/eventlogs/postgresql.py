@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from idemp.errors import Closed, ConfigError, MissingExtra, StoreUnavailable
-from idemp.eventlogs.sql import TABLES, SqlEventLog
+from idemp.eventlogs.sql import LAYOUT, Execute, SqlEventLog
 from idemp.settings import hidden
 
 try:
@@ -19,7 +20,7 @@ except ImportError:
 SCHEMA = "idemp_events"
 TIMEOUT = 10
 """Seconds that the server has for a connection, and for a statement."""
-_LOCK = 0x1DE3_17AC
+_LOCK, _NOTING = 0x1DE3_17AC, 0x1DE3_17AD
 _NAMED = re.compile(r"(?<![:\w]):(\w+)")
 
 
@@ -55,27 +56,42 @@ class PostgresqlEventLog(SqlEventLog):
             db = psycopg.connect(self._url, connect_timeout=TIMEOUT, autocommit=True)
         except psycopg.ProgrammingError as error:
             raise ConfigError(f"the event log {self._shown}: {_line(error)}") from None
+        try:
+            self._set_up(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _set_up(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
         with db.transaction():
             db.execute(f"SET statement_timeout = {TIMEOUT * 1000}")
             db.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")  # of two who make them at once one waits
-            found = db.execute("SELECT to_regclass(%s)", [f"{SCHEMA}.edge"]).fetchone()
-            if found is None or found[0] is None:
+            if (layout := self._layout(db)) != LAYOUT:
                 db.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
                 db.execute(f"SET LOCAL search_path = {SCHEMA}")
-                for table in TABLES:
-                    db.execute(
-                        table.format(
-                            serial="BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", real="DOUBLE PRECISION"
-                        )
-                    )
+                serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+                self.prepare(partial(_run, db), layout == 1, serial=serial, real="DOUBLE PRECISION")
         db.execute(f"SET search_path = {SCHEMA}")
         db.execute("SET synchronous_commit = off")  # no effect hangs on it
-        return db
+
+    def _layout(self, db: psycopg.Connection[tuple[Any, ...]]) -> int:
+        """0 where there is none."""
+        asked = [f"{SCHEMA}.edge", f"{SCHEMA}.event_layout"]
+        [(edge, layout)] = db.execute("SELECT to_regclass(%s), to_regclass(%s)", asked).fetchall()
+        if layout is None:
+            return 0 if edge is None else 1
+        [(version,)] = db.execute(f"SELECT version FROM {SCHEMA}.event_layout").fetchall()
+        return self.check(version, self._shown)
 
     def _drop(self) -> None:
         db, self._db = self._db, None
         if db is not None:
             db.close()
+
+    def alone(self, execute: Execute) -> None:
+        """See `SqlEventLog`."""
+        execute(f"SELECT pg_advisory_xact_lock({_NOTING})", ())
 
     def among(self, column: str) -> str:
         """See `SqlEventLog`."""
