@@ -79,13 +79,12 @@ class SqliteEventLog(SqlEventLog):
         width = len(COLUMNS)
         every = [events[place::width] for place in range(width)]
         same = tuple(each.count(each[0]) == len(each) for each in every if each)
-        once = [each[0] for each, shared in zip(every, same, strict=False) if shared]
         varying = [each for each, shared in zip(every, same, strict=False) if not shared]
         values = list(chain.from_iterable(zip(*varying, strict=True)))
         for start in range(0, len(every[0]), TOGETHER):
             rows = min(TOGETHER, len(every[0]) - start)
-            part = values[start * len(varying) : (start + rows) * len(varying)]
-            execute(_insertion(same, rows), once + part)
+            rest = values[(start + 1) * len(varying) : (start + rows) * len(varying)]
+            execute(_insertion(same, rows), [*events[start * width : (start + 1) * width], *rest])
 
     def alone(self, execute: Execute) -> None:
         """See `SqlEventLog`; whoever writes is alone anyway."""
@@ -109,11 +108,10 @@ class SqliteEventLog(SqlEventLog):
 
 @lru_cache(maxsize=64)
 def _insertion(same: tuple[bool, ...], rows: int) -> str:
-    """Into ``event``, whose columns have one value for all ``rows``, or one for each."""
-    numbers = iter(range(1, len(same) * rows + 1))
-    once = [f"?{next(numbers)}" if shared else "" for shared in same]
-    every = (f"({', '.join(each or f'?{next(numbers)}' for each in once)})" for _ in range(rows))
-    return f"INSERT INTO {EVENT} VALUES {', '.join(every)}"
+    """Into ``event``, whose columns have one value for all ``rows``, the first one's, or one for each."""
+    first = ", ".join("?" * len(same))
+    other = ", ".join(f"?{place}" if shared else "?" for place, shared in enumerate(same, 1))
+    return f"INSERT INTO {EVENT} VALUES ({first}){f', ({other})' * (rows - 1)}"
 
 
 def _run(db: sqlite3.Connection, text: str, given: Mapping[str, Any] | Sequence[Any]) -> Rows:
