@@ -30,10 +30,11 @@ _BEHIND = 1 << 62
 _DEPTH = 10_000
 """Messages that a story has at most."""
 
-_TYPES = {"at": "{real}", "sent_at": "{real}", "took": "{real}", "attempt": "INTEGER"}
+TYPES = {"at": "{real}", "sent_at": "{real}", "took": "{real}", "attempt": "INTEGER"}
+"""Of the columns that are no text."""
 TABLES = (
     "CREATE TABLE IF NOT EXISTS event (n {serial}, "
-    + ", ".join(f"{name} {_TYPES.get(name, 'TEXT')}" for name in COLUMNS)
+    + ", ".join(f"{name} {TYPES.get(name, 'TEXT')}" for name in COLUMNS)
     + ")",
     "CREATE INDEX IF NOT EXISTS event_uuid ON event (uuid)",
     "CREATE INDEX IF NOT EXISTS event_conversation ON event (conversation) WHERE conversation <> uuid",
