@@ -50,7 +50,9 @@ TABLES = (
 LAYOUT = 2
 """Of the tables.  The first counted no notes, and had no table of its number."""
 EVENT = f"event ({', '.join(COLUMNS)})"
-_SELECT = f"SELECT {', '.join('e.' + name for name in COLUMNS)} FROM event e"
+_SELECT = f"SELECT {', '.join('e.' + name for name in COLUMNS)} FROM event e".replace(
+    "e.conversation", "coalesce(e.conversation, e.uuid)"
+)
 _EDGES = (
     "SELECT sender, service, type, kind, sum(n), sum(seconds), max(longest), min(minute), max(minute)"
     " FROM edge WHERE minute >= :since AND minute <= :until GROUP BY sender, service, type, kind"

@@ -14,6 +14,7 @@ from idemp.embedded import check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.eventlogs.sql import COLUMNS, EVENT, LAYOUT, TOGETHER, Execute, Rows, SqlEventLog
 
+_UUID, _CONVERSATION = COLUMNS.index("uuid"), COLUMNS.index("conversation")
 PATIENCE = 10.0
 """Seconds that a batch waits for other processes."""
 _SETTINGS = ("journal_mode=WAL", "synchronous=NORMAL", "cache_size=-65536", "wal_autocheckpoint=16000")
@@ -78,13 +79,15 @@ class SqliteEventLog(SqlEventLog):
         """See `SqlEventLog`.  What is the same in all is bound once: to bind is a third of the work."""
         width = len(COLUMNS)
         every = [events[place::width] for place in range(width)]
+        if every[_CONVERSATION] == every[_UUID]:  # each begins its own: NULL says so
+            every[_CONVERSATION] = [None] * len(every[_UUID])
         same = tuple(each.count(each[0]) == len(each) for each in every if each)
         varying = [each for each, shared in zip(every, same, strict=False) if not shared]
         values = list(chain.from_iterable(zip(*varying, strict=True)))
         for start in range(0, len(every[0]), TOGETHER):
             rows = min(TOGETHER, len(every[0]) - start)
             rest = values[(start + 1) * len(varying) : (start + rows) * len(varying)]
-            execute(_insertion(same, rows), [*events[start * width : (start + 1) * width], *rest])
+            execute(_insertion(same, rows), [*(each[start] for each in every), *rest])
 
     def alone(self, execute: Execute) -> None:
         """See `SqlEventLog`; whoever writes is alone anyway."""

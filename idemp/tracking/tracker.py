@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -36,6 +37,7 @@ LONG = 1.0
 """Seconds after which a handler that has not ended is told as started."""
 MOST = 64 * 1024
 """Bytes of a body that is recorded."""
+_USUAL = "application/json"
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -137,7 +139,10 @@ class Tracker:
         body = stored = None
         if self._payloads and kind not in ("skipped", "started"):
             body = text_of(delivery.body)
-            stored = None if body is None else pack(properties, delivery.exchange, delivery.routing_key)
+            if body is not None:
+                usual = not headers and _is_usual(properties, identity, kind_of, sent_at)
+                packed = pack_usual if usual else partial(pack, properties)
+                stored = packed(delivery.exchange, delivery.routing_key)
         return (
             identity,
             kind,
@@ -344,9 +349,29 @@ def pack(properties: Properties, exchange: str, routing_key: str) -> str:
         return _encode((*told[:6], plain, exchange, routing_key)).decode()
 
 
-def unpack(text: str) -> tuple[Properties, str, str]:
-    """Properties, exchange and routing key."""
-    *told, exchange, routing_key = msgspec.json.decode(text)
+def _is_usual(properties: Properties, identity: str, kind: str, sent_at: float | None) -> bool:
+    """Whether an event tells them all by itself."""
+    return (
+        properties.message_id == identity
+        and properties.type == kind
+        and properties.correlation_id is None
+        and properties.app_id != ""
+        and properties.timestamp == sent_at
+        and properties.content_type == _USUAL
+    )
+
+
+@lru_cache(maxsize=64)
+def pack_usual(exchange: str, routing_key: str) -> str:
+    """What stands for properties that an event tells by itself; the same text for most messages."""
+    return _encode((exchange, routing_key)).decode()
+
+
+def unpack(event: Event) -> tuple[Properties, str, str]:
+    """Properties, exchange and routing key of the message that ``event`` has properties of."""
+    *told, exchange, routing_key = msgspec.json.decode(event.properties or "")
+    if not told:
+        told = [event.uuid, event.type, None, event.sender or None, event.sent_at, _USUAL]
     return Properties(*told), exchange, routing_key
 
 
