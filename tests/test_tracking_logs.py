@@ -222,15 +222,17 @@ def test_u9_notes_in_any_order(opened: Open, seed: int) -> None:
 
 def test_u9_notes_of_many_who_tell_at_once(opened: Open) -> None:
     """U9: sender and receiver record in the same moment, each into its own batch."""
+    both = threading.Barrier(2)
     with ThreadPoolExecutor(2) as pool:
         for service, role in (("alice", "sender"), ("bob", "receiver")):
             told = [Event(str(n), "note", service, 100.0, role) for n in range(40)]
-            pool.submit(_one_by_one, opened(""), service, told)
+            pool.submit(_one_by_one, opened(""), service, told, both)
     assert sum(edge.n for edge in opened("").edges()) == 40
 
 
-def _one_by_one(log: EventLog, writer: str, events: list[Event]) -> None:
+def _one_by_one(log: EventLog, writer: str, events: list[Event], both: threading.Barrier) -> None:
     for number, event in enumerate(events):
+        both.wait(30)
         while True:
             try:
                 log.append(Batch(writer, number, [event]))
