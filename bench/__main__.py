@@ -147,6 +147,7 @@ def growths(ids: int, stores: Sequence[str], file: Path) -> None:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--events", default=10_000_000, show_default=True, help="In the large log, at most.")
 @click.option("--seconds", default=480.0, show_default=True, help="To load it.")
+@click.option("--envelopes", default=1_000_000, show_default=True, help="Messages that only notes tell of.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=RECORD / "tracking.json")
 def tracked(
     parts: Sequence[str],
@@ -155,13 +156,15 @@ def tracked(
     rounds: int,
     events: int,
     seconds: float,
+    envelopes: int,
     file: Path,
 ) -> None:
     """A consumer with tracking on and off; look-ups in a large event log.  What is not measured stays."""
-    found = tracking.measure(parts, logs, messages, rounds, events, seconds)
+    found = tracking.measure(parts, logs, messages, rounds, events, seconds, envelopes)
     before = json.loads(file.read_text()) if file.exists() else {}
-    if "looks" in found:
-        found["looks"] = {**before.get("looks", {}), **found["looks"]}
+    for part in ("looks", "envelopes"):
+        if part in found:
+            found[part] = {**before.get(part, {}), **found[part]}
     _keep(file, {**before, **found})
 
 

@@ -7,7 +7,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,23 @@ CHAIN = 4
 SERVICES = 12
 TOGETHER = 20_000
 """Messages that are written in one transaction, while the large log is loaded."""
+ENVELOPES = 1_000
+"""Messages that are written in one transaction, while envelopes are loaded: as from a service."""
 LOOKS = {"trace": 2000, "events of a service": 200, "flow": 100}
 """How often each is asked."""
-PARTS = ("cost", "looks")
+PARTS = ("cost", "looks", "envelopes")
 LOGS = ("sqlite", "postgresql")
 _AT = 1_700_000_000.0
 
 
 def measure(
-    parts: Sequence[str], logs: Sequence[str], messages: int, rounds: int, events: int, seconds: float
+    parts: Sequence[str],
+    logs: Sequence[str],
+    messages: int,
+    rounds: int,
+    events: int,
+    seconds: float,
+    envelopes: int,
 ) -> dict[str, Any]:
     """Ratios of alternating rounds; look-ups in as many events as are loaded in ``seconds``."""
     found: dict[str, Any] = {}
@@ -47,6 +55,11 @@ def measure(
         for name in logs:
             with large(name, events) as url:
                 found["looks"][name] = looks(name, url, events, seconds)
+    if "envelopes" in parts:
+        found["envelopes"] = {}
+        for name in logs:
+            with large(name, envelopes * 2) as url:
+                found["envelopes"][name] = flow_of_envelopes(name, url, envelopes, seconds)
     return found
 
 
@@ -124,14 +137,35 @@ def _size(url: str) -> int | None:
     return sum(file.stat().st_size for file in path.parent.iterdir()) if path.exists() else None
 
 
-def load(log: EventLog, events: int, seconds: float) -> int:
-    """Fill it, with a transaction for many messages; how many events fitted in."""
+def flow_of_envelopes(name: str, url: str, messages: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of the flow of envelopes, as other libraries log them: without roles, types, senders."""
+    began = time.monotonic()
+    with closing(open_event_log(url)) as log:
+        loaded = load(log, messages * 2, seconds, _envelope, ENVELOPES) // 2
+        took = time.monotonic() - began
+        found = {"flow": timed("flow", lambda: svg(log.edges()))}
+        counted = sum(edge.n for edge in log.edges())
+    if counted != loaded:
+        raise SystemExit(f"void: {counted} of {loaded} messages are in the flow")
+    told = "".join(f" {value:8.2f} ms {share}" for share, value in found["flow"].items())
+    click.echo(f"{name}: {loaded} envelopes, loaded in {took:.0f} s; flow{told}")
+    return {"messages": loaded, "seconds": round(took, 1), "milliseconds": found}
+
+
+def load(
+    log: EventLog,
+    events: int,
+    seconds: float,
+    life: Callable[[int], list[Event]] | None = None,
+    together: int = TOGETHER,
+) -> int:
+    """Fill it, with a transaction for many messages; how many events fitted in.  ``life``: of a message."""
     end, loaded, number = time.monotonic() + seconds, 0, 0
     with watching("loading events", lambda: Progress(loaded, events)):
         while loaded < events and time.monotonic() < end:
-            first = number * TOGETHER
-            last = min(first + TOGETHER, events // 2)
-            some = [event for n in range(first, last) for event in _life(n)]
+            first = number * together
+            last = min(first + together, events // 2)
+            some = [event for n in range(first, last) for event in (life or _life)(n)]
             log.append(Batch("bench", number, some))
             number += 1
             loaded += len(some)
@@ -154,6 +188,18 @@ def _life(n: int) -> list[Event]:
     return [
         Event(uuid, "sent", sender, at, "sender", parent, whole, sender, kind, sent_at=at),
         Event(uuid, "ok", receiver, at + 0.1, "receiver", parent, whole, sender, kind, "", at, 0.01),
+    ]
+
+
+def _envelope(n: int) -> list[Event]:
+    """A message that two services tell of, in their own words."""
+    chain, place = divmod(n, CHAIN)
+    uuid, parent = _uuid(chain, place), _uuid(chain, place - 1) if place else ""
+    at = _AT + n / 100
+    sender, receiver = f"s{(chain + place) % SERVICES}", f"s{(chain + place + 1) % SERVICES}"
+    return [
+        Event(uuid, "note", sender, at, parent=parent, why="sending"),
+        Event(uuid, "note", receiver, at + 0.1, parent=parent, why="received"),
     ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from idemp import (
     ConfigError,
@@ -28,6 +29,7 @@ from idemp import (
     publish,
 )
 from idemp.message import Properties
+from idemp.pipeline import Flight
 from idemp.ports import Batch, Clock, Delivery, Event, EventLog, Publication, Query, Transport
 from idemp.tracking import flow, trace
 from idemp.tracking.tracker import Tracker, body_of, pack, text_of, tracking, unpack
@@ -198,7 +200,7 @@ def test_a_message_published_in_a_handler_is_its_child(amqp_url: str, tmp_path: 
     spans = {each.headers["traceparent"].split("-")[2] for each in (first, second)}
     assert (len(traces), len(spans)) == (1, 2)
     assert order.properties is not None
-    assert unpack(order.properties)[0].headers["traceparent"].split("-")[1] in traces
+    assert unpack(order)[0].headers["traceparent"].split("-")[1] in traces
 
 
 @pytest.mark.parametrize("relay", ["relay", "command line", "at once"])
@@ -466,9 +468,42 @@ def test_bodies_survive(body: bytes) -> None:
 def test_properties_survive() -> None:
     """All but headers that JSON has no word for."""
     given = Properties("1", "order", "c", "shop", 5.0, "application/json", {"n": 1, "s": "x", "b": True})
-    assert unpack(pack(given, "events", "foo")) == (given, "events", "foo")
+    kept = Event("2", "ok", "s", 1.0, properties=pack(given, "events", "foo"))
+    assert unpack(kept) == (given, "events", "foo")
     odd = Properties("1", headers={"n": 1, "raw": b"\xff", "deep": {"a": [1]}, "many": object()})
-    assert unpack(pack(odd, "", "q"))[0].headers == {"n": 1}
+    kept = Event("2", "ok", "s", 1.0, properties=pack(odd, "", "q"))
+    assert unpack(kept)[0].headers == {"n": 1}
+
+
+USUAL = Properties("1", "order", None, "shop", 5.0, "application/json")
+
+
+@pytest.mark.parametrize(
+    ("given", "usual"),
+    [
+        (USUAL, True),
+        (replace(USUAL, app_id=None), True),
+        (replace(USUAL, timestamp=None), True),
+        (replace(USUAL, message_id="2"), False),
+        (replace(USUAL, message_id=None), False),
+        (replace(USUAL, type="other"), False),
+        (replace(USUAL, correlation_id="1"), False),
+        (replace(USUAL, app_id=""), False),
+        (replace(USUAL, content_type=None), False),
+        (replace(USUAL, headers={"x-sent-ms": 5000}), False),
+        (replace(USUAL, headers={"n": 1}), False),
+    ],
+)
+def test_properties_that_an_event_tells_by_itself(events: EventLog, given: Properties, usual: bool) -> None:
+    """Are not kept twice, and come back as they were."""
+    message = Message("1", "order", {})
+    delivery = Delivery(1, message.encode(), given, "events", "shop.order", False)
+    tracker = Tracker(events, "s")
+    tracker.told([("ok", Flight(delivery, 1, message=message, key="s.order/1"), "")])
+    tracker.close()
+    [event] = events.find(Query(), limit=9)
+    assert unpack(event) == (given, "events", "shop.order")
+    assert (event.properties == '["events","shop.order"]') is usual
 
 
 def test_a_long_body_is_not_kept(events: EventLog) -> None:

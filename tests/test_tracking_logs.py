@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from idemp import open_event_log
 from idemp.errors import Closed, ConfigError, StoreUnavailable
+from idemp.eventlogs.sql import LAYOUT, SqlEventLog
 from idemp.ports import Batch, Edge, Event, EventLog, Query
 from idemp.tracking import flow, trace
 from idemp.tracking.envelope import Envelope, configure, read_line
@@ -171,6 +176,169 @@ def test_u10_the_story_of_envelopes(opened: Open) -> None:
         assert found.uuid == "forgotten"
         assert "nobody told of it" in "\n".join(trace.lines(found))
         assert len(list(found.walk())) == 1 + 1 + 3 + 6
+
+
+NOTES = [
+    Event("1", "note", "alice", 100.0, "sender"),
+    Event("1", "note", "bob", 90.0, "receiver"),
+    Event("1", "note", "bob", 200.0, "receiver"),
+    Event("1", "note", "carl", 130.0, "receiver"),
+    Event("2", "note", "carl", 70.0),
+    Event("2", "note", "bob", 60.0),
+    Event("2", "note", "alice", 10.0),
+    Event("3", "note", "bob", 400.0, "receiver"),
+    Event("3", "note", "carl", 500.0),
+    Event("4", "note", "alice", 300.0, "sender"),
+    Event("", "note", "alice", 1.0, "sender"),
+    Event("", "note", "bob", 2.0, "receiver"),
+]
+"""Of four messages, and of none: with roles, without, only with a receiver, and told of once."""
+NOTED = [
+    Edge("alice", "bob", "", "note", 2, 0.0, 0.0, 60.0, 60.0),
+    Edge("alice", "carl", "", "note", 2, 0.0, 0.0, 60.0, 120.0),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_u9_notes_in_any_order(opened: Open, seed: int) -> None:
+    """U9: each counts once for each who told of it, however the batches come; also one that comes twice."""
+    events = NOTES[:]
+    random.Random(seed).shuffle(events)
+    log = opened("")
+    for start in range(0, len(events), 1 + seed):
+        batch = Batch("w", start, events[start : start + 1 + seed])
+        log.append(batch)
+        log.append(batch)
+    assert log.edges() == NOTED
+    log.append(Batch("v", 1, [Event("3", "note", "carl", 9.0, "sender"), received("9", "b", "a")]))
+    assert [tuple(each)[:5] for each in log.edges()] == [
+        ("a", "b", "", "ok", 1),
+        ("alice", "bob", "", "note", 2),
+        ("alice", "carl", "", "note", 2),
+        ("carl", "bob", "", "note", 1),
+    ]
+    assert [edge.service for edge in log.edges(since=150.0)] == ["b", "carl", "bob"]
+
+
+def test_u9_notes_of_many_who_tell_at_once(opened: Open) -> None:
+    """U9: sender and receiver record in the same moment, each into its own batch."""
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        for service, role in (("alice", "sender"), ("bob", "receiver")):
+            told = [Event(str(n), "note", service, 100.0, role) for n in range(40)]
+            pool.submit(_one_by_one, opened(""), service, told, both)
+    assert sum(edge.n for edge in opened("").edges()) == 40
+
+
+def _one_by_one(log: EventLog, writer: str, events: list[Event], both: threading.Barrier) -> None:
+    for number, event in enumerate(events):
+        both.wait(30)
+        while True:
+            try:
+                log.append(Batch(writer, number, [event]))
+                break
+            except StoreUnavailable:  # as the recorder does
+                continue
+
+
+@pytest.mark.parametrize("many", [1, 2, 99, 100, 101, 250])
+@pytest.mark.parametrize("kind", ["the same", "others", "mixed"])
+def test_u8_what_is_appended_is_found(opened: Open, many: int, kind: str) -> None:
+    """U8: each field of each event, whatever the events of a batch have in common."""
+    alike = received("1", "b", "a", 1.0)
+    events = [alike if kind == "the same" or (kind == "mixed" and n % 3) else _odd(n) for n in range(many)]
+    log = opened("")
+    log.append(Batch("w", 1, events))
+    assert sorted(log.find(Query(), limit=1000), key=repr) == sorted(events, key=repr)
+
+
+def _odd(n: int) -> Event:
+    """Another one for each ``n``, with something missing here and there."""
+    fields: list[Any] = []
+    for place, name in enumerate(Event.__struct_fields__):
+        if (n + place) % 5 == 0 and name in ("sent_at", "took", "body", "properties"):
+            fields.append(None)
+        else:
+            number = name in ("at", "sent_at", "took", "attempt")
+            fields.append(n + place if number else f"{name} {n}")
+    return Event(*fields)
+
+
+# ------------------------------------------------------------------ logs of an older layout
+
+_COLUMNS = ", ".join(f"{name} {{{name}}}" for name in Event.__struct_fields__)
+FIRST = (
+    f"CREATE TABLE event (n {{serial}}, {_COLUMNS})",
+    "CREATE INDEX event_uuid ON event (uuid)",
+    "CREATE INDEX event_note ON event (uuid, role) WHERE kind = 'note'",
+    "CREATE TABLE batch (writer TEXT, number INTEGER, at {at}, PRIMARY KEY (writer, number))",
+    "CREATE TABLE edge (sender TEXT, service TEXT, type TEXT, kind TEXT, minute {at},"
+    " n BIGINT, seconds {at}, longest {at}, PRIMARY KEY (sender, service, type, kind, minute))",
+)
+"""The first layout."""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a log of the first layout, with all notes but the last four, and an event."""
+    fields = Event.__struct_fields__
+    rows = [[getattr(event, name) for name in fields] for event in [*NOTES[:-4], received("5", "b", "a")]]
+    floats = dict.fromkeys(("at", "sent_at", "took"), "DOUBLE PRECISION")
+    types = {**dict.fromkeys(fields, "TEXT"), **floats, "attempt": "INTEGER"}
+    insert = f"INSERT INTO event ({', '.join(fields)}) VALUES ({', '.join(['%s'] * len(fields))})"
+    edge = "INSERT INTO edge VALUES ('a', 'b', '', 'ok', 960, 1, 0.25, 0.25)"
+    if request.param == "sqlite":
+        with closing(sqlite3.connect(tmp_path / "old.db", isolation_level=None)) as file:
+            for text in FIRST:
+                file.execute(text.format(serial="INTEGER PRIMARY KEY", **types))
+            file.executemany(insert.replace("%s", "?"), rows)
+            file.execute(edge)
+        return f"sqlite:///{tmp_path}/old.db"
+    url: str = request.getfixturevalue("postgresql").database()
+    with psycopg.connect(url) as server:
+        server.execute("CREATE SCHEMA idemp_events")
+        server.execute("SET search_path = idemp_events")
+        for text in FIRST:
+            server.execute(text.format(serial="BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", **types))
+        server.cursor().executemany(insert, rows)
+        server.execute(edge)
+    return url
+
+
+def test_a_log_of_the_first_layout_is_renewed_once(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its notes are counted; one that was interrupted begins again; who comes later finds it done."""
+    whole = SqlEventLog._count_notes
+
+    def interrupted(*given: Any) -> None:
+        whole(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("idemp.eventlogs.sql.PART", 2)
+    with monkeypatch.context() as patch, closing(open_event_log(old)) as log:
+        patch.setattr(SqlEventLog, "_count_notes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log.edges()
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(_edges, [old] * 3):
+            assert found == [Edge("a", "b", "", "ok", 1, 0.25, 0.25, 960.0, 960.0), *NOTED]
+    with closing(open_event_log(old)) as log:
+        log.append(Batch("w", 1, NOTES[-4:]))
+        log.append(Batch("w", 2, [received("6", "b", "a")]))
+        assert log.edges() == [Edge("a", "b", "", "ok", 2, 0.5, 0.25, 960.0, 960.0), *NOTED]
+        assert {event.uuid for event in log.find(Query(), limit=99)} == {"", "1", "2", "3", "4", "5", "6"}
+
+
+def _edges(url: str) -> list[Edge]:
+    with closing(open_event_log(url)) as log:
+        return log.edges()
+
+
+def test_a_log_of_a_newer_layout_is_left_alone(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence that says what to do."""
+    opened("").append(Batch("w", 1, []))
+    monkeypatch.setattr("idemp.eventlogs.sql.LAYOUT", LAYOUT - 1)
+    with pytest.raises(ConfigError, match=f"of a newer idemp .layout {LAYOUT}.; upgrade idemp"):
+        opened("").append(Batch("w", 2, []))
 
 
 def test_retention_by_age_and_by_rows(opened: Open) -> None:

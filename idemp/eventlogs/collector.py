@@ -93,11 +93,11 @@ def _named(batch: Batch) -> Properties:
 
 def pack(batch: Batch) -> bytes:
     """A batch as JSON."""
+    told = batch._replace(events=list(batch.events))
     try:
-        return msgspec.json.encode(batch)
+        return msgspec.json.encode(told)
     except UnicodeEncodeError:
-        told = msgspec.to_builtins(batch)
-        return msgspec.json.encode(_clean(told))
+        return msgspec.json.encode(_clean(msgspec.to_builtins(told)))
 
 
 def _clean(value: object) -> object:

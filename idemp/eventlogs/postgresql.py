@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+import msgspec
+
 from idemp.errors import Closed, ConfigError, MissingExtra, StoreUnavailable
-from idemp.eventlogs.sql import TABLES, SqlEventLog
+from idemp.eventlogs.sql import COLUMNS, EVENT, LAYOUT, TYPES, Execute, SqlEventLog
 from idemp.settings import hidden
 
 try:
@@ -19,7 +22,12 @@ except ImportError:
 SCHEMA = "idemp_events"
 TIMEOUT = 10
 """Seconds that the server has for a connection, and for a statement."""
-_LOCK = 0x1DE3_17AC
+_LOCK, _NOTING = 0x1DE3_17AC, 0x1DE3_17AD
+TOGETHER = 1_000
+"""Events in a statement."""
+_KINDS = {name: kind.format(real="DOUBLE PRECISION") for name, kind in TYPES.items()}
+_VALUES = (f"(each->>{place})::{_KINDS.get(name, 'TEXT')}" for place, name in enumerate(COLUMNS))
+_INSERT = f"INSERT INTO {EVENT} SELECT {', '.join(_VALUES)} FROM jsonb_array_elements(?::jsonb) each"
 _NAMED = re.compile(r"(?<![:\w]):(\w+)")
 
 
@@ -55,27 +63,50 @@ class PostgresqlEventLog(SqlEventLog):
             db = psycopg.connect(self._url, connect_timeout=TIMEOUT, autocommit=True)
         except psycopg.ProgrammingError as error:
             raise ConfigError(f"the event log {self._shown}: {_line(error)}") from None
+        try:
+            self._set_up(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _set_up(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
         with db.transaction():
             db.execute(f"SET statement_timeout = {TIMEOUT * 1000}")
             db.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")  # of two who make them at once one waits
-            found = db.execute("SELECT to_regclass(%s)", [f"{SCHEMA}.edge"]).fetchone()
-            if found is None or found[0] is None:
+            if (layout := self._layout(db)) != LAYOUT:
                 db.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
                 db.execute(f"SET LOCAL search_path = {SCHEMA}")
-                for table in TABLES:
-                    db.execute(
-                        table.format(
-                            serial="BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", real="DOUBLE PRECISION"
-                        )
-                    )
+                serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+                self.prepare(partial(_run, db), layout == 1, serial=serial, real="DOUBLE PRECISION")
         db.execute(f"SET search_path = {SCHEMA}")
         db.execute("SET synchronous_commit = off")  # no effect hangs on it
-        return db
+
+    def _layout(self, db: psycopg.Connection[tuple[Any, ...]]) -> int:
+        """0 where there is none."""
+        asked = [f"{SCHEMA}.edge", f"{SCHEMA}.event_layout"]
+        [(edge, layout)] = db.execute("SELECT to_regclass(%s), to_regclass(%s)", asked).fetchall()
+        if layout is None:
+            return 0 if edge is None else 1
+        [(version,)] = db.execute(f"SELECT version FROM {SCHEMA}.event_layout").fetchall()
+        return self.check(version, self._shown)
 
     def _drop(self) -> None:
         db, self._db = self._db, None
         if db is not None:
             db.close()
+
+    def insert(self, execute: Execute, events: Sequence[Any]) -> None:
+        """See `SqlEventLog`.  As one document: to send each value by itself is most of the work."""
+        width = len(COLUMNS)
+        for start in range(0, len(events), width * TOGETHER):
+            part = iter(events[start : start + width * TOGETHER])
+            rows = msgspec.json.encode(list(zip(*[part] * width, strict=True)))
+            execute(_INSERT, [rows.decode()])
+
+    def alone(self, execute: Execute) -> None:
+        """See `SqlEventLog`."""
+        execute(f"SELECT pg_advisory_xact_lock({_NOTING})", ())
 
     def among(self, column: str) -> str:
         """See `SqlEventLog`."""

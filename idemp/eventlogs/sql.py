@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
-import msgspec
-
-from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Query
+from idemp.errors import ConfigError
+from idemp.ports import OUTCOMES, Batch, Clock, Edge, Event, Events, Query
 
 COLUMNS = Event.__struct_fields__
 TOGETHER = 100
@@ -24,13 +23,18 @@ PRUNE = 60.0
 """Seconds between two looks at what is too old or too much."""
 PART = 20_000
 """Events that go at a time."""
+_EDGE = 8
+"""Columns of an edge."""
+_BEHIND = 1 << 62
+"""More than any place in the log."""
 _DEPTH = 10_000
 """Messages that a story has at most."""
 
-_TYPES = {"at": "{real}", "sent_at": "{real}", "took": "{real}", "attempt": "INTEGER"}
+TYPES = {"at": "{real}", "sent_at": "{real}", "took": "{real}", "attempt": "INTEGER"}
+"""Of the columns that are no text."""
 TABLES = (
     "CREATE TABLE IF NOT EXISTS event (n {serial}, "
-    + ", ".join(f"{name} {_TYPES.get(name, 'TEXT')}" for name in COLUMNS)
+    + ", ".join(f"{name} {TYPES.get(name, 'TEXT')}" for name in COLUMNS)
     + ")",
     "CREATE INDEX IF NOT EXISTS event_uuid ON event (uuid)",
     "CREATE INDEX IF NOT EXISTS event_conversation ON event (conversation) WHERE conversation <> uuid",
@@ -38,31 +42,24 @@ TABLES = (
     "CREATE INDEX IF NOT EXISTS event_at ON event (at)",
     "CREATE INDEX IF NOT EXISTS event_service ON event (service, at)",
     "CREATE INDEX IF NOT EXISTS event_business ON event (business) WHERE business <> ''",
-    "CREATE INDEX IF NOT EXISTS event_note ON event (uuid, role) WHERE kind = 'note'",
     "CREATE TABLE IF NOT EXISTS batch (writer TEXT, number INTEGER, at {real}, PRIMARY KEY (writer, number))",
     "CREATE TABLE IF NOT EXISTS edge (sender TEXT, service TEXT, type TEXT, kind TEXT, minute {real},"
     " n BIGINT, seconds {real}, longest {real}, PRIMARY KEY (sender, service, type, kind, minute))",
+    "CREATE TABLE IF NOT EXISTS event_layout (version INTEGER)",
 )
-_SELECT = f"SELECT {', '.join('e.' + name for name in COLUMNS)} FROM event e"
+LAYOUT = 2
+"""Of the tables.  The first counted no notes, and had no table of its number."""
+EVENT = f"event ({', '.join(COLUMNS)})"
+_SELECT = f"SELECT {', '.join('e.' + name for name in COLUMNS)} FROM event e".replace(
+    "e.conversation", "coalesce(e.conversation, e.uuid)"
+)
 _EDGES = (
     "SELECT sender, service, type, kind, sum(n), sum(seconds), max(longest), min(minute), max(minute)"
     " FROM edge WHERE minute >= :since AND minute <= :until GROUP BY sender, service, type, kind"
-    " ORDER BY sender, service, type, kind"
+    " HAVING sum(n) > 0 ORDER BY sender, service, type, kind"
 )
-# By hand nobody says who sent it: that is the service whose line has the role.  Where no line has one,
-# as in those of other libraries, the service that was first by its clock.
-_NOTES = (
-    "WITH s AS MATERIALIZED"
-    " (SELECT n, uuid, service, role FROM event WHERE kind = 'note' AND role <> 'receiver')"
-    " SELECT s.service, r.service, count(DISTINCT r.uuid), min(r.at), max(r.at)"
-    " FROM s JOIN event r ON r.uuid = s.uuid AND r.kind = 'note' AND r.service <> s.service"
-    " WHERE +r.at >= :since AND +r.at <= :until AND (s.role = 'sender' OR (s.role = ''"
-    " AND s.n = (SELECT f.n FROM event f WHERE f.uuid = s.uuid AND f.kind = 'note'"
-    " ORDER BY f.at, f.n LIMIT 1)"
-    " AND NOT EXISTS (SELECT 1 FROM event k WHERE k.uuid = s.uuid AND k.kind = 'note'"
-    " AND k.role = 'sender')))"
-    " GROUP BY s.service, r.service ORDER BY s.service, r.service"
-)
+_NOTES = "SELECT e.uuid, e.service, e.role, e.at, e.n FROM event e WHERE e.kind = 'note' AND "
+_NOTED = "SELECT DISTINCT uuid FROM event WHERE kind = 'note' AND uuid > :after ORDER BY uuid LIMIT :part"
 _UNANSWERED = (
     f"{_SELECT} WHERE e.kind = 'sent' AND e.type = :type AND e.at >= :since AND e.at <= :until AND NOT EXISTS"
     " (SELECT 1 FROM event r WHERE r.uuid = e.uuid AND r.service = :service AND r.kind <> 'sent')"
@@ -70,6 +67,11 @@ _UNANSWERED = (
 )
 _FOREVER = 1e12
 
+Place = tuple[str, str, str, str, float]
+Edges = dict[Place, list[float]]
+"""(sender, service, type, kind, minute) -> number, seconds, longest."""
+Notes = dict[str, list[tuple[str, str, float, int]]]
+"""Message -> (service, role, when, place in the log)."""
 Rows = list[tuple[Any, ...]]
 Execute = Callable[[str, Mapping[str, Any] | Sequence[Any]], Rows]
 
@@ -100,6 +102,10 @@ class SqlEventLog(ABC):
         """Do ``work`` in a transaction; `StoreUnavailable` if it may not have been committed."""
 
     @abstractmethod
+    def alone(self, execute: Execute) -> None:
+        """Let nobody else record notes until this transaction ends."""
+
+    @abstractmethod
     def among(self, column: str) -> str:
         """Whether ``column`` is one of ``:ids``."""
 
@@ -109,28 +115,86 @@ class SqlEventLog(ABC):
 
     # ---------------------------------------------------------------- writing
 
+    def insert(self, execute: Execute, events: Sequence[Any]) -> None:
+        """Insert events, given as the fields of all."""
+        _insert(execute, EVENT, len(COLUMNS), events)
+
     def append(self, batch: Batch) -> None:
         """See `idemp.ports.EventLog`."""
-        rows: list[list[Any]] = msgspec.to_builtins(batch.events)  # an event is its columns, in order
-        edges = [(*key, *sums) for key, sums in edges_of(batch.events).items()]
+        events = batch.events if isinstance(batch.events, Events) else Events(batch.events)
         try:
-            self._append(batch, rows, edges)
+            self._append(batch, events)
         except self.UNFIT:
-            self._append(batch, [plain(row) for row in rows], [plain(row) for row in edges])
+            self._append(batch, plain(events))
         if self._clock.steady() - self._pruned > PRUNE:
             self._pruned = self._clock.steady()
             self.prune(self._clock.wall())
 
-    def _append(self, batch: Batch, rows: Sequence[Sequence[Any]], edges: Sequence[Sequence[Any]]) -> None:
+    def _append(self, batch: Batch, events: Events) -> None:
+        edges = edges_of(events)
+        notes = _notes(events)
+
         def work(execute: Execute) -> None:
             named = {"writer": batch.writer, "number": batch.number, "at": self._clock.wall()}
             new = "INSERT INTO batch VALUES (:writer, :number, :at) ON CONFLICT DO NOTHING RETURNING number"
             if execute(new, named):
-                _insert(execute, f"event ({', '.join(COLUMNS)})", rows)
-                _insert(execute, "edge", edges, self._upsert)
+                if notes:
+                    edges.update(self._paired(execute, notes))
+                self.insert(execute, events.fields)
+                self._count(execute, edges)
 
         with self._lock:
             self.transact(work)
+
+    def _count(self, execute: Execute, edges: Edges) -> None:
+        values = [each for place, sums in edges.items() for each in (*place, *sums)]
+        _insert(execute, "edge", _EDGE, values, self._upsert)
+
+    def _paired(self, execute: Execute, notes: Notes) -> Edges:
+        """What ``notes``, which are about to be inserted, change in who sent to whom."""
+        self.alone(execute)
+        known: Notes = defaultdict(list)
+        text = f"{_NOTES}{self.among('e.uuid')}"
+        for uuid, *note in execute(text, {"ids": self.ids(notes)}):
+            known[uuid].append(tuple(note))
+        found: Edges = defaultdict(lambda: [0, 0.0, 0.0])
+        for uuid, new in notes.items():
+            before, after = pairs(known[uuid]), pairs(known[uuid] + new)
+            if before != after:
+                for change, each in ((-1, before), (1, after)):
+                    for (sender, service), at in each.items():
+                        found[sender, service, "", "note", at // 60.0 * 60.0][0] += change
+        return found
+
+    def prepare(self, execute: Execute, old: bool, **types: str) -> None:
+        """Make the tables; ``old``: or renew those of the first layout."""
+        for table in TABLES:
+            execute(table.format(**types), ())
+        if old:
+            self._count_notes(execute)
+            execute("DROP INDEX IF EXISTS event_note", ())
+        execute("INSERT INTO event_layout VALUES (?)", [LAYOUT])
+
+    def check(self, layout: int, shown: str) -> int:
+        """``layout``; `ConfigError` if it is one of a newer idemp."""
+        if layout > LAYOUT:
+            raise ConfigError(f"the event log {shown} is of a newer idemp (layout {layout}); upgrade idemp")
+        return layout
+
+    def _count_notes(self, execute: Execute) -> None:
+        """Of a log of the first layout, which looked at all of them each time."""
+        after: Sequence[Any] = [""]
+        while uuids := execute(_NOTED, {"after": after[0], "part": PART}):
+            asked = {"ids": self.ids([uuid for (uuid,) in uuids])}
+            found: Edges = defaultdict(lambda: [0, 0.0, 0.0])
+            known: Notes = defaultdict(list)
+            for uuid, *note in execute(f"{_NOTES}{self.among('e.uuid')}", asked):
+                known[uuid].append(tuple(note))
+            for notes in known.values():
+                for (sender, service), at in pairs(notes).items():
+                    found[sender, service, "", "note", at // 60.0 * 60.0][0] += 1
+            self._count(execute, found)
+            after = uuids[-1]
 
     def prune(self, now: float) -> int:
         """See `idemp.ports.EventLog`; in parts, so that nobody waits long for it."""
@@ -214,11 +278,7 @@ class SqlEventLog(ABC):
         """See `idemp.ports.EventLog`."""
         start, end = since or 0.0, _FOREVER if until is None else until
         counted = self._ask(_EDGES, {"since": start - start % 60.0, "until": end})
-        notes = self._ask(_NOTES, {"since": start, "until": end})
-        return [_edge(*row) for row in counted] + [
-            Edge(sender, service, "", "note", n, 0.0, 0.0, first - first % 60.0, last - last % 60.0)
-            for sender, service, n, first, last in notes
-        ]
+        return [_edge(*row) for row in counted]
 
     def unanswered(self, service: str, type: str, since: float, until: float, *, limit: int) -> list[Event]:
         """See `idemp.ports.EventLog`."""
@@ -266,19 +326,21 @@ def _where(query: Query) -> tuple[list[str], dict[str, Any]]:
     return where, named
 
 
-def plain(row: Sequence[Any]) -> tuple[Any, ...]:
-    """``row`` without what no database takes in a text."""
-    return tuple(
+def plain(events: Events) -> Events:
+    """``events`` without what no database takes in a text."""
+    cleaned = Events()
+    cleaned.fields = [
         each.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if isinstance(each, str) else each
-        for each in row
-    )
+        for each in events.fields
+    ]
+    return cleaned
 
 
-def _insert(execute: Execute, into: str, rows: Sequence[Sequence[Any]], rest: str = "") -> None:
+def _insert(execute: Execute, into: str, columns: int, values: Sequence[Any], rest: str = "") -> None:
     """Many rows a statement: each statement lets a busy thread beside this one go first."""
-    for start in range(0, len(rows), TOGETHER):
-        part = rows[start : start + TOGETHER]
-        execute(_insertion(into, len(part), len(part[0]), rest), list(chain.from_iterable(part)))
+    for start in range(0, len(values), TOGETHER * columns):
+        part = values[start : start + TOGETHER * columns]
+        execute(_insertion(into, len(part) // columns, columns, rest), part)
 
 
 @lru_cache(maxsize=256)
@@ -287,21 +349,46 @@ def _insertion(into: str, rows: int, columns: int, rest: str) -> str:
     return f"INSERT INTO {into} VALUES {', '.join([one] * rows)}{rest}"
 
 
-def edges_of(events: Sequence[Event]) -> dict[tuple[str, str, str, str, float], list[float]]:
+def _notes(events: Events) -> Notes:
+    """Message -> its notes in ``events``, as those that come behind all others."""
+    found: Notes = defaultdict(list)
+    if "note" in events.column("kind"):
+        for n, event in enumerate(events):
+            if event.kind == "note" and event.uuid:
+                found[event.uuid].append((event.service, event.role, event.at, _BEHIND + n))
+    return found
+
+
+def pairs(notes: Iterable[tuple[str, str, float, int]]) -> dict[tuple[str, str], float]:
+    """Who sent the message to whom, and when that one first told of it.
+
+    By hand nobody says who sent it: that is the service whose note has the role.  Where no note has one, as
+    in those of other libraries, it is the service that was first by its clock.
+    """
+    ordered = sorted(notes, key=lambda note: note[2:])
+    senders = {service for service, role, *_ in ordered if role == "sender"}
+    if ordered and not senders and ordered[0][1] == "":
+        senders = {ordered[0][0]}
+    told: dict[str, float] = {}
+    for service, _, at, _ in ordered:
+        told.setdefault(service, at)
+    return {(sender, service): at for sender in senders for service, at in told.items() if service != sender}
+
+
+def edges_of(events: Events) -> Edges:
     """(sender, service, type, kind, minute) -> number, seconds, longest; of what was sent, service is ""."""
-    found: dict[tuple[str, str, str, str, float], list[float]] = {}
-    for event in events:
-        if event.kind == "sent":
-            place = (event.service, "", event.type, "sent", event.at - event.at % 60.0)
-        elif event.kind in OUTCOMES:
-            place = (event.sender, event.service, event.type, event.kind, event.at - event.at % 60.0)
+    runs: dict[Place, list[float]] = defaultdict(list)
+    minutes = [at // 60.0 * 60.0 for at in events.column("at")]
+    columns = [events.column(name) for name in ("sender", "service", "type", "kind")]
+    for place, took in zip(zip(*columns, minutes, strict=True), events.column("took"), strict=True):
+        runs[place].append(took or 0.0)
+    found: Edges = {}
+    for (sender, service, type, kind, minute), took in runs.items():
+        if kind == "sent":
+            sums = found.setdefault((service, "", type, kind, minute), [0, 0.0, 0.0])
+        elif kind in OUTCOMES:
+            sums = found.setdefault((sender, service, type, kind, minute), [0, 0.0, 0.0])
         else:
             continue
-        took = event.took or 0.0
-        if (sums := found.get(place)) is None:
-            found[place] = [1, took, took]
-        else:
-            sums[0] += 1
-            sums[1] += took
-            sums[2] = max(sums[2], took)
+        sums[:] = sums[0] + len(took), sums[1] + sum(took), max(sums[2], *took)
     return found

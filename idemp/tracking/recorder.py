@@ -12,10 +12,11 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from idemp.errors import Closed, Unavailable
-from idemp.ports import Batch, Clock, Event
+from idemp.ports import Batch, Clock, Event, Events
 
 log = logging.getLogger(__name__)
 
@@ -121,26 +122,28 @@ class Recorder:
             if end is not None:
                 return
 
-    def _next(self) -> list[Event]:
+    def _next(self) -> Events:
         """What is to go now."""
-        events: list[Event] = []
+        events = Events()
         with self._lock:
             while self._waiting and len(events) < TOGETHER:
-                events += self._waiting.popleft()
+                events.extend(self._waiting.popleft())
             self._weight -= len(events)
             lost, self._lost = self._lost, 0
         try:
-            events += self._extra()
+            events.extend(self._extra())
         except Exception:
             log.exception("%s: events could not be made", self._service)
         if lost:
-            events.append(Event("", "dropped", self._service, self._clock.wall(), attempt=lost))
+            events.extend([Event("", "dropped", self._service, self._clock.wall(), attempt=lost)])
         return events
 
-    def _deliver(self, events: list[Event], end: float | None) -> bool:
+    def _deliver(self, events: Events, end: float | None) -> bool:
         """Whether to go on; what a broken log refuses is dropped, what an absent one misses waits."""
         number, wait = next(self._numbers), PATIENCE[0]
-        left = deque(events)
+        left: deque[Sequence[Event]] = deque([events])
+        if not hasattr(self._target, "append"):
+            left = deque([each] for each in events)
         while left:
             try:
                 self._hand_over(left, number)
@@ -159,10 +162,7 @@ class Recorder:
                 return False
             except Exception as error:
                 log.error("%s: the event log refuses events: %r", self._service, error)
-                refused = [left.popleft()] if hasattr(self._target, "write") else [*left]
-                if not hasattr(self._target, "write"):
-                    left.clear()
-                self._count_dropped(refused)
+                self._count_dropped([left.popleft()])
         return True
 
     def _pause(self, seconds: float) -> None:
@@ -172,18 +172,17 @@ class Recorder:
         else:
             self._ending.wait(seconds)
 
-    def _hand_over(self, left: deque[Event], number: int) -> None:
-        if hasattr(self._target, "append"):
-            self._target.append(Batch(self.writer, number, list(left)))
-            self.delivered += len(left)
-            left.clear()
-            return
+    def _hand_over(self, left: deque[Sequence[Event]], number: int) -> None:
+        """A log gets all together, and who only writes one after the other."""
         while left:
-            self._target.write(left[0])
-            left.popleft()
-            self.delivered += 1
+            if hasattr(self._target, "append"):
+                self._target.append(Batch(self.writer, number, left[0]))
+            else:
+                self._target.write(left[0][0])
+            self.delivered += len(left.popleft())
 
-    def _count_dropped(self, events: Sequence[Event] | deque[Event]) -> None:
+    def _count_dropped(self, parts: Iterable[Sequence[Event]]) -> None:
+        events = list(chain.from_iterable(parts))
         told = sum(each.attempt for each in events if each.kind == "dropped")
         with self._lock:
             self._lost += told  # these were counted before

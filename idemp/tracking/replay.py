@@ -189,7 +189,7 @@ def _kept(events: Sequence[Event]) -> Event | None:
 def _from_event(uuid: str, service: str, kept: Event | None, event: Event, names: Names) -> Item:
     if kept is None or kept.body is None or kept.properties is None:
         return Item(uuid, event.type, service, "", None, Properties(), event.sent_at)
-    properties, _, _ = unpack(kept.properties)
+    properties, _, _ = unpack(kept)
     return item(body_of(kept.body), properties, service, names)
 
 

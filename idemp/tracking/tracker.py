@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from idemp.causality import PARENT, REPLAY, SENT, TRACE, current
 from idemp.errors import BadMessage
 from idemp.message import Message, Properties, decode
 from idemp.once import around
-from idemp.ports import OUTCOMES, Clock, Event, Meter, NoMeter, Publication
+from idemp.ports import OUTCOMES, Clock, Event, Events, Meter, NoMeter, Publication
 from idemp.tracking.recorder import ROOM, Recorder
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ LONG = 1.0
 """Seconds after which a handler that has not ended is told as started."""
 MOST = 64 * 1024
 """Bytes of a body that is recorded."""
+_USUAL = "application/json"
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -97,13 +99,14 @@ class Tracker:
         """
         wall = self._clock.wall()
         self._count()
-        self._record(
-            lambda: [
-                self._received(flight, outcome, wall, why)
-                for outcome, flight, why in lines
-                if outcome in OUTCOMES
-            ]
-        )
+        self._record(lambda: self._outcomes(lines, wall))
+
+    def _outcomes(self, lines: Sequence[tuple[str, Any, str]], wall: float) -> Events:
+        events = Events()
+        for outcome, flight, why in lines:
+            if outcome in OUTCOMES:
+                events.fields += self._received(flight, outcome, wall, why)
+        return events
 
     def _record(self, make: Callable[[], Sequence[Event]]) -> None:
         """What cannot be recorded is logged: nobody fails for it."""
@@ -113,7 +116,8 @@ class Tracker:
         except Exception:
             log.exception("%s: events could not be made", self._service)
 
-    def _received(self, flight: Any, kind: str, wall: float, why: str = "") -> Event:
+    def _received(self, flight: Any, kind: str, wall: float, why: str = "") -> tuple[Any, ...]:
+        """The fields of an event, in order."""
         delivery, message, ran = flight.delivery, flight.message, flight.ran
         properties = delivery.properties
         headers = properties.headers
@@ -123,17 +127,23 @@ class Tracker:
             identity, kind_of = message.id, message.type
         parent = replay = ""
         conversation, attempt, at, took = properties.correlation_id or identity, 0, wall, None
+        sent_at: Any = properties.timestamp
         if headers:  # most have none, and each look costs
             parent, replay = _text(headers.get(PARENT)), _text(headers.get(REPLAY))
             conversation = _text(headers.get(CONVERSATION)) or conversation
             attempt = _number(headers.get("idemp-attempt"))
+        if headers or type(sent_at) is not float:
+            sent_at = _sent_at(properties)
         if ran is not None:
             at, took, attempt = ran
         body = stored = None
         if self._payloads and kind not in ("skipped", "started"):
             body = text_of(delivery.body)
-            stored = None if body is None else pack(properties, delivery.exchange, delivery.routing_key)
-        return Event(
+            if body is not None:
+                usual = not headers and _is_usual(properties, identity, kind_of, sent_at)
+                packed = pack_usual if usual else partial(pack, properties)
+                stored = packed(delivery.exchange, delivery.routing_key)
+        return (
             identity,
             kind,
             self._service,
@@ -144,10 +154,10 @@ class Tracker:
             properties.app_id or "",
             kind_of,
             self._queue,
-            _sent_at(properties),
+            sent_at,
             took,
             attempt,
-            why[:1000],
+            why[:1000] if why else "",
             "" if flight.key.startswith("delivery ") else flight.key,
             replay,
             self._find_business(message.args) if self._business and message is not None else "",
@@ -167,7 +177,7 @@ class Tracker:
             if thread not in self._started and began < old:
                 self._started[thread] = running[thread]
                 told = self._received(flight, "started", began + since)
-                events.append(replace(told, attempt=attempt))
+                events.append(replace(Event(*told), attempt=attempt))
         return events
 
     def _find_business(self, args: Any) -> str:
@@ -321,7 +331,7 @@ def body_of(text: str) -> bytes:
 
 def pack(properties: Properties, exchange: str, routing_key: str) -> str:
     """Properties as JSON; a header that JSON has no word for is left out."""
-    told: list[Any] = [
+    told = (
         properties.message_id,
         properties.type,
         properties.correlation_id,
@@ -331,17 +341,37 @@ def pack(properties: Properties, exchange: str, routing_key: str) -> str:
         properties.headers,
         exchange,
         routing_key,
-    ]
+    )
     try:
         return _encode(told).decode()
     except (TypeError, ValueError, RecursionError):
-        told[6] = {name: value for name, value in properties.headers.items() if _is_plain(name, value)}
-        return _encode(told).decode()
+        plain = {name: value for name, value in properties.headers.items() if _is_plain(name, value)}
+        return _encode((*told[:6], plain, exchange, routing_key)).decode()
 
 
-def unpack(text: str) -> tuple[Properties, str, str]:
-    """Properties, exchange and routing key."""
-    *told, exchange, routing_key = msgspec.json.decode(text)
+def _is_usual(properties: Properties, identity: str, kind: str, sent_at: float | None) -> bool:
+    """Whether an event tells them all by itself."""
+    return (
+        properties.message_id == identity
+        and properties.type == kind
+        and properties.correlation_id is None
+        and properties.app_id != ""
+        and properties.timestamp == sent_at
+        and properties.content_type == _USUAL
+    )
+
+
+@lru_cache(maxsize=64)
+def pack_usual(exchange: str, routing_key: str) -> str:
+    """What stands for properties that an event tells by itself; the same text for most messages."""
+    return _encode((exchange, routing_key)).decode()
+
+
+def unpack(event: Event) -> tuple[Properties, str, str]:
+    """Properties, exchange and routing key of the message that ``event`` has properties of."""
+    *told, exchange, routing_key = msgspec.json.decode(event.properties or "")
+    if not told:
+        told = [event.uuid, event.type, None, event.sender or None, event.sent_at, _USUAL]
     return Properties(*told), exchange, routing_key
 
 

@@ -741,4 +741,40 @@ MUTANTS = (
         "            prepare(chosen)\n            transport.ack([letter.tag for letter in chosen])\n",
         unit("test_resolve.py::test_a_crash_before_the_acknowledgement_leaves_a_duplicate"),
     ),
+    # ---------------------------------------------------------------- the event log
+    Mutant(
+        "a note counts once, whatever was told of its message before",
+        "eventlogs/sql.py",
+        "before, after = pairs(known[uuid]), pairs(known[uuid] + new)",
+        "before, after = {}, pairs(known[uuid] + new)",
+        unit("test_tracking_logs.py::test_u9_notes_in_any_order"),
+    ),
+    Mutant(
+        "an event log of the first layout has its notes counted",
+        "eventlogs/sql.py",
+        "            self._count_notes(execute)\n",
+        "            pass\n",
+        unit("test_tracking_logs.py::test_a_log_of_the_first_layout_is_renewed_once"),
+    ),
+    Mutant(
+        "who records notes in PostgreSQL is alone",
+        "eventlogs/postgresql.py",
+        """execute(f"SELECT pg_advisory_xact_lock({_NOTING})", ())""",
+        "pass",
+        unit("test_tracking_logs.py::test_u9_notes_of_many_who_tell_at_once"),
+    ),
+    Mutant(
+        "what is bound once is the same in all",
+        "eventlogs/sqlite.py",
+        "each.count(each[0]) == len(each) for",
+        "each[0] == each[-1] for",
+        unit("test_tracking_logs.py::test_u8_what_is_appended_is_found"),
+    ),
+    Mutant(
+        "properties are left out only where the event has them all",
+        "tracking/tracker.py",
+        "        and properties.correlation_id is None\n",
+        "",
+        unit("test_tracking.py::test_properties_that_an_event_tells_by_itself"),
+    ),
 )
