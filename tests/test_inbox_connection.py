@@ -169,6 +169,15 @@ def test_other_statements_have_it_sent_before(batch: Batch, tmp_path: Path) -> N
     assert batch.effects() == [*"aaabbb", "first"]
 
 
+def test_with_a_psycopg_that_is_not_known_it_is_sent_before(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two round trips, and nothing of the cursor's inside is relied on."""
+    monkeypatch.setattr(postgresql_handlers, "_KNOWN", False)
+    assert trips(batch, [write("a"), write("b"), fail, write("c")], tmp_path / "trace") == 6
+    assert batch.effects() == ["a", "b", "c", "first"]
+
+
 # ------------------------------------------------------------------ whatever a handler does first
 
 

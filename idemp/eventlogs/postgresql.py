@@ -80,7 +80,6 @@ class PostgresqlEventLog(SqlEventLog):
                 serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
                 self.prepare(partial(_run, db), layout == 1, serial=serial, real="DOUBLE PRECISION")
         db.execute(f"SET search_path = {SCHEMA}")
-        db.execute("SET synchronous_commit = off")  # no effect hangs on it
 
     def _layout(self, db: psycopg.Connection[tuple[Any, ...]]) -> int:
         """0 where there is none."""

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 NEXT = (b"RELEASE SAVEPOINT idemp", b"SAVEPOINT idemp")
 """What was done is not undone any more, and what comes can be."""
+_KNOWN = psycopg.__version__.split(".")[:2] in (["3", "2"], ["3", "3"])
+"""Whether psycopg's cursor is one whose parts are known; with another the savepoint goes by itself."""
 _PLAIN = r"\s*(?:INSERT|UPDATE|DELETE|MERGE|SELECT|VALUES|WITH)\b[^;]*;?\s*"
 _PLAIN_TEXT, _PLAIN_BYTES = re.compile(_PLAIN, re.IGNORECASE), re.compile(_PLAIN.encode(), re.IGNORECASE)
 
@@ -149,7 +151,7 @@ class HandlersCursor(psycopg.Cursor[Any]):
         assert isinstance(connection, HandlersConnection)
         if not connection.owes:
             yield from ask(query, params, prepare=prepare, binary=binary)
-        elif not plain(query):
+        elif not (_KNOWN and plain(query)):
             yield from connection.pay()
             yield from ask(query, params, prepare=prepare, binary=binary)
         else:
