@@ -356,6 +356,17 @@ def test_what_another_process_wrote_is_seen(make: Any, asked: int) -> None:
         assert (type(seen), seen.result) == (Done, b"2")
 
 
+def test_what_is_known_is_what_is_loaded(make: Any, time: Time) -> None:
+    """To the last digit of its time."""
+    time.now = 1795305467.117982345
+    store = make()
+    [busy] = store.apply([Claim("a")])
+    done(store, "b")
+    states = store.apply([Get("a"), Get("b")])
+    assert (states[0].token, states[1]) == (busy.token, store.recall("b"))
+    assert states == make().apply([Get("a"), Get("b")])
+
+
 def test_what_a_handler_wrote_is_seen(make: Any) -> None:
     """Its transaction has a connection of its own."""
     store = make()

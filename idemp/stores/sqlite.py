@@ -333,7 +333,8 @@ class _Session(Confirmed):
         return row is not None and row[0] == batch
 
     def _transact(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply]:
-        now, wall = self._clock.steady(), self._clock.wall()
+        # SQLite's JSON has 15 digits of a number: what is known must not differ from what is loaded.
+        now, wall = self._clock.steady(), round(self._clock.wall(), 5)
         meta, sessions, entries = self._look(db, {op.key for op in ops})
         ours = self._id in sessions
         if not ours:

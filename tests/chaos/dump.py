@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from idemp import open_store, open_transport
-from idemp.ports import Applied, Claimed, Delivery, Done, Reply, State, Store
+from idemp.ports import Applied, Claim, Claimed, Delivery, Done, Reply, State, Store
 from idemp.stores.etcd_client import Client, KeyValue
 from idemp.stores.etcd_replica import Layout
 from idemp.stores.journal import Append, Journal
@@ -26,6 +26,13 @@ class _Rereading(Journal):
     def __init__(self) -> None:
         super().__init__()
         self.changes: list[Change] = []
+
+    def _claim_all(self, fold: Any, keys: Sequence[str], token: int) -> dict[int, Reply]:
+        told = {}
+        for each, key in enumerate(keys, token):
+            fold.token = each - 1
+            told[each] = self._apply(fold, Claim(key))
+        return told
 
     def _apply(self, fold: Any, record: Record) -> Reply:
         key = getattr(record, "key", "")
