@@ -140,7 +140,9 @@ def seed(job: Job) -> Span:
         client.close()
 
 
-INSERT = "INSERT INTO effect VALUES ('{}')"
+def row(url: str) -> str:
+    """The statement that inserts a message's id, as each driver wants its parameters."""
+    return f"INSERT INTO effect VALUES ({'?' if url.startswith('sqlite') else '%s'})"
 
 
 @contextmanager
@@ -159,10 +161,11 @@ def database(url: str) -> Iterator[Any]:
 
 def insert(job: Job) -> Span:
     """A row and a commit for each message, then its acknowledgement."""
+    statement = row(job.store)
     with database(job.store) as connection:
 
         def handle(body: bytes) -> None:
-            connection.execute(INSERT.format(json.loads(body)["id"]))
+            connection.execute(statement, [json.loads(body)["id"]])
             connection.commit()
 
         return plain(job, handle=handle)
@@ -214,13 +217,13 @@ def idemp(job: Job, *, inbox: bool = False) -> Span:
         audit=audit,
     )
     transport.last = consumer.stop
-    pause = setting.milliseconds / 1000
+    pause, statement = setting.milliseconds / 1000, row(job.store)
 
     @consumer.on("new_order")
     @idempotent(store, name="bench.new_order", transaction=inbox)
     def handle(message: Message) -> None:
         if inbox:
-            context().connection.execute(INSERT.format(message.id))
+            context().connection.execute(statement, [message.id])
         if pause:
             time.sleep(pause)
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from bench.cells import Setting
-from bench.contenders import INSERT, Job, database
+from bench.contenders import Job, database, row
 from bench.stack import Stack, contend, fill, stack
 from idemp import Message
 from idemp.bars import bar
@@ -59,5 +59,5 @@ def _round(servers: Stack, store: str, contender: str, count: int) -> float:
     with database(url) as connection:
         rows = connection.execute("SELECT id FROM effect").fetchall()
     if sorted(row[0] for row in rows) != sorted(ids):
-        raise SystemExit(f"void: {contender} on {store} has {len(rows)} rows of {count}: {INSERT}")
+        raise SystemExit(f"void: {contender} on {store} has {len(rows)} rows of {count}: {row(url)}")
     return count / (span["ended"] - span["began"])

@@ -454,6 +454,32 @@ def test_a_full_disk_is_unavailable_and_nothing_is_half_done(
         claim(store, "last")
 
 
+def test_a_server_that_ends_is_told_with_what_it_said_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk is an error first and the server's end a moment later; the end alone tells nobody why."""
+    need("postgresql")
+    caplog.set_level("DEBUG", "idemp.stores.postgresql")
+    with PostgreSQL() as server, closing(open_store(server.url)) as store:
+        claim(store, "key")
+        for line in (
+            "CREATE FUNCTION full_disk() RETURNS trigger AS $$ BEGIN"
+            " RAISE 'no room is left' USING ERRCODE = 'disk_full'; END $$ LANGUAGE plpgsql",
+            "CREATE TRIGGER full_disk BEFORE INSERT ON idemp_default.open EXECUTE FUNCTION full_disk()",
+        ):
+            sql(server.url, line)
+        monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 2.0)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(claim, store, "another")
+            until(lambda: "no room is left" in caplog.text)
+            server.kill()
+            with pytest.raises(StoreUnavailable, match="it had said: no room is left") as ended:
+                asked.result()
+        monkeypatch.undo()
+        assert "\n" not in str(ended.value)
+        server.start()
+
+
 # ------------------------------------------------------------------ a pooler
 
 

@@ -223,7 +223,7 @@ class _Session(Listening):
         """One transaction, repeated until its fate is known or `PATIENCE` is over."""
         if self._ended.is_set():
             raise Closed("this store was closed")
-        deadline = self._clock.steady() + PATIENCE
+        deadline, said = self._clock.steady() + PATIENCE, ""
         self._batch += 1
         while True:
             failed: Exception
@@ -232,13 +232,17 @@ class _Session(Listening):
                     return self._attempt(connection, ops)
             except psycopg.Error as error:
                 failed = explain(self._place, error)
+                said = one_line(error) if error.sqlstate else said
             except StoreUnavailable as error:
                 failed = error
             # Another server may be the primary now, of which who listens on the old line hears nothing; and
             # a forget of this batch may have taken effect.
             self._recall.lose()
-            if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
+            if isinstance(failed, ConfigError):
                 raise failed
+            if self._clock.steady() >= deadline:
+                # Who has ended says no more; what it said before is why.
+                raise failed if said in str(failed) else StoreUnavailable(f"{failed}; it had said: {said}")
             log.debug("%s", failed)
             self._clock.sleep(0.05)
 
