@@ -450,6 +450,28 @@ MUTANTS = (
         "        self._owner.owes = False\n        self.leave()\n        self._owner._pipeline = self\n",
         unit("test_inbox_connection.py::test_who_prepares_much"),
     ),
+    # ---------------------------------------------------------------- stores/postgresql.py
+    Mutant(
+        "a claim that waited while keys went draws its token anew",
+        "stores/postgresql.py",
+        "        outrun = batch.claims and head.mark != mark\n",
+        "        outrun = False\n",
+        unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[forget_done]"),
+    ),
+    Mutant(
+        "a claim that is given back leaves a mark",
+        "stores/postgresql_batch.py",
+        "    if ledger.forgotten or left - loaded.empty:\n",
+        "    if ledger.forgotten:\n",
+        unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[give_back]"),
+    ),
+    Mutant(
+        "what is swept leaves a mark",
+        "stores/postgresql_sql.py",
+        "WHERE EXISTS (SELECT FROM gone)",
+        "WHERE false",
+        unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[be_swept]"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
