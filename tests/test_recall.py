@@ -7,7 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ import psycopg
 import pytest
 
 from idemp.errors import ConfigError, StoreUnavailable
-from idemp.ports import Applied, Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Op, Reply
+from idemp.ports import Applied, Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Lost, Op, Reply
 from idemp.stores import open_store
+from idemp.stores.postgresql_inbox import PostgresqlTransaction
 from idemp.stores.recall import LARGE, TRUST, Recall
 from idemp.stores.redis import _SCRIPT
 from tests.proxy import Proxy
@@ -173,6 +174,33 @@ def test_what_this_process_forgot_in_a_commit_whose_reply_was_lost(
     assert one(pair.here, Forget("gone", gone.token)) == Applied()
     assert pair.proxy.counts.lost == 1
     assert pair.here.recall("gone") is None
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_this_process_forgot_in_a_transaction(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """The news of it is still on its way when that is over; also if the reply to its commit was lost."""
+    left = [psycopg.OperationalError("lost")] if lost else []
+    real = PostgresqlTransaction.open
+
+    @contextmanager
+    def struck(transaction: PostgresqlTransaction) -> Iterator[None]:
+        with real(transaction):
+            yield
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(PostgresqlTransaction, "open", struck)
+    with closing(open_store(postgresql.database())) as opened:
+        store: Any = opened
+        store.apply([])
+        monkeypatch.setattr(store._session, "_told", lambda said: None)
+        gone, kept = finish(listening(store), "gone"), finish(store, "kept")
+        assert (store.recall("gone"), store.recall("kept")) == (gone, kept)
+        replies = store.transaction(lambda here: here.apply([Forget("gone", gone.token), Get("kept")]), 5.0)
+        assert store.recall("gone") is None
+        assert (replies, left) == ([Lost(Free(0)) if lost else Applied(), kept], [])
 
 
 def test_who_was_cut_off_from_the_news_knows_nothing(pair: Pair) -> None:

@@ -375,6 +375,7 @@ class _Session(Listening):
             failed = self._once(work, wait)
             if isinstance(failed, _Result):
                 return cast(T, failed.value)
+            self._recall.lose()  # for the same reasons as after a batch
             if deadline is None:
                 deadline = self._clock.steady() + PATIENCE
             if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:

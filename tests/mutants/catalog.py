@@ -459,6 +459,20 @@ MUTANTS = (
         unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[forget_done]"),
     ),
     Mutant(
+        "what a transaction forgot is not remembered here",
+        "stores/postgresql_inbox.py",
+        "            if self._ledger.forgotten:\n                recall.forget_all()\n",
+        "            if False:\n                pass\n",
+        unit("test_recall.py::test_what_this_process_forgot_in_a_transaction[False]"),
+    ),
+    Mutant(
+        "a transaction whose commit is not known may have forgotten",
+        "stores/postgresql.py",
+        "            self._recall.lose()  # for the same reasons as after a batch\n",
+        "",
+        unit("test_recall.py::test_what_this_process_forgot_in_a_transaction[True]"),
+    ),
+    Mutant(
         "a claim that is given back leaves a mark",
         "stores/postgresql_batch.py",
         "    if ledger.forgotten or left - loaded.empty:\n",
