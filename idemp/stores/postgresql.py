@@ -36,7 +36,7 @@ from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.listening import Listening
 from idemp.stores.outbox import unpack
-from idemp.stores.postgresql_sql import settings, statements
+from idemp.stores.postgresql_sql import CLOCK, settings, statements
 from idemp.stores.recall import VOUCH
 
 try:
@@ -635,8 +635,9 @@ class _Session(Listening):
                 self._listener.limit(PATIENCE + VOUCH)
                 news.select(VOUCH)
                 asked = self._clock.steady()
-                run(connection, "SELECT")
-                self._recall.vouch(asked)
+                row = run(connection, CLOCK).fetchone()
+                assert row is not None
+                self._recall.vouch(asked, row[0])
 
     def _told(self, said: psycopg.Notify) -> None:
         if said.payload:

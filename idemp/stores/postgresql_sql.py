@@ -67,6 +67,9 @@ def own(wait: float) -> list[str]:
     return [*("off" for _ in _PLANS), str(max(1, int(wait * 1000)))]  # 0 would be no bound
 
 
+CLOCK = "SELECT extract(epoch FROM clock_timestamp())::float8"
+"""The server's, in seconds since 1970."""
+
 _OVER = "(SELECT extract(epoch FROM now())::float8 - retention FROM {s}.meta)"
 _NEWEST = (
     "(SELECT * FROM ("

@@ -338,9 +338,9 @@ class _Session(Listening):
             codes, *states = answer
             first, _, said = codes.partition(b" ")
         else:
-            said, first, *states, retention, told, now = answer
+            said, first, *states, retention, told, now, since = answer
             self.retention = int(retention) / 1000
-            self._recall.told(self.retention, int(now) / 1000, sent)
+            self._recall.told(self.retention, int(now) / 1000, sent, int(since) / 1000)
             if told == b"1":
                 self._wake()
         each = said.split(b",")
@@ -519,7 +519,7 @@ class _Session(Listening):
 
     def _hear_on(self, line: Any) -> None:
         """Until something may go unheard.  The answer to a ping comes behind all that was told before."""
-        pinged = self._clock.steady()
+        pinged, there = self._clock.steady(), self._time()
         waits = True  # for the answer
         line.subscribe(self._at.channel)
         while not self._ended.is_set() and (waits or self._recall.follows):
@@ -533,15 +533,20 @@ class _Session(Listening):
                     self._listens, waits = True, False
                     self._wake()  # what was said before goes unheard
                 elif kind == "pong":
-                    self._recall.vouch(pinged)
+                    self._recall.vouch(pinged, there)
                     waits = False
                 else:
                     self._told(said["data"])
             if now - pinged >= (TIMEOUT if waits else VOUCH):
                 if waits:
                     raise redis.TimeoutError("it does not answer")
-                pinged, waits = now, True
+                pinged, there, waits = now, self._time(), True
                 line.ping()
+
+    def _time(self) -> float:
+        """The server's clock, for which a line that listens cannot ask."""
+        seconds, microseconds = self._client.time()
+        return float(seconds + microseconds / 1e6)
 
     def _told(self, said: bytes) -> None:
         kind, _, rest = said.partition(b"\n")

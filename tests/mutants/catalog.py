@@ -552,6 +552,27 @@ MUTANTS = (
         unit("test_recall.py::test_a_done_that_i_forgot_is_not_learned_on_a_line_that_is_new"),
     ),
     Mutant(
+        "what goes before the retention is over is not kept",
+        "stores/recall.py",
+        "            self._since = max(self._since, since)\n",
+        "",
+        unit("test_recall.py::test_what_was_done_before_the_retention_was_raised"),
+    ),
+    Mutant(
+        "who vouches says what time it is there",
+        "stores/recall.py",
+        "            if self._timed:\n                self._tell_time(now - asked)\n",
+        "",
+        unit("test_recall.py::test_a_servers_clock_is_put_forward_and_back"),
+    ),
+    Mutant(
+        "what was over by the server's clock does not come back with it",
+        "stores/recall.py",
+        "if self._timed and ahead < self._ahead - TRUST:",
+        "if False:",
+        unit("test_recall.py::test_a_servers_clock_is_put_forward_and_back"),
+    ),
+    Mutant(
         "memory forgets when the server does",
         "stores/recall.py",
         "if at + self._retention <= now + self._ahead:",
