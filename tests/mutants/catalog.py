@@ -450,6 +450,21 @@ MUTANTS = (
         "        self._owner.owes = False\n        self.leave()\n        self._owner._pipeline = self\n",
         unit("test_inbox_connection.py::test_who_prepares_much"),
     ),
+    # ---------------------------------------------------------------- stores/etcd_replica.py
+    Mutant(
+        "a journal that cannot be read is given up for good",
+        "stores/etcd_replica.py",
+        "            self.unreadable, self.trusted = line, False\n",
+        "",
+        unit("test_etcd_store.py::test_a_journal_of_a_newer_idemp_is_not_read_on[True-Z key 7]"),
+    ),
+    Mutant(
+        "a line of a newer version is told from a damaged machine",
+        "stores/records.py",
+        "    except (ValueError, IndexError):\n        raise Unreadable(line) from None\n",
+        "    finally:\n        pass\n",
+        unit("test_etcd_store.py::test_a_journal_of_a_newer_idemp_is_not_read_on[True-Z key 7]"),
+    ),
     # ---------------------------------------------------------------- stores/postgresql.py
     Mutant(
         "a claim that waited while keys went draws its token anew",
