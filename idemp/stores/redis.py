@@ -41,7 +41,7 @@ from idemp.ports import (
     State,
     Takeover,
 )
-from idemp.redis_server import IsReplica, Server, check, explain
+from idemp.redis_server import Met, Server, explain
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.listening import Listening
@@ -220,7 +220,7 @@ class _Session(Listening):
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention
-        self._at, self._ttl = at, ttl
+        self._at, self._met, self._ttl = at, Met(at), ttl
         self._epoch: str | None = None
         self._id = ""
         self._batch = 0
@@ -250,7 +250,7 @@ class _Session(Listening):
         """What each new connection begins with: the login, and what the server says of itself."""
         try:
             connection.on_connect()
-            epoch = self._checked(connection)
+            epoch = self._met.check(connection)
             if self._epoch is not None and self._epoch != epoch:
                 raise _Restarted(epoch)
             self._epoch = epoch
@@ -258,15 +258,6 @@ class _Session(Listening):
             connection.disconnect()
             raise
         return epoch
-
-    def _checked(self, connection: Any) -> str:
-        try:
-            return check(connection, self._at)
-        except IsReplica:
-            if self._epoch is None:
-                raise
-            # It was a master, and another is one now, or will soon be: to wait for, not to give up.
-            raise redis.ConnectionError("it is a read-only replica now") from None
 
     def _connected_to_listen(self, connection: Any) -> None:
         self._heard_epoch = self._connected(connection)

@@ -450,6 +450,14 @@ MUTANTS = (
         "        self._owner.owes = False\n        self.leave()\n        self._owner._pipeline = self\n",
         unit("test_inbox_connection.py::test_who_prepares_much"),
     ),
+    # ---------------------------------------------------------------- redis_server.py
+    Mutant(
+        "a master that became a replica is waited for",
+        "redis_server.py",
+        "            if not self._as_master:\n",
+        "            if True:\n",
+        unit("test_redis_streams.py::test_nothing_is_published_on_a_replica"),
+    ),
     # ---------------------------------------------------------------- stores/etcd_replica.py
     Mutant(
         "a journal that cannot be read is given up for good",
