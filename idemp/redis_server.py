@@ -13,7 +13,13 @@ from idemp.errors import ConfigError, IdempError, MissingExtra, Unavailable
 from idemp.settings import switch
 
 try:
-    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+    from redis.exceptions import (
+        AuthenticationError,
+        ConnectionError,
+        NoPermissionError,
+        RedisError,
+        ResponseError,
+    )
 except ImportError:
     raise MissingExtra("redis://", "redis") from None
 
@@ -80,6 +86,26 @@ def check(connection: Any, at: Server) -> str:
     if not at.unsafe:
         _check_durable(connection, at)
     return f"{about.get('run_id')}/{about.get('master_replid')}"
+
+
+class Met:
+    """What is known of a server: whether it was ever a master."""
+
+    def __init__(self, at: Server) -> None:
+        self.at = at
+        self._as_master = False
+
+    def check(self, connection: Any) -> str:
+        """See `check`.  Raises redis's ConnectionError of one that was a master, and is a replica now."""
+        try:
+            found = check(connection, self.at)
+        except IsReplica:
+            if not self._as_master:
+                raise
+            # Another is the master now, or will soon be, or this one again: to wait for, not to give up.
+            raise ConnectionError("it is a read-only replica now") from None
+        self._as_master = True
+        return found
 
 
 def _info(connection: Any, section: str) -> dict[str, str]:

@@ -55,6 +55,7 @@ from idemp.stores.etcd_health import Health, findings, keep_looking, look
 from idemp.stores.etcd_replica import Layout
 from idemp.stores.records import LINES, encode
 from tests.servers import Etcd, need
+from tests.service import stand
 from tests.test_etcd_client import fill, papers, secured  # noqa: F401
 
 
@@ -667,6 +668,97 @@ def _is_claimed(store: Store, key: str) -> bool:
         raise
     except StoreUnavailable:
         return False
+
+
+# ------------------------------------------------------------------ a journal of a newer version
+
+NEWER = r"/idemp/v1/{}/: this journal was written by a newer idemp \(it has '{}'\); upgrade this process"
+
+
+def as_a_newer_one(monkeypatch: pytest.MonkeyPatch, store: Store, line: str) -> None:
+    """Let it write a claim of "new", and that line behind it."""
+
+    def written(wall: float, records: Any) -> bytes:
+        return encode(wall, records) + f"\n{line}".encode() * (list(records) == [Claim("new")])
+
+    with monkeypatch.context() as newer:
+        newer.setattr(etcd, "encode", written)
+        assert isinstance(one(store, Claim("new")), Claimed)
+
+
+@pytest.mark.parametrize("line", ["Z key 7", "R key", "T key x"])
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_journal_of_a_newer_idemp_is_not_read_on(
+    make: Make, unique: str, monkeypatch: pytest.MonkeyPatch, line: str, heard: bool
+) -> None:
+    """What follows may depend on it: whoever cannot read it says so, to everything, and holds nothing.
+
+    Whether the watch has brought the line or an import finds it.
+    """
+    (newer, _), (here, wire) = make(), make()
+    mine, done = one(here, Claim("mine")), one(here, Claim("done"))
+    assert one(here, Complete("done", done.token)) == Applied()
+    if not heard:
+        wire.drop = lambda batch: True
+    as_a_newer_one(monkeypatch, newer, line)
+    if heard:
+        until(lambda: not here.fresh(), 10)
+        assert here.recall("done") is None
+
+    sentence = NEWER.format(unique, line)
+    for op in (Claim("theirs"), Get("new"), Complete("mine", mine.token), Claim("done"), Claim("theirs")):
+        with pytest.raises(ConfigError, match=sentence):
+            one(here, op)
+    with pytest.raises(ConfigError, match=sentence):
+        here.scan()
+    with pytest.raises(ConfigError, match=sentence):
+        here.wait("mine", mine.token, 30.0)
+    with pytest.raises(ConfigError, match=sentence):
+        make()
+    assert not here.fresh()
+    assert isinstance(one(newer, Get("mine")), Busy)
+    if heard:
+        assert one(newer, Get("theirs")) == Free(0)
+    here.close()
+    until(lambda: isinstance(one(newer, Get("mine")), Doubt), 30)
+
+
+CONSUMER = """
+import os
+from idemp import Consumer, idempotent, open_store, open_transport
+
+@idempotent(open_store({store!r}), name="app.order")
+def order(message):
+    os.write(1, b"handled\\n")
+
+consumer = Consumer(open_transport({broker!r}), service="app")
+consumer.on("order")(order)
+"""
+
+
+def test_a_consumer_ends_at_a_journal_of_a_newer_idemp(
+    etcd: Etcd, unique: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One sentence, exit code 2; the message that it had taken is there for the next one."""
+    url, broker = f"{etcd.url}{unique}", f"sqlite:///{tmp_path}/queues.db?visibility=4s"
+    (tmp_path / "handlers.py").write_text(CONSUMER.format(store=url, broker=broker))
+    code = "import os, sys; os.chdir(sys.argv.pop(1)); from idemp.cli import main; main()"
+    with closing(open_store(url)) as newer, stand(broker, tmp_path) as desk:
+        program = desk.run("-c", code, str(tmp_path), "consume", "handlers:consumer")
+        program.wait_for("taking from app-queue")
+        desk.publish(b'{"type":"order","id":"1"}', to="app-queue")
+        program.wait_for("1 ok")
+
+        as_a_newer_one(monkeypatch, newer, "Z key 7")
+        desk.publish(b'{"type":"order","id":"2"}', to="app-queue")
+
+        assert program.process.wait(60) == 2
+        said = program.said()
+        last = said.splitlines()[-1]
+        assert re.fullmatch(f"idemp: .*{NEWER.format(unique, 'Z key 7')}", last), said
+        assert (said.count("Traceback"), said.count("handled\n")) == (0, 1)
+        assert not isinstance(one(newer, Get("app.order/2")), Done)
+        assert [each.body for each in desk.taken("app-queue", 1)] == [b'{"type":"order","id":"2"}']
 
 
 # ------------------------------------------------------------------ the health of etcd

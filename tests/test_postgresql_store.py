@@ -24,11 +24,14 @@ from idemp.ports import (
     Complete,
     Done,
     Doubt,
+    Forget,
     Free,
     Get,
     Inbox,
     Lost,
     Op,
+    Park,
+    Parked,
     Release,
     Reply,
     Takeover,
@@ -132,6 +135,47 @@ def test_what_cannot_go_the_short_way_leaves_no_trace(store: Any) -> None:
     assert one(store, Complete("mine", mine.token, b"2", b"print")) == Applied()
     assert not store._session._detours
     assert one(store, Complete("mine", mine.token, b"2", b"print")) == Applied()
+
+
+def forget_done(store: Any, url: str, mine: Claimed) -> None:
+    assert store.apply([Complete("b", mine.token), Forget("b", mine.token)]) == [Applied(), Applied()]
+
+
+def forget_parked(store: Any, url: str, mine: Claimed) -> None:
+    assert one(store, Park("b", mine.token, "why")) == Applied()
+    parked = one(store, Get("b"))
+    assert isinstance(parked, Parked)
+    assert one(store, Forget("b", parked.token)) == Applied()
+
+
+def give_back(store: Any, url: str, mine: Claimed) -> None:
+    assert one(store, Release("b", mine.token, 0)) == Applied()
+
+
+def be_swept(store: Any, url: str, mine: Claimed) -> None:
+    assert one(store, Release("b", mine.token, 1)) == Applied()
+    sql(url, "UPDATE idemp_default.open SET at = 0 WHERE key = 'b'")
+    store._session._swept = -1e9
+    store._session._beat_once()
+
+
+@pytest.mark.parametrize("vanish", [forget_done, forget_parked, give_back, be_swept])
+def test_a_claim_that_waited_has_the_highest_token(store: Any, url: str, vanish: Any) -> None:
+    """It drew a number, then waited; one of its keys was meanwhile claimed by another, and is no more."""
+    with closing(open_store(url)) as other, psycopg.connect(url) as line, ThreadPoolExecutor(1) as pool:
+        other.apply([])
+        assert one(store, Complete("now it knows that", claim(store, "now it knows that").token)) == Applied()
+        store._session._detours = 0
+        line.execute("INSERT INTO idemp_default.open (key, state) VALUES ('a', '')")
+        claims = pool.submit(store.apply, [Claim("a"), Claim("b")])
+        until(lambda: sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        theirs = claim(other, "b")
+        vanish(other, url, theirs)
+        assert sql(url, "SELECT key FROM idemp_default.open") == []
+        line.rollback()
+        mine = claims.result(30)
+    assert [type(each) for each in mine] == [Claimed, Claimed]
+    assert mine[1].token > theirs.token
 
 
 @pytest.mark.parametrize("attempts", [1, 3])

@@ -7,7 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ import psycopg
 import pytest
 
 from idemp.errors import ConfigError, StoreUnavailable
-from idemp.ports import Applied, Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Op, Reply
+from idemp.ports import Applied, Claim, Claimed, Clock, Complete, Done, Forget, Free, Get, Lost, Op, Reply
 from idemp.stores import open_store
+from idemp.stores.postgresql_inbox import PostgresqlTransaction
+from idemp.stores.postgresql_sql import CLOCK
 from idemp.stores.recall import LARGE, TRUST, Recall
 from idemp.stores.redis import _SCRIPT
 from tests.proxy import Proxy
@@ -76,7 +78,8 @@ class Pair:
         with psycopg.connect(self.url, autocommit=True) as line:
             line.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND (query LIKE 'LISTEN%' OR query = 'SELECT')"
+                " WHERE datname = current_database() AND (query LIKE 'LISTEN%%' OR query = %s)",
+                [CLOCK],
             )
 
 
@@ -173,6 +176,33 @@ def test_what_this_process_forgot_in_a_commit_whose_reply_was_lost(
     assert one(pair.here, Forget("gone", gone.token)) == Applied()
     assert pair.proxy.counts.lost == 1
     assert pair.here.recall("gone") is None
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_this_process_forgot_in_a_transaction(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """The news of it is still on its way when that is over; also if the reply to its commit was lost."""
+    left = [psycopg.OperationalError("lost")] if lost else []
+    real = PostgresqlTransaction.open
+
+    @contextmanager
+    def struck(transaction: PostgresqlTransaction) -> Iterator[None]:
+        with real(transaction):
+            yield
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(PostgresqlTransaction, "open", struck)
+    with closing(open_store(postgresql.database())) as opened:
+        store: Any = opened
+        store.apply([])
+        monkeypatch.setattr(store._session, "_told", lambda said: None)
+        gone, kept = finish(listening(store), "gone"), finish(store, "kept")
+        assert (store.recall("gone"), store.recall("kept")) == (gone, kept)
+        replies = store.transaction(lambda here: here.apply([Forget("gone", gone.token), Get("kept")]), 5.0)
+        assert store.recall("gone") is None
+        assert (replies, left) == ([Lost(Free(0)) if lost else Applied(), kept], [])
 
 
 def test_who_was_cut_off_from_the_news_knows_nothing(pair: Pair) -> None:
@@ -295,6 +325,38 @@ def test_a_retention_that_was_over_is_made_longer(kind: str, request: pytest.Fix
             assert one(here, Claim("key")).result == b"2"  # type: ignore[union-attr]
 
 
+def test_what_was_done_before_the_retention_was_raised(redis: Redis) -> None:
+    """It goes when it would have gone, also from the memory of who came later and was told it is done."""
+    url = redis.database()
+    with (
+        closing(open_store(f"{url}?retention=4s")) as there,
+        closing(open_store(f"{url}?retention=1h")) as here,
+    ):
+        old = finish(there, "old")
+        listening(here)
+        assert one(here, Claim("old")) == old
+        new = finish(here, "new")
+        until(lambda: one(there, Get("old")) == Free(0))
+        assert here.recall("old") is None
+        assert one(there, Claim("new")) == new == here.recall("new")
+
+
+def test_a_servers_clock_that_is_put_forward_is_noticed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Done is over there at once, and soon here, where nothing is asked of the store."""
+    old = finish(pair.here, "key")
+    assert pair.here.recall("key") == old
+    session, hours = pair.here._session, 25 * 3600.0
+    if pair.kind == "redis":
+        real = session._time
+        monkeypatch.setattr(session, "_time", lambda: real() + hours)
+    else:
+        monkeypatch.setattr("idemp.stores.postgresql.CLOCK", f"{CLOCK} + {hours}")
+    before = session._batch
+    until(lambda: pair.here.recall("key") is None)
+    assert session._recall.follows
+    assert session._batch == before
+
+
 def test_a_server_that_forgot_is_not_spoken_for(redis: Redis) -> None:
     """Its keys were deleted behind our back, and the session with them."""
     with closing(open_store(f"{redis.database()}?session=1s")) as opened:
@@ -389,10 +451,10 @@ def test_it_answers_while_somebody_vouches(memory: Recall, hands: Hands) -> None
     assert memory.find("key") == done(1)
     hands.now += 0.01
     assert memory.find("key") is None
-    memory.vouch(hands.now - 1)
+    memory.vouch(hands.now - 1, hands.now + 3999)
     assert memory.find("key") == done(1)
     memory.lose()
-    memory.vouch(hands.now)
+    memory.vouch(hands.now, hands.now + 4000)
     assert memory.find("key") is None
     memory.begin(hands.now)
     assert memory.find("key") is None
@@ -456,7 +518,7 @@ def test_a_longer_retention_brings_nothing_back(memory: Recall, hands: Hands) ->
     hands.now += 90
     asked, now = memory.era(), hands.now + 4000
     memory.told(8000.0, now, hands.now)
-    memory.vouch(hands.now)
+    memory.vouch(hands.now, hands.now + 4000)
     assert memory.find("key") is None
     memory.learn(asked, [("asked before", done(2, now))])
     memory.learn(memory.era(), [("old", done(3, now - 0.1)), ("new", done(4, now))])
@@ -474,8 +536,28 @@ def test_another_server_has_another_clock(memory: Recall, hands: Hands) -> None:
     memory.learn(memory.era(), [("key", done(1, 9000.0))])
     assert memory.find("key") == done(1, 9000.0)
     hands.now += 80
-    memory.vouch(hands.now)
+    memory.vouch(hands.now, hands.now + 8000)
     assert memory.find("key") is None
+
+
+def test_a_servers_clock_is_put_forward_and_back(memory: Recall, hands: Hands) -> None:
+    """What is over by it is not answered, nor when it is not over any more: it was deleted there."""
+    for by in (70.0, 90.0):
+        memory.learn(memory.era(), [("key", done(1, hands.now + 4000))])
+        memory.vouch(hands.now, hands.now + 4000 + by)
+        assert bool(memory.find("key")) == (by < 80)
+        asked = memory.era()
+        memory.vouch(hands.now, hands.now + 4000)
+        memory.learn(asked, [("asked before", done(2, hands.now + 4000))])
+        assert memory.find("key") is memory.find("asked before") is None
+
+
+def test_a_slow_answer_is_no_other_clock(memory: Recall, hands: Hands) -> None:
+    """It seems ahead by as long as the answer took, and back with the next."""
+    memory.learn(memory.era(), [("key", done(1))])
+    for slow in (1.9, 0.0):
+        memory.vouch(hands.now, hands.now + 4000 + slow)
+    assert memory.find("key") == done(1)
 
 
 def test_it_forgets_when_the_server_does(memory: Recall, hands: Hands) -> None:
@@ -483,7 +565,7 @@ def test_it_forgets_when_the_server_does(memory: Recall, hands: Hands) -> None:
     memory.learn(memory.era(), [("old", done(1, 4930.0)), ("new", done(2, 5000.0))])
     for seconds, known in ((9.9, ["old", "new"]), (0.2, ["new"]), (69.8, ["new"]), (0.2, [])):
         hands.now += seconds
-        memory.vouch(hands.now)
+        memory.vouch(hands.now, hands.now + 4000)
         assert [key for key in ("old", "new") if memory.find(key)] == known
 
 

@@ -22,6 +22,8 @@ from idemp.dead import letters
 from idemp.errors import ConfigError, TransportUnavailable
 from idemp.message import Properties, decode
 from idemp.ports import Delivery, NoMeter, Publication
+from idemp.redis_server import Met
+from idemp.transports import open_log
 from idemp.transports.redis_streams import RedisStreamsTransport
 from idemp.transports.shared_stream import entry, message
 from tests.servers import Redis
@@ -357,6 +359,121 @@ def test_a_paused_server_is_unavailable_and_then_there_again(own_redis: Redis) -
         transport.consume("q", 10)
         [came] = take(transport, 1)
         assert came.redelivered
+
+
+# ------------------------------------------------------------------ a master that becomes a replica
+
+
+NOBODY = ("127.0.0.1", "1")
+"""A master that is not there, so that nothing is copied from it."""
+
+
+def test_a_consumer_waits_until_its_server_is_a_master_again(
+    own_redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ended meanwhile is not acknowledged, comes again, and is skipped."""
+    real = Met.check
+    refused: list[str] = []
+
+    def check(met: Met, line: Any) -> str:
+        try:
+            return real(met, line)
+        except Exception as error:
+            refused.append(str(error))
+            raise
+
+    monkeypatch.setattr(Met, "check", check)
+    runs: list[str] = []
+    ended: list[BaseException | None] = []
+    began, go = threading.Event(), threading.Event()
+    store = open_store("memory://")
+
+    @idempotent(store, name="app.order")
+    def order(message: Message) -> None:
+        runs.append(message.id)
+        if message.id == "2":
+            began.set()
+            assert go.wait(SECONDS)
+
+    consumer = Consumer(open_transport(own_redis.url), service="app")
+    consumer.on("order")(order)
+
+    def run() -> None:
+        try:
+            consumer.run()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    def send(id: str) -> None:
+        with closing(streams(own_redis.url)) as publisher:
+            publisher.declare("app-queue")
+            publish(publisher, [Publication(Message(id, "order").encode(), Properties(), "", "app-queue")])
+
+    def left() -> str:
+        return own_redis.call("XLEN", "idemp:{default}:queue:app-queue")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    send("1")
+    until(lambda: runs == ["1"] and left() == "0")
+    send("2")
+    assert began.wait(SECONDS)
+    own_redis.call("REPLICAOF", *NOBODY)
+    go.set()
+    until(lambda: ended or refused)
+    assert (ended, left()) == ([], "1")
+
+    own_redis.call("REPLICAOF", "NO", "ONE")
+    until(lambda: ended or left() == "0")
+    send("3")
+    until(lambda: ended or len(runs) == 3)
+    consumer.stop()
+    thread.join(SECONDS)
+    consumer._transport.close()
+    assert (runs, ended) == (["1", "2", "3"], [None])
+
+
+def test_nothing_is_published_on_a_replica(own_redis: Redis) -> None:
+    """Not confirmed, unavailable on each new connection, and there again with the master."""
+    letter = Publication(b"a", Properties(), "", "q")
+    with closing(streams(own_redis.url)) as transport:
+        transport.declare("q")
+        own_redis.call("REPLICAOF", *NOBODY)
+        transport.send([letter])
+        with pytest.raises(TransportUnavailable, match="against a read only replica"):
+            transport.poll(SECONDS)
+        for _ in range(2):
+            with pytest.raises(TransportUnavailable, match="it is a read-only replica now"):
+                transport.connect()
+        own_redis.call("REPLICAOF", "NO", "ONE")
+        transport.connect()
+        assert transport.depth("q") == 0
+        publish(transport, [letter])
+        assert transport.depth("q") == 1
+
+
+def test_a_log_of_a_server_that_is_a_replica_for_a_while(own_redis: Redis) -> None:
+    """Its reader waits, too."""
+    with closing(open_log(f"{own_redis.url}?stream=event-stream")) as log:
+        assert log.read("", 10, 0.0) == []
+        own_redis.call("REPLICAOF", *NOBODY)
+        with pytest.raises(TransportUnavailable, match="against a read only replica"):
+            log.tell("me", "0-0")
+        with pytest.raises(TransportUnavailable, match="it is a read-only replica now"):
+            log.read("", 10, 0.0)
+        own_redis.call("REPLICAOF", "NO", "ONE")
+        assert log.read("", 10, 0.0) == []
+
+
+def test_a_replica_is_refused_at_the_start(own_redis: Redis) -> None:
+    """It was never anything else."""
+    own_redis.call("REPLICAOF", *NOBODY)
+    with (
+        closing(streams(own_redis.url)) as transport,
+        pytest.raises(ConfigError, match="is a read-only replica; name its master"),
+    ):
+        transport.connect()
 
 
 # ------------------------------------------------------------------ settings and commands

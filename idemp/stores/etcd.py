@@ -64,7 +64,18 @@ from idemp.stores.etcd_health import MAKE_ROOM, keep_looking
 from idemp.stores.etcd_replica import Layout, Replica, Tails, Tell
 from idemp.stores.group import GroupCommit
 from idemp.stores.journal import Append
-from idemp.stores.records import LINES, Begin, Declare, Opened, Raise, Record, Seed, encode, encode_pages
+from idemp.stores.records import (
+    LINES,
+    Begin,
+    Declare,
+    Opened,
+    Raise,
+    Record,
+    Seed,
+    Unreadable,
+    encode,
+    encode_pages,
+)
 
 log = logging.getLogger(__name__)
 
@@ -767,8 +778,9 @@ class _Session:
     def wait(self, key: str, token: int, timeout: float) -> None:
         """On memory: whatever changes it comes through the journal."""
         deadline = self._clock.steady() + timeout
-        with self._replica.changed:
+        with self._as_store_error(), self._replica.changed:
             while not self._ended.is_set():
+                self._replica.check()
                 state = self._replica.journal.state(key)
                 left = deadline - self._clock.steady()
                 if left <= 0 or not (isinstance(state, Busy) and state.token == token):
@@ -808,7 +820,7 @@ class _Session:
         """What is still claimed is in doubt from here on; then the lease goes."""
         self._ended.set()
         with self.group.paused():
-            with contextlib.suppress(EtcdError, StoreUnavailable, _Never):
+            with contextlib.suppress(EtcdError, StoreUnavailable, Unreadable, _Never):
                 self._abandon_all()
             with contextlib.suppress(EtcdError):
                 self._client.lease_revoke(self._lease)
@@ -834,6 +846,8 @@ class _Session:
             yield
         except NoSpace as error:
             raise StoreUnavailable(f"{error}: {MAKE_ROOM}") from error
+        except Unreadable as error:
+            raise ConfigError(f"etcd, {self._layout.root}: {error}") from None
         except (ConfigError, StoreUnavailable):
             raise
         except EtcdError as error:

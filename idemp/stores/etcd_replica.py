@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from idemp.ports import Clock, Progress, Reply
 from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
 from idemp.stores.journal import Append, Journal, OutOfOrder
-from idemp.stores.records import Opened, decode_open, names
+from idemp.stores.records import Opened, Unreadable, decode_open, names
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ class Replica:
         self.changed = threading.Condition(self.lock)
         self.journal = Journal()
         self.trusted = False
+        self.unreadable: Unreadable | None = None
+        """From then on nothing is answered: what follows a line depends on it."""
         self._client, self._clock, self._tell = client, clock, tell
         self._watch: Watch | None = None
         self._generation = 0
@@ -136,9 +138,10 @@ class Replica:
     def import_all(self) -> None:
         """Read everything at one revision and follow the watch from there.
 
-        Raises what the client raises.  Only when it returns is the memory trusted.
+        Raises what the client raises, and `Unreadable`.  Only when it returns is the memory trusted.
         """
         self.stop()
+        self.check()
         layout = self.layout
         page = self._client.range(layout.tails, prefix=True)
         revision = page.revision
@@ -149,7 +152,7 @@ class Replica:
         self._watch = self._client.watch(
             layout.logs, start_revision=revision + 1, deliver=lambda batch: self._hear(generation, batch)
         )
-        with _uncollected(), self._telling():
+        with _uncollected(), self._telling(), self._giving_up():
             journal = self._read(revision, layout.read_tails(page.pairs))
         with self.changed:
             early, self._early = self._early or [], None
@@ -255,9 +258,26 @@ class Replica:
             if event.deleted or not self.trusted:
                 continue
             try:
-                self._fold(self.journal, event)
+                with self._giving_up():
+                    self._fold(self.journal, event)
             except OutOfOrder:
                 self._distrust(f"append {event.key} is out of order")
+            except Unreadable as line:
+                log.error("%s: %s", self.layout.root, line)
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """For good, at a line that cannot be read."""
+        try:
+            yield
+        except Unreadable as line:
+            self.unreadable, self.trusted = line, False
+            raise
+
+    def check(self) -> None:
+        """Raise `Unreadable` if it was given up."""
+        if self.unreadable is not None:
+            raise self.unreadable.with_traceback(None)
 
     def _distrust(self, why: str) -> None:
         if self.trusted:

@@ -36,7 +36,7 @@ from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.listening import Listening
 from idemp.stores.outbox import unpack
-from idemp.stores.postgresql_sql import settings, statements
+from idemp.stores.postgresql_sql import CLOCK, settings, statements
 from idemp.stores.recall import VOUCH
 
 try:
@@ -205,6 +205,7 @@ class _Session(Listening):
         self._last = 0  # the batch that the session's row names, if the server forgot nothing
         self._number = 0  # the highest of the server's numbers that came
         self._slice = 0  # that takes what is done, when the server last said so
+        self._mark = ""  # the same of `Head.mark`
         self._detours = 0  # batches that do not try the short way
         self._confirmed = -ttl
         self._born = 0  # the last token before the session
@@ -272,8 +273,7 @@ class _Session(Listening):
             asked = ask(connection, self._words, self._id, [*undo, *ops])
         loaded = asked.loaded()
         head = loaded.head
-        self.retention, self._number = head.retention, head.number
-        self._recall.told(head.retention, head.now, sent)
+        self._heed(head, sent)
         if unsure is None or head.batch != unsure.batch:
             undo = []
         elif unsure.batch == self._batch:
@@ -314,7 +314,7 @@ class _Session(Listening):
         return replies
 
     def _quickly(self, connection: Connection, ops: Sequence[Op], batch: Quick) -> list[Reply] | None:
-        sent, era, slice_now = self._clock.steady(), self._recall.era(), self._slice
+        sent, era, slice_now, mark = self._clock.steady(), self._recall.era(), self._slice, self._mark
         with connection.pipeline():
             connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
             connection.execute(self._settings)
@@ -323,10 +323,12 @@ class _Session(Listening):
         row = tried.head.fetchone()
         assert row is not None
         head = Head(*row)
-        self.retention, self._number, self._slice = head.retention, head.number, head.slice
-        self._recall.told(head.retention, head.now, sent)
+        self._heed(head, sent)
         alive = head.alive and head.batch == self._last
-        if found is None or not alive or head.slice != slice_now:
+        # A token is drawn before its claim waits for who holds the key.  Others may have had that key since
+        # under a higher one, and if it is no more, only the mark tells: it changed as the key went.
+        outrun = batch.claims and head.mark != mark
+        if found is None or not alive or head.slice != slice_now or outrun:
             connection.execute("ROLLBACK")
             return None
         replies = [found.replies[op.key] for op in ops]
@@ -339,6 +341,11 @@ class _Session(Listening):
         if self._recall.follows:
             self._recall.learn(era, found.done)
         return replies
+
+    def _heed(self, head: Head, sent: float) -> None:
+        self.retention, self._number = head.retention, head.number
+        self._slice, self._mark = head.slice, head.mark
+        self._recall.told(head.retention, head.now, sent)
 
     def _write(self, connection: Connection, what: Callable[[], object]) -> None:
         """Write the last of a batch, in a pipeline, and commit."""
@@ -372,6 +379,7 @@ class _Session(Listening):
             failed = self._once(work, wait)
             if isinstance(failed, _Result):
                 return cast(T, failed.value)
+            self._recall.lose()  # for the same reasons as after a batch
             if deadline is None:
                 deadline = self._clock.steady() + PATIENCE
             if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
@@ -466,7 +474,7 @@ class _Session(Listening):
             log.warning(
                 "%s remembers for %g s, longer than the %g s named", self._place.shown, named[0], self._named
             )
-        self.retention = named[0]
+        self.retention, self._slice, self._mark = named
         self._number, self._born = row[0], (row[0] + 1) * BATCH_TOKENS - 1
         self._last, self._unsure = 0, None
         self._id, self._confirmed = new, sent
@@ -631,8 +639,9 @@ class _Session(Listening):
                 self._listener.limit(PATIENCE + VOUCH)
                 news.select(VOUCH)
                 asked = self._clock.steady()
-                run(connection, "SELECT")
-                self._recall.vouch(asked)
+                row = run(connection, CLOCK).fetchone()
+                assert row is not None
+                self._recall.vouch(asked, row[0])
 
     def _told(self, said: psycopg.Notify) -> None:
         if said.payload:

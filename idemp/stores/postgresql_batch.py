@@ -20,7 +20,10 @@ Rows = psycopg.Cursor[tuple[Any, ...]]
 
 
 class Head(NamedTuple):
-    """What a batch knows before it decides.  ``batch``: my session's last; None: there is no such session."""
+    """What a batch knows before it decides.  ``batch``: my session's last; None: there is no such session.
+
+    mark: another whenever a key has left nothing behind.
+    """
 
     number: int
     retention: float
@@ -28,6 +31,7 @@ class Head(NamedTuple):
     now: float
     batch: int | None
     alive: bool | None
+    mark: str = ""
 
 
 class Loaded(NamedTuple):
@@ -192,9 +196,12 @@ def save(connection: Connection, words: Statements, loaded: Loaded, ledger: Ledg
         run(connection, words.drop_open, [gone])
     if done:
         run(connection, words.save_done[loaded.head.slice % 3], _done_columns(done))
-    forgotten = [key.encode() for key in ledger.changed if key not in ledger.entries]
-    for statement in words.drop_done if forgotten else ():
-        run(connection, statement, [forgotten])
+    left = {key for key in ledger.changed if key not in ledger.entries}
+    for statement in words.drop_done if left else ():
+        run(connection, statement, [[key.encode() for key in left]])
+    # Nobody else has seen what was claimed and given back in this very transaction.
+    if ledger.forgotten or left - loaded.empty:
+        run(connection, words.vanish)
     # Only then: notifications make all commits of a server wait for each other.
     if loaded.awaited & ledger.changed:
         run(connection, words.tell)

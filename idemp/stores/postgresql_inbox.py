@@ -149,10 +149,16 @@ class PostgresqlTransaction:
         self.connection.cursor_factory = HandlersCursor
 
     def teach(self, recall: Recall, era: int, asked: float) -> None:
-        """What is done now, once it is committed.  ``era`` and ``asked``: of the moment before it began."""
+        """What is done now, or forgotten, once that is committed.
+
+        ``era`` and ``asked``: of the moment before it began.
+        """
         if self._loaded is not None and self._ledger is not None:
             recall.told(self._loaded.head.retention, self._loaded.head.now, asked)
-            recall.learn(era, done_now(self._ledger))
+            if self._ledger.forgotten:
+                recall.forget_all()
+            else:
+                recall.learn(era, done_now(self._ledger))
 
     def put(self, key: str, publications: Sequence[Publication]) -> None:
         """See `idemp.ports.Transaction`."""

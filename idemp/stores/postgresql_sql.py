@@ -67,6 +67,9 @@ def own(wait: float) -> list[str]:
     return [*("off" for _ in _PLANS), str(max(1, int(wait * 1000)))]  # 0 would be no bound
 
 
+CLOCK = "SELECT extract(epoch FROM clock_timestamp())::float8"
+"""The server's, in seconds since 1970."""
+
 _OVER = "(SELECT extract(epoch FROM now())::float8 - retention FROM {s}.meta)"
 _NEWEST = (
     "(SELECT * FROM ("
@@ -88,7 +91,8 @@ class Statements(NamedTuple):
     need no hold, which those that are ``firm`` do.  holders: holds the sessions that may be declared dead,
     and mine.  head: what the batch needs to know.  load: the keys' rows.
 
-    claim, known, finish: the short way of `idemp.stores.postgresql_batch.Quick`.
+    claim, known, finish: the short way of `idemp.stores.postgresql_batch.Quick`.  vanish: tells it that a
+    key has left nothing behind, for it looks at who wrote ``meta`` last.
     """
 
     claim: str
@@ -102,6 +106,7 @@ class Statements(NamedTuple):
     drop_open: str
     save_done: tuple[str, ...]
     drop_done: tuple[str, ...]
+    vanish: str
     confirm: str
     beat: str
     born: str
@@ -125,6 +130,7 @@ class Statements(NamedTuple):
 
 
 _NOW = "extract(epoch FROM statement_timestamp())::float8"
+_VANISH = "UPDATE {s}.meta SET retention = retention"
 _DO_UPDATE = (
     " ON CONFLICT (key) DO UPDATE SET token = excluded.token, attempt = excluded.attempt,"
     " at = excluded.at, result = excluded.result, fingerprint = excluded.fingerprint"
@@ -160,7 +166,8 @@ _TEMPLATE = Statements(
     holders="SELECT id FROM {s}.session WHERE id = %(me)s OR id IN (SELECT o.session FROM {s}.open o"
     " WHERE o.key = ANY(%(taken)b::bytea[])) ORDER BY id FOR UPDATE",
     head="SELECT nextval('{s}.token'), m.retention, m.slice, extract(epoch FROM clock_timestamp())::float8,"
-    " s.batch, s.expires > clock_timestamp() FROM {s}.meta m LEFT JOIN {s}.session s ON s.id = %(me)s",
+    " s.batch, s.expires > clock_timestamp(), m.xmin::text FROM {s}.meta m"
+    " LEFT JOIN {s}.session s ON s.id = %(me)s",
     load="SELECT k.key, "
     + _OPEN
     + " FROM unnest(%(keys)b::bytea[]) AS k(key)"
@@ -179,6 +186,7 @@ _TEMPLATE = Statements(
         for n in SLICES
     ),
     drop_done=tuple(f"DELETE FROM {{s}}.done_{n} WHERE key = ANY(%b::bytea[])" for n in SLICES),
+    vanish=_VANISH,
     confirm="UPDATE {s}.session SET expires = clock_timestamp() + %s * interval '1 second', batch = %s"
     " WHERE id = %s",
     beat="UPDATE {s}.session SET expires = clock_timestamp() + %s * interval '1 second'"
@@ -186,7 +194,8 @@ _TEMPLATE = Statements(
     born="INSERT INTO {s}.session VALUES (%s, clock_timestamp() + %s * interval '1 second', 0)"
     " RETURNING nextval('{s}.token')",
     died="DELETE FROM {s}.session WHERE id = %s",
-    retention="UPDATE {s}.meta SET retention = greatest(retention, %s) RETURNING retention",
+    retention="UPDATE {s}.meta SET retention = greatest(retention, %s)"
+    " RETURNING retention, slice, xmin::text",
     ahead="SELECT setval('{s}.token', %s)",
     await_key="UPDATE {s}.open SET awaited = true WHERE key = %b AND token = %s AND NOT awaited",
     scan=f"SELECT * FROM (SELECT o.key, {_OPEN} FROM {{s}}.open o"
@@ -204,8 +213,9 @@ _TEMPLATE = Statements(
     + ", ".join(f"'{{s}}.{table}'::regclass" for table in ("open", *(f"done_{n}" for n in SLICES)))
     + "]::oid[])",
     sweep=(
-        "DELETE FROM {s}.open WHERE key IN (SELECT o.key FROM {s}.open o"
-        f" WHERE o.state = 'free' AND o.at <= {_OVER} FOR UPDATE SKIP LOCKED)",
+        "WITH gone AS (DELETE FROM {s}.open WHERE key IN (SELECT o.key FROM {s}.open o"
+        f" WHERE o.state = 'free' AND o.at <= {_OVER} FOR UPDATE SKIP LOCKED) RETURNING 1)"
+        f" {_VANISH} WHERE EXISTS (SELECT FROM gone)",
         # Long dead: the row says which batch was its last, to a process that comes back.
         "DELETE FROM {s}.session WHERE id IN (SELECT id FROM {s}.session"
         " WHERE expires < clock_timestamp() - interval '1 hour' FOR UPDATE SKIP LOCKED)",

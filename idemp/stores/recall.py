@@ -3,7 +3,8 @@
 It learns from what the server said: a completion of mine, a done that I was told of, what others tell.  A
 done leaves only with the retention or by a forget, and everybody hears of a forget.  So memory
 answers only while it hears: whoever listens vouches for it, a moment at a time, with what was asked and
-answered behind everything that was said before.  When that ends, all is forgotten here, and begins anew.
+answered behind everything that was said before, and what time it is there.  When that ends, all is
+forgotten here, and begins anew.
 
 A reply may be overtaken by the news of a forget that came after it.  So each forget that is heard begins
 another era, and a reply to what was asked in an earlier one teaches nothing.
@@ -80,9 +81,14 @@ class Recall:
             self._era += 1
             self._follows, self._until = True, asked + TRUST
 
-    def vouch(self, asked: float) -> None:
-        """All that was said before the server answered to what it was ``asked`` then, steady, is heard."""
+    def vouch(self, asked: float, now: float) -> None:
+        """All that was said before the server answered to what it was ``asked`` then, steady, is heard.
+
+        now: the server's clock, as it said since then.
+        """
         with self._lock:
+            if self._timed:
+                self._tell_time(now - asked)
             self._until = max(self._until, asked + TRUST)
 
     def lose(self) -> None:
@@ -98,11 +104,24 @@ class Recall:
         """To be asked before the server is, and told to `learn`."""
         return self._era
 
-    def told(self, retention: float, now: float, asked: float) -> None:
-        """How long done is remembered, and the server's clock, as it said when it was ``asked``, steady."""
+    def told(self, retention: float, now: float, asked: float, since: float = 0.0) -> None:
+        """How long done is remembered, and the server's clock, as it said when it was ``asked``, steady.
+
+        since: by that clock, when it began to remember for so long, if what was done before goes sooner.
+        """
         if retention != self._retention:
             self._retain(retention, now)
-        self._ahead, self._timed = now - asked, True
+        with self._lock:
+            self._since = max(self._since, since)
+            self._tell_time(now - asked)
+
+    def _tell_time(self, ahead: float) -> None:
+        """The server's clock, which may be set, is so far ahead of the steady one."""
+        if self._timed and ahead < self._ahead - TRUST:
+            # What was over by its later time is gone there, and does not come back with the earlier one.
+            self._era += 1
+            self._clear()
+        self._ahead, self._timed = ahead, True
 
     def _retain(self, retention: float, now: float) -> None:
         """What was done under a shorter retention may be gone by that, and was perhaps run anew since."""

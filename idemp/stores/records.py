@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import quote, quote_from_bytes, unquote, unquote_to_bytes
 
+from idemp.errors import ConfigError
 from idemp.laws import Entry
 from idemp.ports import Abandon, Claim, Complete, Forget, Op, Park, Release, Takeover
 
@@ -90,6 +91,15 @@ Record = Op | Finish | Declare | Begin | Raise | Seed
 Block = Claims | Run | Record
 
 
+class Unreadable(ConfigError):
+    """A line that means nothing to this version.  Who cannot read all of a journal decides nothing by it."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(
+            f"this journal was written by a newer idemp (it has {line[:100]!r}); upgrade this process"
+        )
+
+
 # ------------------------------------------------------------------ an append
 
 
@@ -125,29 +135,36 @@ def encode(wall: float, records: Sequence[Record]) -> bytes:
 
 
 def read(text: bytes) -> tuple[float, list[Block]]:
-    """The wall clock and the records of a log key's value, those that follow their like in one."""
+    """The wall clock and the records of a log key's value, those that follow their like in one.
+
+    Raises `Unreadable`.
+    """
     wall, *lines = text.decode().split("\n")
     blocks: list[Block] = []
     keys: list[str] = []
-    prefix, last = "", ""
-    for line in lines:
-        kind = line[:2]
-        if kind == "c ":
-            rest = line[2:]
-            key = prefix + (unquote(rest) if "%" in rest else rest)
-        elif kind == "C ":
-            key = unquote(line[2:])
-            prefix = key[: key.rfind("/") + 1]
-        else:
-            blocks.append(_block(line))
-            last = ""
-            continue
-        if not last:
-            keys = []
-            blocks.append(Claims(keys))
-        keys.append(key)
-        last = kind
-    return float(wall), blocks
+    prefix, last, line = "", "", wall
+    try:
+        clock = float(wall)
+        for line in lines:
+            kind = line[:2]
+            if kind == "c ":
+                rest = line[2:]
+                key = prefix + (unquote(rest) if "%" in rest else rest)
+            elif kind == "C ":
+                key = unquote(line[2:])
+                prefix = key[: key.rfind("/") + 1]
+            else:
+                blocks.append(_block(line))
+                last = ""
+                continue
+            if not last:
+                keys = []
+                blocks.append(Claims(keys))
+            keys.append(key)
+            last = kind
+    except (ValueError, IndexError):
+        raise Unreadable(line) from None
+    return clock, blocks
 
 
 def decode(text: bytes) -> tuple[float, list[Record]]:
@@ -295,11 +312,14 @@ def _opened_line(opened: Opened) -> str:
 
 
 def decode_open(text: bytes) -> list[Opened]:
-    """The open keys of a snapshot's page."""
+    """The open keys of a snapshot's page.  Raises `Unreadable`."""
     found = []
     for line in text.decode().split("\n") if text else []:
-        key, state, token, attempt, session, at, reason, bucket = line.split(" ")
-        held = "" if session == "-" else session
-        entry = Entry(state, int(token), int(attempt), held, float(at), unquote(reason))
-        found.append(Opened(unquote(key), entry, int(bucket)))
+        try:
+            key, state, token, attempt, session, at, reason, bucket = line.split(" ")
+            held = "" if session == "-" else session
+            entry = Entry(state, int(token), int(attempt), held, float(at), unquote(reason))
+            found.append(Opened(unquote(key), entry, int(bucket)))
+        except ValueError:
+            raise Unreadable(line) from None
     return found

@@ -12,6 +12,8 @@
 --   await   a key and a token: tell when that claim is over
 -- A key's value: state, token, attempt, at (ms), session or "-", "w" if awaited or "-", each with a blank behind it,
 -- then the length of the reason, the result, the fingerprint (-1: none), then the three.
+-- Beside these: "retention" (ms); "since", a retention and when it began (ms), for what was done before goes by the
+-- one before it; "token", the highest.
 -- The channel tells: "", a claim that was awaited is over; "F", lines of what was forgotten; "D", of what is done.
 local LARGE = 10000 -- of recall.py: what is larger nobody is told
 local prefix = KEYS[1]
@@ -99,6 +101,9 @@ if verb == 'born' then
   -- Tokens grow with the clock too, so that none comes twice where the last of them were forgotten.
   local token = math.max(tonumber(redis.call('GET', prefix .. 'token') or '0'), now * 1000, tonumber(ARGV[5]))
   redis.call('SET', prefix .. 'retention', whole(retention))
+  if string.match(redis.call('GET', prefix .. 'since') or '', '^%d+') ~= whole(retention) then
+    redis.call('SET', prefix .. 'since', whole(retention) .. ' ' .. whole(now))
+  end
   redis.call('SET', prefix .. 'token', whole(token))
   redis.call('SET', mine, '0 ', 'PX', ARGV[3])
   return {whole(token), whole(retention)}
@@ -155,11 +160,15 @@ if last ~= before then
   return {'forgotten', last}
 end
 
-local retention = redis.call('GET', prefix .. 'retention')
+local known = redis.call('MGET', prefix .. 'retention', prefix .. 'token', prefix .. 'since')
+local retention = known[1]
 if not retention then
   return {'dead'}
 end
-local first = math.max(tonumber(redis.call('GET', prefix .. 'token') or '0'), now * 1000)
+local first = math.max(tonumber(known[2] or '0'), now * 1000)
+-- Who has raised the retention and is of an idemp before this one does not say when.
+local longer, since = string.match(known[3] or '', '^(%d+) (%d+)$')
+since = longer == retention and since or whole(now)
 local token, at = first, whole(now)
 local changed, order, lasting, tell, forgotten = {}, {}, {}, false, {}
 living[me] = true
@@ -307,6 +316,7 @@ answers[2], answers[3] = codes, whole(first)
 answers[#answers + 1] = retention
 answers[#answers + 1] = tell and '1' or '0'
 answers[#answers + 1] = at
+answers[#answers + 1] = since
 if not string.find(codes, '[ACD]') then
   return answers
 end

@@ -41,7 +41,7 @@ from idemp.ports import (
     State,
     Takeover,
 )
-from idemp.redis_server import IsReplica, Server, check, explain
+from idemp.redis_server import Met, Server, explain
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.listening import Listening
@@ -220,7 +220,7 @@ class _Session(Listening):
         self.retention = retention
         self.group = GroupCommit(self._commit)
         self._named = retention
-        self._at, self._ttl = at, ttl
+        self._at, self._met, self._ttl = at, Met(at), ttl
         self._epoch: str | None = None
         self._id = ""
         self._batch = 0
@@ -250,7 +250,7 @@ class _Session(Listening):
         """What each new connection begins with: the login, and what the server says of itself."""
         try:
             connection.on_connect()
-            epoch = self._checked(connection)
+            epoch = self._met.check(connection)
             if self._epoch is not None and self._epoch != epoch:
                 raise _Restarted(epoch)
             self._epoch = epoch
@@ -258,15 +258,6 @@ class _Session(Listening):
             connection.disconnect()
             raise
         return epoch
-
-    def _checked(self, connection: Any) -> str:
-        try:
-            return check(connection, self._at)
-        except IsReplica:
-            if self._epoch is None:
-                raise
-            # It was a master, and another is one now, or will soon be: to wait for, not to give up.
-            raise redis.ConnectionError("it is a read-only replica now") from None
 
     def _connected_to_listen(self, connection: Any) -> None:
         self._heard_epoch = self._connected(connection)
@@ -338,9 +329,9 @@ class _Session(Listening):
             codes, *states = answer
             first, _, said = codes.partition(b" ")
         else:
-            said, first, *states, retention, told, now = answer
+            said, first, *states, retention, told, now, since = answer
             self.retention = int(retention) / 1000
-            self._recall.told(self.retention, int(now) / 1000, sent)
+            self._recall.told(self.retention, int(now) / 1000, sent, int(since) / 1000)
             if told == b"1":
                 self._wake()
         each = said.split(b",")
@@ -519,7 +510,7 @@ class _Session(Listening):
 
     def _hear_on(self, line: Any) -> None:
         """Until something may go unheard.  The answer to a ping comes behind all that was told before."""
-        pinged = self._clock.steady()
+        pinged, there = self._clock.steady(), self._time()
         waits = True  # for the answer
         line.subscribe(self._at.channel)
         while not self._ended.is_set() and (waits or self._recall.follows):
@@ -533,15 +524,20 @@ class _Session(Listening):
                     self._listens, waits = True, False
                     self._wake()  # what was said before goes unheard
                 elif kind == "pong":
-                    self._recall.vouch(pinged)
+                    self._recall.vouch(pinged, there)
                     waits = False
                 else:
                     self._told(said["data"])
             if now - pinged >= (TIMEOUT if waits else VOUCH):
                 if waits:
                     raise redis.TimeoutError("it does not answer")
-                pinged, waits = now, True
+                pinged, there, waits = now, self._time(), True
                 line.ping()
+
+    def _time(self) -> float:
+        """The server's clock, for which a line that listens cannot ask."""
+        seconds, microseconds = self._client.time()
+        return float(seconds + microseconds / 1e6)
 
     def _told(self, said: bytes) -> None:
         kind, _, rest = said.partition(b"\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 from idemp.errors import Closed, MissingExtra, TransportUnavailable
 from idemp.ports import LogEntry
-from idemp.redis_server import Server, explain
+from idemp.redis_server import Met, Server, explain
 from idemp.transports.redis_streams import connection
 from idemp.transports.shared_stream import message
 
@@ -21,7 +21,7 @@ class RedisLog:
 
     def __init__(self, at: Server, stream: str) -> None:
         self._at, self._stream = at, stream
-        self._line = connection(at)
+        self._line = connection(Met(at))
         self._closed = False
 
     def read(self, after: str, most: int, wait: float) -> list[LogEntry]:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, TransportUnavailable
 from idemp.message import Properties
 from idemp.ports import Clock, Delivery, Publication, Sent
-from idemp.redis_server import Server, check, explain
+from idemp.redis_server import Met, Server, explain
 from idemp.transports import shared_stream
 from idemp.transports.envelope import describe, read
 from idemp.transports.topic import matches, no_queue
@@ -80,7 +80,7 @@ class RedisStreamsTransport:
         keep: int | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._at, self._idle, self.shared, self.keep = at, idle, tuple(shared), keep
+        self._met, self._idle, self.shared, self.keep = Met(at), idle, tuple(shared), keep
         self._clock = clock or Clock()
         self._link: _Link | None = None
         self._inherited: list[_Link] = []
@@ -97,7 +97,7 @@ class RedisStreamsTransport:
         if self._closed:
             raise Closed("this transport was closed")
         self._end()
-        link = _Link(self._at, self._idle, self.shared, self.keep, self._clock, self._tags)
+        link = _Link(self._met, self._idle, self.shared, self.keep, self._clock, self._tags)
         try:
             link.open()
             link.give_back(self._owed)
@@ -252,7 +252,7 @@ class _Link:
 
     def __init__(
         self,
-        at: Server,
+        met: Met,
         idle: float,
         shared: tuple[str, ...],
         keep: int | None,
@@ -263,12 +263,12 @@ class _Link:
         self.unsent: list[tuple[int, Publication]] = []
         self.prefetch = 0
         self.claimed = 0
-        self._at, self._idle, self._shared, self._keep = at, idle, shared, keep
+        self._at, self._idle, self._shared, self._keep = met.at, idle, shared, keep
         self._clock, self._tags = clock, tags
         self._me = f"{socket.gethostname()}-{self.pid}-{uuid.uuid4().hex[:12]}"
         self._lost: IdempError | None = None
-        self._line = connection(at)
-        self._bell = connection(at)
+        self._line = connection(met)
+        self._bell = connection(met)
         self._listening: tuple[str, ...] = ()  # the streams of the XREAD that is under way
         self._ring, self._rung = socket.socketpair()
         self._queue = ""
@@ -613,15 +613,15 @@ def _flat(words: Iterable[Iterable[Any]]) -> Iterator[Any]:
     return (word for some in words for word in some)
 
 
-def connection(at: Server) -> Any:
+def connection(met: Met) -> Any:
     """One that checks the server first; it connects with its first use."""
-    options = dict(at.options)
+    options = dict(met.at.options)
     kind = redis.SSLConnection if options.pop("ssl", False) else redis.Connection
 
     def begin(new: Any) -> None:
         try:
             new.on_connect()
-            check(new, at)
+            met.check(new)
         except BaseException:
             new.disconnect()
             raise

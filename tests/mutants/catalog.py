@@ -450,6 +450,65 @@ MUTANTS = (
         "        self._owner.owes = False\n        self.leave()\n        self._owner._pipeline = self\n",
         unit("test_inbox_connection.py::test_who_prepares_much"),
     ),
+    # ---------------------------------------------------------------- redis_server.py
+    Mutant(
+        "a master that became a replica is waited for",
+        "redis_server.py",
+        "            if not self._as_master:\n",
+        "            if True:\n",
+        unit("test_redis_streams.py::test_nothing_is_published_on_a_replica"),
+    ),
+    # ---------------------------------------------------------------- stores/etcd_replica.py
+    Mutant(
+        "a journal that cannot be read is given up for good",
+        "stores/etcd_replica.py",
+        "            self.unreadable, self.trusted = line, False\n",
+        "",
+        unit("test_etcd_store.py::test_a_journal_of_a_newer_idemp_is_not_read_on[True-Z key 7]"),
+    ),
+    Mutant(
+        "a line of a newer version is told from a damaged machine",
+        "stores/records.py",
+        "    except (ValueError, IndexError):\n        raise Unreadable(line) from None\n",
+        "    finally:\n        pass\n",
+        unit("test_etcd_store.py::test_a_journal_of_a_newer_idemp_is_not_read_on[True-Z key 7]"),
+    ),
+    # ---------------------------------------------------------------- stores/postgresql.py
+    Mutant(
+        "a claim that waited while keys went draws its token anew",
+        "stores/postgresql.py",
+        "        outrun = batch.claims and head.mark != mark\n",
+        "        outrun = False\n",
+        unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[forget_done]"),
+    ),
+    Mutant(
+        "what a transaction forgot is not remembered here",
+        "stores/postgresql_inbox.py",
+        "            if self._ledger.forgotten:\n                recall.forget_all()\n",
+        "            if False:\n                pass\n",
+        unit("test_recall.py::test_what_this_process_forgot_in_a_transaction[False]"),
+    ),
+    Mutant(
+        "a transaction whose commit is not known may have forgotten",
+        "stores/postgresql.py",
+        "            self._recall.lose()  # for the same reasons as after a batch\n",
+        "",
+        unit("test_recall.py::test_what_this_process_forgot_in_a_transaction[True]"),
+    ),
+    Mutant(
+        "a claim that is given back leaves a mark",
+        "stores/postgresql_batch.py",
+        "    if ledger.forgotten or left - loaded.empty:\n",
+        "    if ledger.forgotten:\n",
+        unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[give_back]"),
+    ),
+    Mutant(
+        "what is swept leaves a mark",
+        "stores/postgresql_sql.py",
+        "WHERE EXISTS (SELECT FROM gone)",
+        "WHERE false",
+        unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[be_swept]"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
@@ -514,6 +573,27 @@ MUTANTS = (
         "            self._clear()\n            self._gone = {}\n            self._era += 1\n"
         "            self._follows, self._until",
         unit("test_recall.py::test_a_done_that_i_forgot_is_not_learned_on_a_line_that_is_new"),
+    ),
+    Mutant(
+        "what goes before the retention is over is not kept",
+        "stores/recall.py",
+        "            self._since = max(self._since, since)\n",
+        "",
+        unit("test_recall.py::test_what_was_done_before_the_retention_was_raised"),
+    ),
+    Mutant(
+        "who vouches says what time it is there",
+        "stores/recall.py",
+        "            if self._timed:\n                self._tell_time(now - asked)\n",
+        "",
+        unit("test_recall.py::test_a_servers_clock_is_put_forward_and_back"),
+    ),
+    Mutant(
+        "what was over by the server's clock does not come back with it",
+        "stores/recall.py",
+        "if self._timed and ahead < self._ahead - TRUST:",
+        "if False:",
+        unit("test_recall.py::test_a_servers_clock_is_put_forward_and_back"),
     ),
     Mutant(
         "memory forgets when the server does",
