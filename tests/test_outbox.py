@@ -163,6 +163,39 @@ def test_a_letter_that_no_queue_takes_stays(store: Any, unique: str) -> None:
         assert relay.turn() == 1
 
 
+def test_letters_that_no_queue_takes_hold_nobody_up(
+    store: Any, unique: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many they are; those behind them of the same key do not overtake them; later they go."""
+    monkeypatch.setattr("idemp.relay.TOGETHER", 3)
+
+    @idempotent(store, name="app.order", key="order", transaction=True)
+    def order(order: str, *exchanges: str) -> None:
+        for exchange in exchanges:
+            context().publish("billed", {}, exchange=exchange)
+
+    for n in range(7):
+        order(f"lost{n}", "nowhere", "out")
+    order("A", "out", "out")
+    order("B", "out")
+    with closing(open_transport(f"memory://{unique}")) as transport:
+        transport.declare("q", "out")
+        relay = Relay(store, transport)
+        with caplog.at_level("WARNING"):
+            assert [relay.turn() for _ in range(4)] == [1, 1, 1, 0]
+        assert caplog.text.count("letters stay") == 1, "it says so now and then, not at each turn"
+        assert store.backlog().letters == 14
+        transport.declare("late", "nowhere")
+        assert sum(relay.turn() for _ in range(20)) == 14
+    assert store.backlog().letters == 0
+    ids = [
+        json.loads(each.body)["id"]
+        for queue, number in (("late", 7), ("q", 10))
+        for each in came(f"memory://{unique}", queue, number)
+    ]
+    assert len(set(ids)) == 17
+
+
 def test_a_direct_call_without_a_transaction_cannot_publish(store: Any) -> None:
     """In one sentence; and a store without an outbox has no relay."""
 

@@ -130,9 +130,9 @@ class PostgresqlStore(SessionStore):
         """See `idemp.ports.Inbox`.  The connection is a psycopg one in READ COMMITTED."""
         return self._session_here().transaction(work, wait)
 
-    def letters(self, limit: int) -> list[Letter]:
+    def letters(self, limit: int, after: int = 0) -> list[Letter]:
         """See `idemp.ports.Inbox`."""
-        rows = self._session_here().outbox("letters", [limit])
+        rows = self._session_here().outbox("letters", [after, limit])
         return [
             Letter(number, bytes(key).decode(), at, unpack(bytes(blob))) for number, key, at, blob in rows
         ]

@@ -146,10 +146,10 @@ class SqliteStore(SessionStore):
         """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
         return self._session_here().transaction(work, wait)
 
-    def letters(self, limit: int) -> list[Letter]:
+    def letters(self, limit: int, after: int = 0) -> list[Letter]:
         """See `idemp.ports.Inbox`."""
-        query = "SELECT number, key, at, letter FROM outbox ORDER BY number LIMIT ?"
-        rows = self._session_here().letters(query, [limit])
+        query = "SELECT number, key, at, letter FROM outbox WHERE number > ? ORDER BY number LIMIT ?"
+        rows = self._session_here().letters(query, [after, limit])
         return [Letter(number, _unescape(key), at, unpack(blob)) for number, key, at, blob in rows]
 
     def sent(self, numbers: Sequence[int]) -> None:

@@ -777,4 +777,26 @@ MUTANTS = (
         "",
         unit("test_tracking.py::test_properties_that_an_event_tells_by_itself"),
     ),
+    # ---------------------------------------------------------------- the outbox, URLs
+    Mutant(
+        "letters that no queue takes hold nobody up",
+        "relay.py",
+        "            self._after = letters[-1].number\n",
+        "            return 0\n",
+        unit("test_outbox.py::test_letters_that_no_queue_takes_hold_nobody_up"),
+    ),
+    Mutant(
+        "nothing overtakes what no queue takes of the same key",
+        "relay.py",
+        "if letter.key not in self._stuck:",
+        "if True:",
+        unit("test_outbox.py::test_letters_that_no_queue_takes_hold_nobody_up"),
+    ),
+    Mutant(
+        "a password that nobody escaped is not shown",
+        "settings.py",
+        """return _PASSWORD.sub(r"\\1:***@", url)""",
+        """return re.sub("//([^:/]*):[^@/]*@", r"//\\1:***@", url)""",
+        unit("test_cli.py::test_what_is_wrong_is_one_sentence"),
+    ),
 )
