@@ -396,6 +396,23 @@ def test_a_postgresql_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"SELECT pg_terminate_backend({hung})" in [each.fix for each in open_too_long]
 
 
+def test_a_postgresql_whose_settings_are_in_the_way(postgresql: PostgreSQL) -> None:
+    """It takes no writes; and it cuts statements off."""
+    url = postgresql.database()
+    _filled(url, 1)
+    for setting, value, fault in (
+        ("default_transaction_read_only", "on", True),
+        ("statement_timeout", "9s", False),
+        ("statement_timeout", "20s", None),
+    ):
+        database = url.rpartition("/")[2]
+        postgresql.psql(f"ALTER DATABASE {database} SET {setting} = '{value}'")
+        found = postgresql_doctor.examine(postgresql_of(url), Clock()).findings
+        postgresql.psql(f"ALTER DATABASE {database} RESET ALL")
+        told = [(each.evidence, each.fault) for each in found if setting in each.fix]
+        assert told == ([] if fault is None else [(f"{setting} = {value}", fault)])
+
+
 def test_a_postgresql_and_its_replica() -> None:
     """The replica takes no claim; that its primary does not wait for it is a note."""
     need("postgresql")

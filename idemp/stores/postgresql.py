@@ -45,6 +45,7 @@ try:
 
     from idemp.stores.postgresql_batch import (
         BATCH_TOKENS,
+        EMPTIED,
         Head,
         Loaded,
         Quick,
@@ -53,20 +54,19 @@ try:
         decide,
         done_now,
         fold,
+        head_in,
         quick,
         run,
         save,
         went,
     )
+    from idemp.stores.postgresql_errors import exists, explain, init, outside
     from idemp.stores.postgresql_handlers import HandlersConnection
     from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
         Connection,
         Line,
         Place,
-        connect,
-        explain,
-        migrate,
         one_line,
         place,
         watch,
@@ -76,7 +76,7 @@ except ImportError:
 
 T = TypeVar("T")
 
-__all__ = ["PostgresqlStore", "init", "place"]
+__all__ = ["PostgresqlStore", "exists", "init", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -150,17 +150,6 @@ class PostgresqlStore(SessionStore):
         session = self._mine()
         assert isinstance(session, _Session)
         return session
-
-
-def init(place: Place, grant: str = "") -> list[int]:
-    """Make or renew the tables; the versions that were new.  ``grant``: the role that may use them."""
-    try:
-        with connect(place) as connection:
-            return migrate(connection, place, grant)
-    except psycopg.Error as error:
-        raise ConfigError(
-            f"{place.shown}: {one_line(error)}; use a user who may create a schema and grant rights on it"
-        ) from None
 
 
 def _check_key(key: str) -> None:
@@ -252,9 +241,7 @@ class _Session(Listening):
             self._be_born(connection)
         if not ops:
             if not self._confirm(connection):
-                head = run(connection, self._words.head, {"me": self._id}).fetchone()
-                assert head is not None
-                self._bury(connection, Head(*head).batch)
+                self._bury(connection, head_in(run(connection, self._words.head, {"me": self._id})).batch)
             return []
         if all(isinstance(op, Get) for op in ops):
             return self._look(connection, ops)
@@ -316,9 +303,7 @@ class _Session(Listening):
             connection.execute(self._settings)
             tried = attempt(connection, self._words, self._id, batch, slice_now)
         found = went(tried)
-        row = tried.head.fetchone()
-        assert row is not None
-        head = Head(*row)
+        head = head_in(tried.head)
         self.retention, self._number, self._slice = head.retention, head.number, head.slice
         self._recall.told(head.retention, head.now, sent)
         alive = head.alive and head.batch == self._last
@@ -384,6 +369,7 @@ class _Session(Listening):
         if self._ended.is_set():
             raise Closed("this store was closed")
         transaction: PostgresqlTransaction | None = None
+        committing = False
         line = self._idle.pop() if self._idle else self._new_line()
         era, asked = self._recall.era(), self._clock.steady()
         try:
@@ -395,6 +381,7 @@ class _Session(Listening):
                 with transaction.open():
                     result = work(transaction)
                     transaction.save()
+                    committing = True
             transaction.teach(self._recall, era, asked)
             if transaction.tells:
                 self._wake()
@@ -403,6 +390,10 @@ class _Session(Listening):
                 return error
             failed = explain(self._place, error)
             if gone(error) or isinstance(failed, ConfigError) or (transaction and transaction.lost):
+                return failed
+            # No handler runs before the first look.
+            begun = transaction is not None and transaction._ledger is not None
+            if not committing and outside(error, begun=begun):
                 return failed
             raise  # the commit was refused
         except Exception as error:
@@ -451,9 +442,10 @@ class _Session(Listening):
         if self._id:
             run(connection, words.died, [self._id])
         named = run(connection, words.retention, [self._named]).fetchone()
+        if named is None:
+            raise ConfigError(f"{self._place.shown}: {EMPTIED}")
         row = run(connection, words.born, [new, self._ttl]).fetchone()
         assert row is not None
-        assert named is not None
         if row[0] <= self._number:
             # The server forgot numbers that it gave out: tokens must not come again.
             row = run(connection, words.ahead, [self._number + 1]).fetchone()
@@ -505,7 +497,10 @@ class _Session(Listening):
 
     def _beat_once(self) -> None:
         with self._beater.use(PATIENCE) as connection:
-            alive = self._confirm(connection)
+            # In any other a batch that writes the same row at the same time would end it.
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            with connection.transaction():
+                alive = self._confirm(connection)
         if not alive:
             self.group.apply([])
         with self._beater.use(PATIENCE) as connection:
@@ -513,7 +508,8 @@ class _Session(Listening):
             if self._clock.steady() - self._swept >= min(self.retention / 4, _SWEEP):
                 self._swept = self._clock.steady()
                 for statement in self._words.sweep:
-                    run(connection, statement)
+                    with connection.transaction():
+                        run(connection, statement)
 
     def _turn(self, connection: Connection) -> None:
         """Begin a new slice when it is time, in the place of the oldest, which is over by then."""

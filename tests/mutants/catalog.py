@@ -799,4 +799,11 @@ MUTANTS = (
         """return re.sub("//([^:/]*):[^@/]*@", r"//\\1:***@", url)""",
         unit("test_cli.py::test_what_is_wrong_is_one_sentence"),
     ),
+    Mutant(
+        "what the server lacks is no attempt of a handler",
+        "stores/postgresql.py",
+        "            if not committing and outside(error, begun=begun):\n                return failed\n",
+        "",
+        unit("test_inbox_consumer.py::test_a_database_that_lets_nothing_through_is_waited_for"),
+    ),
 )
