@@ -605,6 +605,16 @@ def test_a_file_of_another_machine(tmp_path: Path) -> None:
     assert fault.evidence == f"nfs4 at {tmp_path}"
 
 
+def test_a_file_of_a_newer_idemp(tmp_path: Path) -> None:
+    """It would be refused."""
+    kept(tmp_path / "seen.db")
+    with closing(sqlite3.connect(tmp_path / "seen.db")) as db:
+        db.execute("INSERT INTO idemp_layout VALUES (99)")
+        db.commit()
+    [fault] = [each for each in examine_sqlite(str(tmp_path / "seen.db")).findings if "newer" in each.what]
+    assert (fault.fix, fault.fault) == ("upgrade idemp here", True)
+
+
 def test_a_retention_that_is_too_short(tmp_path: Path) -> None:
     """A message may come again when its id is forgotten."""
     url = f"sqlite:///{tmp_path}/seen.db"

@@ -266,8 +266,8 @@ MUTANTS = (
     Mutant(
         "a session dies by the clock",
         "stores/sqlite.py",
-        "FROM session WHERE boot = :boot AND expires > :now),",
-        "FROM session WHERE boot = :boot),",
+        "FROM idemp_session WHERE boot = :boot AND expires > :now),",
+        "FROM idemp_session WHERE boot = :boot),",
         unit("test_sqlite_store.py::test_a_session_dies_by_the_clock_and_never_comes_back"),
     ),
     Mutant(
