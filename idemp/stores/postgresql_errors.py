@@ -83,13 +83,17 @@ _TABLES = ("meta", "token", "session", "open", "done_0", "done_1", "done_2", "ou
 
 def _check_sound(connection: postgresql_line.Connection, place: Place) -> None:
     """Raise `ConfigError` for tables that this version of idemp cannot work with."""
-    row = connection.execute(f"SELECT max(version) FROM {place.schema}.migration".encode()).fetchone()
-    if row and row[0] > len(place.tables.migrations):
-        raise ConfigError(f"{place.shown} has tables of a newer idemp (version {row[0]}); upgrade idemp")
-    for name in _TABLES:
-        if connection.execute("SELECT to_regclass(%s)", [f"{place.schema}.{name}"]).fetchone() == (None,):
-            raise ConfigError(_damaged(place, f"there is no {name} in schema {place.schema}"))
-    if connection.execute(f"SELECT FROM {place.schema}.meta".encode()).fetchone() is None:
+
+    def ask(text: str, *values: object) -> list[tuple[object, ...]]:
+        return connection.execute(text.encode(), values or None, prepare=False).fetchall()
+
+    newest = len(place.tables.migrations)
+    for (version,) in ask(f"SELECT version FROM {place.schema}.migration WHERE version > {newest}"):
+        raise ConfigError(f"{place.shown} has tables of a newer idemp (version {version}); upgrade idemp")
+    names = [f"{place.schema}.{name}" for name in _TABLES]
+    for (name,) in ask("SELECT n FROM unnest(%s::text[]) AS t(n) WHERE to_regclass(n) IS NULL", names):
+        raise ConfigError(_damaged(place, f"there is no {name}"))
+    if not ask(f"SELECT 1 FROM {place.schema}.meta"):
         raise ConfigError(_damaged(place, "the table meta is empty"))
 
 
