@@ -87,6 +87,8 @@ MAX_KEY = 2600
 _HOLD = 5.0  # how long a batch waits for another's keys, and may hold its own if this host stands still
 _SWEEP = 3600.0
 _MARGIN = 2.0
+TRANSACTIONS = 10
+"""With handlers in them, of one process at a time, each with a connection: the others wait for their turn."""
 DETOURS = 8
 """Batches that go the long way at once, after one that could not go the short way."""
 
@@ -202,6 +204,7 @@ class _Session(Listening):
         self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
         self._lines = [self._writer, self._beater, self._reader, self._listener]
         self._idle: list[Line] = []  # for transactions with handlers in them
+        self._turns = threading.BoundedSemaphore(TRANSACTIONS)
         self._reading = threading.Lock()
         self._start("watch", partial(watch, self._lines, self._ended))
         self._start("heartbeat", self._beat)
@@ -370,6 +373,9 @@ class _Session(Listening):
             raise Closed("this store was closed")
         transaction: PostgresqlTransaction | None = None
         committing = False
+        if not self._turns.acquire(timeout=PATIENCE):
+            said = f"{TRANSACTIONS} transactions of this process are open, and none has ended"
+            return StoreUnavailable(f"{self._place.shown}: {said} within {PATIENCE:g} s")
         line = self._idle.pop() if self._idle else self._new_line()
         era, asked = self._recall.era(), self._clock.steady()
         try:
@@ -402,6 +408,7 @@ class _Session(Listening):
             return StoreUnavailable(f"{self._place.shown}: {one_line(error)}")
         finally:
             self._idle.append(line)
+            self._turns.release()
         return _Result(result)
 
     def outbox(self, name: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
