@@ -268,6 +268,35 @@ def test_init_says_what_it_cannot_mend(url: str, unique: str, statement: str, sa
     assert sql(url, f"SELECT has_schema_privilege('{unique}', 'idemp_default', 'USAGE')") == [(False,)]
 
 
+@pytest.mark.parametrize("isolation", ["read committed", "serializable"])
+def test_init_by_four_at_once(url: str, isolation: str) -> None:
+    """One makes the tables, and the others find them, whatever the server's default is."""
+    sql(url, f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_isolation = '{isolation}'")
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(init_store, [url] * 4))
+    assert sorted(told) == [
+        f"its tables are at version {VERSION} now",
+        *["its tables were there already"] * 3,
+    ]
+
+
+def test_init_killed_in_the_middle(url: str) -> None:
+    """Nothing of it is left, and the next one makes all."""
+    mine = f"FROM pg_stat_activity WHERE application_name = 'idemp' AND datname = '{url.rpartition('/')[2]}'"
+    with psycopg.connect(url) as holder:
+        holder.execute("CREATE SCHEMA idemp_default")  # for which it waits, in its transaction
+        killed = subprocess.Popen([sys.executable, "-m", "idemp", "init", url])
+        try:
+            until(lambda: sql(url, f"SELECT 1 {mine} AND wait_event_type = 'Lock'"))
+        finally:
+            killed.kill()
+            killed.wait(30)
+        holder.rollback()
+    until(lambda: not sql(url, f"SELECT 1 {mine}"))
+    assert sql(url, "SELECT to_regnamespace('idemp_default')") == [(None,)]
+    assert init_store(url) == f"its tables are at version {VERSION} now"
+
+
 def test_emptied_tables(url: str) -> None:
     """As by a test that empties all tables of its database: a sentence, also to who had begun before."""
     with closing(open_store(url)) as store, closing(open_store(url)) as new:
