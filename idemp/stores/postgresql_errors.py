@@ -90,6 +90,8 @@ def _check_sound(connection: postgresql_line.Connection, place: Place) -> None:
     newest = len(place.tables.migrations)
     for (version,) in ask(f"SELECT version FROM {place.schema}.migration WHERE version > {newest}"):
         raise ConfigError(f"{place.shown} has tables of a newer idemp (version {version}); upgrade idemp")
+    if place.tables.prefix != postgresql_line.STORE.prefix:
+        return
     names = [f"{place.schema}.{name}" for name in _TABLES]
     for (name,) in ask("SELECT n FROM unnest(%s::text[]) AS t(n) WHERE to_regclass(n) IS NULL", names):
         raise ConfigError(_damaged(place, f"there is no {name}"))
