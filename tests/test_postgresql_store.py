@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ from idemp.ports import (
 from idemp.stores import init_store, open_store, postgresql_line
 from idemp.stores.postgresql_line import explain
 from idemp.stores.postgresql_sql import MIGRATIONS, VERSION
+from tests.proxy import Proxy
 from tests.servers import PostgreSQL, need
 from tests.servers.pgbouncer import PgBouncer
 
@@ -411,6 +412,35 @@ def test_a_replica_is_refused_and_a_promoted_one_is_taken(own_postgresql: Postgr
             assert one(store, Complete("key", mine.token)) == Applied()
 
 
+def test_a_failover_is_waited_for(own_postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address leads to a replica that is not promoted yet: unavailable, and then it goes on."""
+    with closing(open_store(own_postgresql.url)) as store:
+        store.apply([])
+    own_postgresql.stop()
+    with PostgreSQL.copy(own_postgresql) as replica, Proxy(own_postgresql.port) as proxy:
+        own_postgresql.start()
+        url = own_postgresql.url.replace(f":{own_postgresql.port}/", f":{proxy.port}/")
+        with closing(open_store(url)) as store:
+
+            @idempotent(store, name="inbox", key="key", transaction=True)
+            def handler(key: str) -> str:
+                return key
+
+            mine = claim(store, "key")
+            until(lambda: replica.psql("SELECT count(*) FROM idemp_default.open") == "1")
+            own_postgresql.kill()
+            proxy.move(replica.port)
+            proxy.cut()
+            with monkeypatch.context() as short:
+                short.setattr("idemp.stores.postgresql.PATIENCE", 0.3)
+                for what in (lambda: store.apply([Get("key")]), lambda: handler("A"), store.scan):
+                    with pytest.raises(StoreUnavailable, match="read-only replica; name the primary"):
+                        what()
+            replica.promote()
+            assert one(store, Complete("key", mine.token)) == Applied()
+            assert handler("A") == "A"
+
+
 # ------------------------------------------------------------------ a server that has forgotten
 
 
@@ -593,6 +623,33 @@ def test_a_full_disk_is_unavailable_and_nothing_is_half_done(
 
 
 # ------------------------------------------------------------------ a pooler
+
+
+def test_a_pooler_without_a_free_connection(
+    postgresql: PostgreSQL, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes who comes and lets them wait for minutes: unavailable in time, also for a new connection."""
+    need("pgbouncer")
+    with PgBouncer(postgresql.port) as pooler, closing(open_store(pooler.through(url))) as store:
+
+        @idempotent(store, name="inbox", key="key", transaction=True)
+        def handler(key: str) -> str:
+            return key
+
+        store.apply([])
+        with ExitStack() as stack:
+            for _ in range(3):
+                line = stack.enter_context(psycopg.connect(pooler.through(url)))
+                line.execute("SELECT 1")
+            monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 1.0)
+            for what in (lambda: claim(store, "key"), lambda: handler("A")):
+                began = time.monotonic()
+                with pytest.raises(StoreUnavailable):
+                    what()
+                assert time.monotonic() - began < 30
+        monkeypatch.undo()
+        claim(store, "key")
+        assert handler("A") == "A"
 
 
 def test_behind_a_pooler_in_transaction_mode(postgresql: PostgreSQL, url: str) -> None:

@@ -65,6 +65,7 @@ try:
     from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
         Connection,
+        IsReplica,
         Line,
         Place,
         one_line,
@@ -226,6 +227,8 @@ class _Session(Listening):
                 failed = explain(self._place, error)
             except StoreUnavailable as error:
                 failed = error
+            except IsReplica as error:
+                failed = self._demoted(error)
             # Another server may be the primary now, of which who listens on the old line hears nothing; and
             # a forget of this batch may have taken effect.
             self._recall.lose()
@@ -391,6 +394,8 @@ class _Session(Listening):
             transaction.teach(self._recall, era, asked)
             if transaction.tells:
                 self._wake()
+        except IsReplica as error:
+            return self._demoted(error)
         except (psycopg.Error, StoreUnavailable) as error:
             if isinstance(error, StoreUnavailable):
                 return error
@@ -465,6 +470,10 @@ class _Session(Listening):
         self._number, self._born = row[0], (row[0] + 1) * BATCH_TOKENS - 1
         self._last, self._unsure = 0, None
         self._id, self._confirmed = new, sent
+
+    def _demoted(self, error: IsReplica) -> Exception:
+        """It was a primary, and another is one now, or will soon be: to wait for, not to give up."""
+        return StoreUnavailable(str(error)) if self._id else error
 
     def _bury(self, connection: Connection, batch: int | None) -> None:
         """My session is over, or the server does not know its last batch any more."""
@@ -584,7 +593,7 @@ class _Session(Listening):
         except psycopg.Error as error:
             if isinstance(failed := explain(self._place, error), ConfigError):
                 raise failed from None
-        except StoreUnavailable:
+        except (StoreUnavailable, IsReplica):
             pass
         self.group.apply([])  # returns when the server is there again, or raises
         try:
