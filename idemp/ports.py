@@ -309,8 +309,8 @@ class Inbox(Store, Protocol):
         """
         ...
 
-    def letters(self, limit: int) -> list[Letter]:
-        """The oldest that wait in the outbox, in order."""
+    def letters(self, limit: int, after: int = 0) -> list[Letter]:
+        """The oldest that wait in the outbox, in order.  ``after``: of those with a greater number."""
         ...
 
     def sent(self, numbers: Sequence[int]) -> None:

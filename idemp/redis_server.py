@@ -25,6 +25,13 @@ except ImportError:
 
 
 _REFUSED = ("NOAUTH", "WRONGPASS")
+_FIXES = {
+    "OOM ": "; raise its maxmemory, or name a shorter ?retention= at every process",
+    "'maxmemory'": "; raise its maxmemory, or name a shorter ?retention= at every process",
+    "MISCONF": "; see its log: most often its disk is full, so make room",
+    "max number of clients": "; raise its maxclients",
+    "NOREPLICAS": "; see why it has too few replicas for its min-replicas-to-write",
+}
 
 
 class IsReplica(ConfigError):
@@ -146,4 +153,5 @@ def explain(at: Server, error: RedisError, unavailable: type[Unavailable]) -> Id
         return ConfigError(f"{at.shown} refuses: {said}; check the user, the password and its rights")
     if "DB index is out of range" in said:
         return ConfigError(f"{at.shown}: {said}; name a database that the server has")
-    return unavailable(f"{at.shown}: {said}")
+    fix = next((fix for word, fix in _FIXES.items() if word in said), "")
+    return unavailable(f"{at.shown}: {said}{fix}")

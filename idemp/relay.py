@@ -27,6 +27,8 @@ LOOK = 0.1
 """Seconds between two looks at an outbox that was empty."""
 REPORT = 1.0
 """Seconds between two looks at how much waits."""
+WARN = 10.0
+"""Seconds between two warnings that no queue takes a letter."""
 
 
 class _Turn(NamedTuple):
@@ -66,8 +68,10 @@ class Relay:
         self._tracker = None
         if tracking is not None:
             self._tracker = Tracker(tracking, service, meter=self._meter, clock=self._clock)
+        self._after, self._stuck = 0, set[str]()  # where a turn begins, and the keys that rest until the end
         self._stopping = threading.Event()
         self._reported = 0.0
+        self._warned = -WARN
 
     def stop(self) -> None:
         """From any thread: let `run` return, behind what is under way."""
@@ -112,16 +116,26 @@ class Relay:
     def turn(self) -> int:
         """Publish the oldest letters, one of each key; how many are safe.
 
-        One that no queue takes stays, and is tried again at the next turn.  Raises `StoreUnavailable`,
-        `TransportUnavailable`.
+        One that no queue takes stays, lets those of other keys pass, and is tried again when the end of the
+        outbox is reached.  Raises `StoreUnavailable`, `TransportUnavailable`.
         """
-        first: dict[str, Letter] = {}
-        for letter in self._store.letters(TOGETHER):
-            first.setdefault(letter.key, letter)
-        if not first:
-            return 0
+        while True:
+            letters = self._store.letters(TOGETHER, self._after)
+            first: dict[str, Letter] = {}
+            for letter in letters:
+                if letter.key not in self._stuck:
+                    first.setdefault(letter.key, letter)
+            safe = self._relay(list(first.values())) if first else 0
+            if len(letters) < TOGETHER:
+                self._after, self._stuck = 0, set()
+                return safe
+            if safe:
+                return safe
+            self._after = letters[-1].number
+
+    def _relay(self, letters: Sequence[Letter]) -> int:
         began = self._clock.wall()
-        turn = self._publish(list(first.values()))
+        turn = self._publish(letters)
         if turn.safe:
             if self._tracker is not None:
                 self._tracker.relayed([letter.publication for letter in turn.safe], began)
@@ -131,10 +145,17 @@ class Relay:
         for letter in turn.safe:
             self._meter.time(f"{self._service}_relay", max(0.0, now - letter.at))
         if turn.refused:
+            self._stuck |= {letter.key for letter, _ in turn.refused}
             self._meter.count(f"{self._service}_relay_refused", len(turn.refused))
-            letter, error = turn.refused[0]
-            log.warning("%d letters stay, like one of %s: %s", len(turn.refused), letter.key, error)
+            self._warn(turn.refused)
         return len(turn.safe)
+
+    def _warn(self, refused: Sequence[tuple[Letter, str]]) -> None:
+        now = self._clock.steady()
+        if now - self._warned >= WARN:
+            self._warned = now
+            letter, error = refused[0]
+            log.warning("%d letters stay, like one of %s: %s", len(refused), letter.key, error)
 
     def _publish(self, letters: Sequence[Letter]) -> _Turn:
         numbers = self._transport.send([letter.publication for letter in letters])

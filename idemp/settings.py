@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from idemp.errors import ConfigError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# To the last @, for a password may have anything in it that nobody escaped.
+_PASSWORD = re.compile(r"^([^:/?#@]*://[^:/?#@]*):.*@", re.DOTALL)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 
 
@@ -29,9 +31,15 @@ def split(url: str) -> SplitResult:
     """The parts of ``url``; `ConfigError` if it has none."""
     try:
         parts = urlsplit(url)
-        _ = "," in parts.netloc or parts.port  # several hosts have several ports
+        torn = bool(parts.netloc) and "@" in parts.path + parts.query + parts.fragment
+        _ = torn or "," in parts.netloc or parts.port  # several hosts have several ports
     except ValueError as error:
         raise ConfigError(f"{hidden(url)!r} is no URL: {error}") from None
+    if torn:  # most often a password's end, of which more would be shown
+        raise ConfigError(
+            f"{hidden(url)!r} has an @ behind its host; in a user, a password or a name write %40 for @,"
+            " %2F for /, %3F for ? and %23 for #"
+        )
     if not parts.scheme or "://" not in url:
         raise ConfigError(f"{hidden(url)!r} is no URL; write it like sqlite:///seen.db")
     return parts
@@ -66,12 +74,5 @@ def sqlite_path(parts: SplitResult) -> str:
 
 
 def hidden(url: str) -> str:
-    """``url`` without its password, fit for a log."""
-    try:
-        parts = urlsplit(url)
-        if parts.password is None:
-            return url
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
-    except ValueError:
-        return re.sub(r"//.*@", "//***@", url)
+    """``url`` without its password, fit for a log; also one that is no good URL."""
+    return _PASSWORD.sub(r"\1:***@", url)

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 import redis as redis_py
 
@@ -244,6 +246,40 @@ def test_every_command_of_an_event_log(what: str, wrong: Callable[[str, str], st
     for command, arguments in OF_AN_EVENT_LOG.items():
         url = wrong("postgresql", what)
         said(command, arguments, "--tracking", url, part="--tracking (IDEMP_TRACKING): ")
+
+
+@pytest.mark.parametrize("setting", ["default_transaction_read_only = on", "statement_timeout = '50ms'"])
+def test_every_command_on_a_database_that_lets_nothing_through(
+    setting: str, postgresql: PostgreSQL, said: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the setting of the server and its fix."""
+    monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 0.2)
+    url = postgresql.database()
+    with closing(open_store(url)) as store:
+        store.apply([])
+    postgresql.psql(f"ALTER DATABASE {url.rpartition('/')[2]} SET {setting}")
+    name, reads = setting.split()[0], "read_only" in setting
+    with psycopg.connect(url) as holder:
+        if not reads:
+            holder.execute("SET statement_timeout = 0")
+            holder.execute("LOCK TABLE idemp_default.migration, idemp_default.meta")
+        for command, arguments in OF_ANY_STORE.items():
+            if command != "doctor" or not reads:  # which answers, with a finding
+                said(command, arguments, "--store", url, part=name)
+    if reads:
+        said("init", [f"{url}?namespace=new"], part=name)
+
+
+def test_a_look_that_is_cut_off(postgresql: PostgreSQL, said: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first question of all, whether there is such a namespace."""
+
+    def cut_off(place: Any) -> bool:
+        raise psycopg.errors.QueryCanceled("canceling statement due to statement timeout")
+
+    monkeypatch.setattr("idemp.stores.postgresql_line.exists", cut_off)
+    for command, arguments in OF_ANY_STORE.items():
+        if command != "doctor":  # which asks otherwise
+            said(command, arguments, "--store", postgresql.url, part="raise the statement_timeout")
 
 
 def test_a_store_without_an_outbox(etcd: Etcd, said: Say, unique: str) -> None:

@@ -396,6 +396,23 @@ def test_a_postgresql_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"SELECT pg_terminate_backend({hung})" in [each.fix for each in open_too_long]
 
 
+def test_a_postgresql_whose_settings_are_in_the_way(postgresql: PostgreSQL) -> None:
+    """It takes no writes; and it cuts statements off."""
+    url = postgresql.database()
+    _filled(url, 1)
+    for setting, value, fault in (
+        ("default_transaction_read_only", "on", True),
+        ("statement_timeout", "9s", False),
+        ("statement_timeout", "20s", None),
+    ):
+        database = url.rpartition("/")[2]
+        postgresql.psql(f"ALTER DATABASE {database} SET {setting} = '{value}'")
+        found = postgresql_doctor.examine(postgresql_of(url), Clock()).findings
+        postgresql.psql(f"ALTER DATABASE {database} RESET ALL")
+        told = [(each.evidence, each.fault) for each in found if setting in each.fix]
+        assert told == ([] if fault is None else [(f"{setting} = {value}", fault)])
+
+
 def test_a_postgresql_and_its_replica() -> None:
     """The replica takes no claim; that its primary does not wait for it is a note."""
     need("postgresql")
@@ -586,6 +603,16 @@ def test_a_file_of_another_machine(tmp_path: Path) -> None:
     line = f"36 35 98:0 / {tmp_path} rw shared:1 - nfs4 server:/x rw"
     [fault] = examine_sqlite(str(tmp_path / "seen.db"), line).findings
     assert fault.evidence == f"nfs4 at {tmp_path}"
+
+
+def test_a_file_of_a_newer_idemp(tmp_path: Path) -> None:
+    """It would be refused."""
+    kept(tmp_path / "seen.db")
+    with closing(sqlite3.connect(tmp_path / "seen.db")) as db:
+        db.execute("INSERT INTO idemp_layout VALUES (99)")
+        db.commit()
+    [fault] = [each for each in examine_sqlite(str(tmp_path / "seen.db")).findings if "newer" in each.what]
+    assert (fault.fix, fault.fault) == ("upgrade idemp here", True)
 
 
 def test_a_retention_that_is_too_short(tmp_path: Path) -> None:

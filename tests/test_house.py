@@ -164,6 +164,7 @@ def test_the_heart_imports_no_driver(module: str) -> None:
         "idemp.transports.rabbitmq": {"pika"},
         "idemp.stores.etcd_client": {"pyetcd", "grpc", "google"},
         "idemp.stores.postgresql": {"psycopg"},
+        "idemp.stores.postgresql_errors": {"psycopg"},
         "idemp.stores.postgresql_line": {"psycopg"},
         "idemp.stores.postgresql_batch": {"psycopg"},
         "idemp.stores.postgresql_handlers": {"psycopg"},

@@ -32,6 +32,7 @@ from idemp import (
     once,
     open_store,
 )
+from idemp.errors import StoreUnavailable
 from idemp.ports import Abandon, Applied, Claim, Claimed, Done, Doubt, Free, Get, Parked, Release
 from idemp.stores.postgresql_inbox import PostgresqlTransaction
 from idemp.stores.sqlite_inbox import HandlersConnection
@@ -255,6 +256,33 @@ def test_many_threads(database: Database) -> None:
         for _ in range(2):
             assert list(pool.map(order, keys * 4)) == keys * 4
     assert database.effects() == keys
+
+
+def test_connections_are_not_used_up(own_postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many call at once: they take turns.  Who gets none in time is told, and later all goes on."""
+    url, count = own_postgresql.url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'idemp'"
+    hold, held = threading.Event(), threading.Semaphore(0)
+    with closing(open_store(url)) as store, ThreadPoolExecutor(60) as pool:
+
+        @idempotent(store, name="slow", key="key", transaction=True)
+        def slow(key: str) -> str:
+            held.release()
+            assert hold.wait(30)
+            return key
+
+        calls = [pool.submit(slow, f"{n}") for n in range(10)]
+        for _ in calls:
+            assert held.acquire(timeout=30)
+        monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 0.5)
+        with pytest.raises(StoreUnavailable, match="10 transactions of this process are open"):
+            slow("late")
+        monkeypatch.undo()
+        calls += [pool.submit(slow, f"{n}") for n in range(10, 60)]
+        assert int(own_postgresql.psql(count)) <= 14
+        hold.set()
+        assert [call.result(30) for call in calls] == [f"{n}" for n in range(60)]
+        assert slow("late") == "late"
+        assert int(own_postgresql.psql(count)) <= 14
 
 
 def test_a_deadlock_is_tried_again(postgresql: PostgreSQL) -> None:

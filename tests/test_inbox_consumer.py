@@ -21,6 +21,7 @@ import psycopg
 import pytest
 
 from idemp import Consumer, Message, Relay, context, idempotent, open_store, open_transport, publish
+from idemp import consumer as consumer_module
 from idemp.message import Properties
 from idemp.pipeline import (
     TOGETHER,
@@ -312,6 +313,48 @@ def test_the_database_is_restarted_under_load(own_postgresql: PostgreSQL, unique
                 came += some
         names = {each.properties.message_id for each in came if isinstance(each, Delivery)}
         assert len(names) == len(ids)
+    bench.close()
+
+
+@pytest.mark.parametrize("setting", ["default_transaction_read_only = on", "statement_timeout = '20ms'"])
+def test_a_database_that_lets_nothing_through_is_waited_for(
+    postgresql: PostgreSQL, unique: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after its administrator's mistake: nothing runs, no attempt is counted, and then it goes on."""
+    url = postgresql.database()
+    database = url.rpartition("/")[2]
+    bench = Bench(url, f"memory://{unique}")
+    waited: list[Any] = []
+    monkeypatch.setattr(consumer_module, "_say_unavailable", waited.append)
+    monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 0.5)
+
+    def now(what: str) -> None:
+        postgresql.psql(f"ALTER DATABASE {database} {what}")
+        postgresql.psql(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+        )
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True, attempts=1)
+    def handle(message: Message) -> None:
+        write(message)
+
+    ids = [f"{n:03}" for n in range(300)]
+    with bench.running():
+        bench.publish(ids[:100])
+        bench.reach(100)
+        now(f"SET {setting}")
+        with psycopg.connect(url) as holder:
+            if "timeout" in setting:
+                holder.execute("SET statement_timeout = 0")
+                holder.execute("LOCK TABLE idemp_default.open")
+            bench.publish(ids[100:])
+            until(lambda: len(waited) >= 2)
+        now(f"RESET {setting.split()[0]}")
+        bench.reach(300)
+        until(lambda: bench.depth("s-queue") == 0)
+    assert bench.effects() == ids
+    assert bench.depth("s-queue.dead") == 0
     bench.close()
 
 

@@ -163,6 +163,77 @@ def test_a_letter_that_no_queue_takes_stays(store: Any, unique: str) -> None:
         assert relay.turn() == 1
 
 
+def test_letters_that_no_queue_takes_hold_nobody_up(
+    store: Any, unique: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many they are; those behind them of the same key do not overtake them; later they go."""
+    monkeypatch.setattr("idemp.relay.TOGETHER", 3)
+
+    @idempotent(store, name="app.order", key="order", transaction=True)
+    def order(order: str, *exchanges: str) -> None:
+        for exchange in exchanges:
+            context().publish("billed", {}, exchange=exchange)
+
+    for n in range(7):
+        order(f"lost{n}", "nowhere", "out")
+    order("A", "out", "out")
+    order("B", "out")
+    with closing(open_transport(f"memory://{unique}")) as transport:
+        transport.declare("q", "out")
+        relay = Relay(store, transport)
+        with caplog.at_level("WARNING"):
+            assert [relay.turn() for _ in range(4)] == [1, 1, 1, 0]
+        assert caplog.text.count("letters stay") == 1, "it says so now and then, not at each turn"
+        assert store.backlog().letters == 14
+        transport.declare("late", "nowhere")
+        assert sum(relay.turn() for _ in range(20)) == 14
+    assert store.backlog().letters == 0
+    ids = [
+        json.loads(each.body)["id"]
+        for queue, number in (("late", 7), ("q", 10))
+        for each in came(f"memory://{unique}", queue, number)
+    ]
+    assert len(set(ids)) == 17
+
+
+def test_several_relays_keep_the_order_of_each_key(store: Any, broker: str, unique: str) -> None:
+    """What one repeats comes behind its first, under the same id."""
+
+    @idempotent(store, name="app.order", key="order", transaction=True)
+    def order(order: str) -> None:
+        for n in range(5):
+            context().publish("billed", {"order": order, "n": n}, exchange=unique)
+
+    with ExitStack() as stack:
+        lines = [stack.enter_context(closing(open_transport(broker))) for _ in range(4)]
+        lines[0].declare(f"{unique}-q", unique)
+        relays = [Relay(store, line) for line in lines[1:]]
+        running = [threading.Thread(target=relay.run) for relay in relays]
+        for each in running:
+            each.start()
+        try:
+            for n in range(30):
+                order(f"{n}")
+            until(lambda: store.backlog().letters == 0)
+        finally:
+            for relay in relays:
+                relay.stop()
+            for each in running:
+                each.join(30)
+    firsts: dict[str, dict[str, Any]] = {}
+    with closing(open_transport(broker)) as receiver:
+        receiver.consume(f"{unique}-q", 1000)
+        while len(firsts) < 150:
+            some = [json.loads(e.body) for e in receiver.poll(5.0) if isinstance(e, Delivery)]
+            assert some, f"only {len(firsts)} of 150 came"
+            for body in some:
+                firsts.setdefault(body["id"], body["args"])
+    orders: dict[str, list[int]] = {}
+    for args in firsts.values():
+        orders.setdefault(args["order"], []).append(args["n"])
+    assert orders == {f"{n}": list(range(5)) for n in range(30)}
+
+
 def test_a_direct_call_without_a_transaction_cannot_publish(store: Any) -> None:
     """In one sentence; and a store without an outbox has no relay."""
 

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import psycopg
 import pytest
 
+from idemp import idempotent
 from idemp.errors import ConfigError, SessionLost, StoreUnavailable
 from idemp.ports import (
     Applied,
@@ -36,9 +37,10 @@ from idemp.ports import (
     Reply,
     Takeover,
 )
-from idemp.stores import open_store, postgresql_line
+from idemp.stores import init_store, open_store, postgresql_line
 from idemp.stores.postgresql_line import explain
 from idemp.stores.postgresql_sql import MIGRATIONS, VERSION
+from tests.proxy import Proxy
 from tests.servers import PostgreSQL, need
 from tests.servers.pgbouncer import PgBouncer
 
@@ -289,6 +291,142 @@ def test_tables_that_do_not_fit(url: str, statement: str, says: str) -> None:
         claim(store, "key")
 
 
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("INSERT INTO idemp_default.migration VALUES (99, now())", "newer idemp .version 99.; upgrade idemp"),
+        ("DROP TABLE idemp_default.open", 'no "idemp_default".open, .*DROP SCHEMA'),
+        ("DROP TABLE idemp_default.migration", "already exists.*DROP SCHEMA"),
+        ("TRUNCATE idemp_default.meta, idemp_default.migration", "already exists.*DROP SCHEMA"),
+    ],
+)
+def test_init_says_what_it_cannot_mend(url: str, unique: str, statement: str, says: str) -> None:
+    """One sentence, and nothing done."""
+    sql(url, f"CREATE ROLE {unique}")
+    init_store(url)
+    sql(url, statement)
+    before = sql(url, "SELECT count(*) FROM pg_tables WHERE schemaname = 'idemp_default'")
+    with pytest.raises(ConfigError, match=says) as told:
+        init_store(url, unique)
+    assert "\n" not in str(told.value)
+    assert sql(url, "SELECT count(*) FROM pg_tables WHERE schemaname = 'idemp_default'") == before
+    assert sql(url, f"SELECT has_schema_privilege('{unique}', 'idemp_default', 'USAGE')") == [(False,)]
+
+
+@pytest.mark.parametrize("isolation", ["read committed", "serializable"])
+def test_init_by_four_at_once(url: str, isolation: str) -> None:
+    """One makes the tables, and the others find them, whatever the server's default is."""
+    sql(url, f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_isolation = '{isolation}'")
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(init_store, [url] * 4))
+    assert sorted(told) == [
+        f"its tables are at version {VERSION} now",
+        *["its tables were there already"] * 3,
+    ]
+
+
+def test_init_killed_in_the_middle(url: str) -> None:
+    """Nothing of it is left, and the next one makes all."""
+    mine = f"FROM pg_stat_activity WHERE application_name = 'idemp' AND datname = '{url.rpartition('/')[2]}'"
+    with psycopg.connect(url) as holder:
+        holder.execute("CREATE SCHEMA idemp_default")  # for which it waits, in its transaction
+        killed = subprocess.Popen([sys.executable, "-m", "idemp", "init", url])
+        try:
+            until(lambda: sql(url, f"SELECT 1 {mine} AND wait_event_type = 'Lock'"))
+        finally:
+            killed.kill()
+            killed.wait(30)
+        holder.rollback()
+    until(lambda: not sql(url, f"SELECT 1 {mine}"))
+    assert sql(url, "SELECT to_regnamespace('idemp_default')") == [(None,)]
+    assert init_store(url) == f"its tables are at version {VERSION} now"
+
+
+def test_emptied_tables(url: str) -> None:
+    """As by a test that empties all tables of its database: a sentence, also to who had begun before."""
+    with closing(open_store(url)) as store, closing(open_store(url)) as new:
+        assert one(store, Complete("key", claim(store, "key").token)) == Applied()
+        sql(url, "TRUNCATE idemp_default.meta")
+        for each in (store, new):
+            with pytest.raises(ConfigError, match=r"meta is empty.*run: idemp init URL"):
+                claim(each, "other")
+        with pytest.raises(ConfigError, match=r"meta is empty.*DROP SCHEMA"):
+            init_store(url)
+        sql(url, "DROP SCHEMA idemp_default CASCADE")
+        init_store(url)
+        claim(store, "other")
+        assert store.retention == 24 * 3600
+
+
+READ_ONLY = (
+    "default_transaction_read_only = on",
+    "default_transaction_read_only to off, or name the primary",
+)
+TOO_SHORT = ("statement_timeout = '50ms'", "raise the statement_timeout of this user or database")
+
+
+@pytest.mark.parametrize(("setting", "says"), [READ_ONLY, TOO_SHORT])
+def test_a_setting_that_lets_nothing_through(
+    postgresql: PostgreSQL, url: str, monkeypatch: pytest.MonkeyPatch, setting: str, says: str
+) -> None:
+    """For a while: unavailable, with the setting and the fix, in the inbox, too; then it goes on."""
+    database, ran = url.rpartition("/")[2], list[str]()
+
+    def now(what: str) -> None:
+        postgresql.psql(f"ALTER DATABASE {database} {what}")
+        postgresql.psql(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+        )
+
+    with closing(open_store(url)) as store:
+
+        @idempotent(store, name="inbox", key="key", transaction=True, attempts=1)
+        def handler(key: str) -> None:
+            ran.append(key)
+
+        mine = claim(store, "mine")
+        handler("first")
+        now(f"SET {setting}")
+        with monkeypatch.context() as short, psycopg.connect(url) as holder:
+            if "timeout" in setting:
+                holder.execute("SET statement_timeout = 0")
+                holder.execute("LOCK TABLE idemp_default.open")
+            short.setattr("idemp.stores.postgresql.PATIENCE", 0.3)
+            for what in (
+                lambda: store.apply([Complete("mine", mine.token), Claim("other")]),
+                lambda: handler("second"),
+            ):
+                with pytest.raises(StoreUnavailable, match=says) as told:
+                    what()
+                assert "\n" not in str(told.value)
+        if "read_only" in setting:
+            with pytest.raises(ConfigError, match=says):
+                init_store(f"{url}?namespace=new")
+        now(f"RESET {setting.split()[0]}")
+
+        assert store.apply([Get("other"), Complete("mine", mine.token)]) == [Free(0), Applied()]
+        handler("second")
+    assert ran == ["first", "second"]
+    assert sql(url, "SELECT to_regnamespace('idemp_new')") == [(None,)]
+
+
+def test_a_default_isolation_of_the_server_is_not_ours(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A heartbeat that meets a batch of its own session goes through."""
+    sql(url, f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_isolation = 'serializable'")
+    with closing(open_store(f"{url}?session=1s")) as store, psycopg.connect(url) as batch:
+        claim(store, "key")
+        batch.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        batch.execute("UPDATE idemp_default.session SET expires = expires + interval '1 day'")
+        until(lambda: sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        batch.commit()
+        until(
+            lambda: (
+                sql(url, "SELECT expires < now() + interval '1 hour' FROM idemp_default.session") == [(True,)]
+            )
+        )
+    assert "serialize" not in caplog.text
+
+
 @pytest.mark.parametrize("setting", ["synchronous_commit", "fsync", "full_page_writes"])
 def test_a_server_that_may_forget_is_refused(setting: str) -> None:
     """Unless it is said that it may."""
@@ -316,6 +454,35 @@ def test_a_replica_is_refused_and_a_promoted_one_is_taken(own_postgresql: Postgr
             replica.promote()
 
             assert one(store, Complete("key", mine.token)) == Applied()
+
+
+def test_a_failover_is_waited_for(own_postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address leads to a replica that is not promoted yet: unavailable, and then it goes on."""
+    with closing(open_store(own_postgresql.url)) as store:
+        store.apply([])
+    own_postgresql.stop()
+    with PostgreSQL.copy(own_postgresql) as replica, Proxy(own_postgresql.port) as proxy:
+        own_postgresql.start()
+        url = own_postgresql.url.replace(f":{own_postgresql.port}/", f":{proxy.port}/")
+        with closing(open_store(url)) as store:
+
+            @idempotent(store, name="inbox", key="key", transaction=True)
+            def handler(key: str) -> str:
+                return key
+
+            mine = claim(store, "key")
+            until(lambda: replica.psql("SELECT count(*) FROM idemp_default.open") == "1")
+            own_postgresql.kill()
+            proxy.move(replica.port)
+            proxy.cut()
+            with monkeypatch.context() as short:
+                short.setattr("idemp.stores.postgresql.PATIENCE", 0.3)
+                for what in (lambda: store.apply([Get("key")]), lambda: handler("A"), store.scan):
+                    with pytest.raises(StoreUnavailable, match="read-only replica; name the primary"):
+                        what()
+            replica.promote()
+            assert one(store, Complete("key", mine.token)) == Applied()
+            assert handler("A") == "A"
 
 
 # ------------------------------------------------------------------ a server that has forgotten
@@ -487,6 +654,7 @@ def test_a_full_disk_is_unavailable_and_nothing_is_half_done(
         monkeypatch.undo()
         assert str(full.value).startswith(f"postgresql://127.0.0.1:{server.port}/idemp: ")
         assert "No space left on device" in str(full.value)
+        assert str(full.value).endswith("; make room on its disk")
         assert "\n" not in str(full.value)
         ballast.unlink()
         server.kill()  # it may have ended by itself, for want of room for its log
@@ -517,7 +685,7 @@ def test_a_server_that_ends_is_told_with_what_it_said_before(
             asked = pool.submit(claim, store, "another")
             until(lambda: "no room is left" in caplog.text)
             server.kill()
-            with pytest.raises(StoreUnavailable, match="it had said: no room is left") as ended:
+            with pytest.raises(StoreUnavailable, match=r"no room is left; .*; then it was gone") as ended:
                 asked.result()
         monkeypatch.undo()
         assert "\n" not in str(ended.value)
@@ -525,6 +693,33 @@ def test_a_server_that_ends_is_told_with_what_it_said_before(
 
 
 # ------------------------------------------------------------------ a pooler
+
+
+def test_a_pooler_without_a_free_connection(
+    postgresql: PostgreSQL, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes who comes and lets them wait for minutes: unavailable in time, also for a new connection."""
+    need("pgbouncer")
+    with PgBouncer(postgresql.port) as pooler, closing(open_store(pooler.through(url))) as store:
+
+        @idempotent(store, name="inbox", key="key", transaction=True)
+        def handler(key: str) -> str:
+            return key
+
+        store.apply([])
+        with ExitStack() as stack:
+            for _ in range(3):
+                line = stack.enter_context(psycopg.connect(pooler.through(url)))
+                line.execute("SELECT 1")
+            monkeypatch.setattr("idemp.stores.postgresql.PATIENCE", 1.0)
+            for what in (lambda: claim(store, "key"), lambda: handler("A")):
+                began = time.monotonic()
+                with pytest.raises(StoreUnavailable):
+                    what()
+                assert time.monotonic() - began < 30
+        monkeypatch.undo()
+        claim(store, "key")
+        assert handler("A") == "A"
 
 
 def test_behind_a_pooler_in_transaction_mode(postgresql: PostgreSQL, url: str) -> None:
@@ -535,6 +730,8 @@ def test_behind_a_pooler_in_transaction_mode(postgresql: PostgreSQL, url: str) -
         closing(open_store(pooler.through(url))) as store,
         closing(open_store(pooler.through(url))) as other,
     ):
+        init_store(pooler.through(url))
+        assert init_store(pooler.through(url)) == "its tables were there already"
         for n in range(30):
             with ThreadPoolExecutor(2) as pool:
                 keys = [f"{n}/{m}" for m in range(5)]

@@ -106,7 +106,9 @@ def test_a_full_memory_is_unavailable_and_nothing_is_half_done(
     mine = claim(store, "mine")
     monkeypatch.setattr("idemp.stores.redis.PATIENCE", 0.3)
     own_redis.call("CONFIG", "SET", "maxmemory", "1")
-    with pytest.raises(StoreUnavailable, match=r"OOM|maxmemory"):
+    with pytest.raises(
+        StoreUnavailable, match=r"raise its maxmemory, or name a shorter \?retention= at every process$"
+    ):
         store.apply([Complete("mine", mine.token), Claim("other")])
     own_redis.call("CONFIG", "SET", "maxmemory", "0")
 
@@ -194,11 +196,23 @@ def test_no_connection_is_left(own_redis: Redis, store: Any, monkeypatch: pytest
         line.client_kill_filter(_type="normal", skipme=True)
         with monkeypatch.context() as short:
             short.setattr("idemp.stores.redis.PATIENCE", 0.3)
-            with pytest.raises(StoreUnavailable, match="max number of clients"):
+            with pytest.raises(StoreUnavailable, match=r"max number of clients.*; raise its maxclients$"):
                 claim(store, "other")
         line.config_set("maxclients", 100)
     assert one(store, Complete("key", mine.token)) == Applied()
     claim(store, "other")
+
+
+def test_too_few_replicas(own_redis: Redis, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its administrator wants some: unavailable, with the setting, and nothing is half done."""
+    mine = claim(store, "mine")
+    own_redis.call("CONFIG", "SET", "min-replicas-to-write", "1")
+    with monkeypatch.context() as short:
+        short.setattr("idemp.stores.redis.PATIENCE", 0.3)
+        with pytest.raises(StoreUnavailable, match=r"NOREPLICAS.*min-replicas-to-write$"):
+            store.apply([Complete("mine", mine.token), Claim("other")])
+    own_redis.call("CONFIG", "SET", "min-replicas-to-write", "0")
+    assert store.apply([Get("other"), Complete("mine", mine.token)]) == [Free(0), Applied()]
 
 
 def test_the_script_is_flushed(own_redis: Redis, store: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,6 +377,39 @@ def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"{kind}://127.0.0.1:{free_port()}/0"
         with closing(open_store(url)) as store, pytest.raises(StoreUnavailable, match=url):
             claim(store, "key")
+
+
+TAKES = {"postgresql": (211, 0), "redis": (245, 350)}
+"""Bytes of a done key with an id of 32 characters, as docs/stores.md has it; with Redis, its log, too."""
+
+
+@pytest.mark.parametrize("kind", TAKES)
+def test_what_a_done_key_takes(request: pytest.FixtureRequest, kind: str) -> None:
+    """Of a handler with a usual name; tables, indexes and all, and what the keys themselves cost."""
+    server, number = request.getfixturevalue(f"own_{kind}"), 30_000
+
+    def sizes() -> tuple[int, int]:
+        if kind == "redis":
+            used = re.search(r"used_memory:(\d+)", server.call("INFO", "memory"))
+            assert used
+            return int(used[1]), sum(file.stat().st_size for file in server.folder.rglob("*.aof"))
+        done = "SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relname ~ '^done_.$'"
+        return int(server.psql(done)), 0
+
+    with closing(open_store(server.url)) as store:
+        store.apply([])
+        before = sizes()
+        for start in range(0, number, 1000):
+            keys = [f"bench.new_order/{uuid.uuid4().hex}" for _ in range(start, start + 1000)]
+            claims = store.apply([Claim(key) for key in keys])
+            store.apply([Complete(k, c.token) for k, c in zip(keys, claims, strict=True)])  # type: ignore[union-attr]
+        each = [(now - then) / number for now, then in zip(sizes(), before, strict=True)]
+    assert each == pytest.approx(TAKES[kind], rel=0.08), each
+    text = (Path(__file__).parents[1] / "docs/stores.md").read_text()
+    said = (
+        "{} bytes of its disk, index" if kind == "postgresql" else "{} bytes of its memory, and {} of its log"
+    )
+    assert said.format(*TAKES[kind]) in text
 
 
 def test_namespaces_keep_apart(far: Far) -> None:

@@ -11,10 +11,11 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from idemp import context, idempotent
 from idemp.embedded import mount_of
 from idemp.errors import ConfigError, StoreUnavailable
 from idemp.laws import Entry, Ledger
@@ -34,6 +35,7 @@ from idemp.ports import (
     Lost,
     Op,
     Park,
+    Parked,
     Release,
     Reply,
     Takeover,
@@ -569,7 +571,7 @@ def test_space_is_bounded_by_rate_times_retention(make: Any, time: Time, tmp_pat
             sizes.append((tmp_path / "seen.db").stat().st_size)
     assert max(sizes) <= max(sizes[:5]) * 1.2
     with sqlite3.connect(tmp_path / "seen.db") as db:
-        rows = sum(db.execute(f"SELECT count(*) FROM done_{n}").fetchone()[0] for n in range(3))
+        rows = sum(db.execute(f"SELECT count(*) FROM idemp_done_{n}").fetchone()[0] for n in range(3))
     assert rows <= 1.5 * 20 * 40 + 40
 
 
@@ -612,9 +614,65 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         open_store(f"sqlite:///{tmp_path}").apply([])
     newer = tmp_path / "newer.db"
     with sqlite3.connect(newer) as db:
-        db.execute("PRAGMA user_version=9")
+        db.execute("CREATE TABLE idemp_layout AS SELECT 9 AS version")
     with pytest.raises(ConfigError, match="layout 9 of a newer idemp"):
         open_store(f"sqlite:///{newer}").apply([])
+
+
+def test_a_file_that_others_have_tables_in(tmp_path: Path) -> None:
+    """Handlers write to the same file: its other tables and its version are theirs, whatever their names."""
+    path, theirs = tmp_path / "app.db", ("meta", "session", "open", "outbox", "done_0")
+    with closing(sqlite3.connect(path)) as db:
+        for name in theirs:
+            db.execute(f"CREATE TABLE {name} (theirs)")
+        db.execute("PRAGMA user_version=1")
+    with closing(cast(SqliteStore, open_store(f"sqlite:///{path}"))) as store:
+
+        @idempotent(store, name="app", key="order", transaction=True)
+        def handler(order: str) -> None:
+            for name in theirs:
+                context().connection.execute(f"INSERT INTO {name} VALUES (?)", [order])
+            context().publish("billed", {}, exchange="out")
+
+        handler("A")
+        handler("A")
+        assert len(store.letters(10)) == 1
+    with closing(sqlite3.connect(path)) as db:
+        assert [db.execute(f"SELECT * FROM {name}").fetchall() for name in theirs] == [[("A",)]] * len(theirs)
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+
+
+def test_a_file_of_the_first_layout_is_renewed_once(tmp_path: Path) -> None:
+    """By one of four that open it at once; what was known is known, and its letters wait."""
+    path = tmp_path / "app.db"
+    url = f"sqlite:///{path}"
+    with closing(open_store(url)) as store:
+
+        @idempotent(store, name="app", key="order", transaction=True)
+        def handler(order: str) -> str:
+            context().publish("billed", {}, exchange="out")
+            return order
+
+        handler("A")
+        parked = store.apply([Claim("parked")])[0]
+        assert isinstance(parked, Claimed)
+        store.apply([Park("parked", parked.token, "why")])
+    with closing(sqlite3.connect(path)) as db:
+        for name in ("meta", "session", "open", "done_0", "done_1", "done_2", "outbox"):
+            db.execute(f"ALTER TABLE idemp_{name} RENAME TO {name}")
+        db.execute("DROP TABLE idemp_layout")
+        db.execute("PRAGMA user_version=1")
+    stores = [cast(SqliteStore, open_store(url)) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: each.apply([Get("app/A"), Get("parked")]), stores))
+    assert {tuple(type(state) for state in states) for states in found} == {(Done, Parked)}
+    assert [letter.key for letter in stores[0].letters(10)] == ["app/A"]
+    for each in stores:
+        each.close()
+    with closing(sqlite3.connect(path)) as db:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        assert db.execute("PRAGMA user_version").fetchone() == (2,), "which the idemp of before refuses"
+    assert all(name.startswith(("idemp_", "sqlite_")) for name in names)
 
 
 def opened(path: str, connect: Callable[..., sqlite3.Connection] = sqlite3.connect) -> SqliteStore:
@@ -757,7 +815,7 @@ def test_a_full_disk_is_unavailable_and_loses_nothing(make: Any, wire: Wire) -> 
     [claimed] = store.apply([Claim("a")])
 
     def full(when: str, sql: str) -> None:
-        if when == "before" and "INTO done" in sql:
+        if when == "before" and "INTO idemp_done" in sql:
             raise sqlite3.OperationalError("database or disk is full")
 
     wire.fault = full

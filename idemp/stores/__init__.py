@@ -119,7 +119,7 @@ def _missing_namespace(url: str, scheme: str) -> str | None:
             with closing(connect(endpoints)) as client:
                 return None if client.range(Layout(name).bucket).pairs else name
         case "postgresql" | "postgres":
-            from idemp.stores.postgresql_line import exists as in_postgresql
+            from idemp.stores.postgresql import exists as in_postgresql
 
             place = postgresql_of(url)
             return None if in_postgresql(place) else str(place.namespace)

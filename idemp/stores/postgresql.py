@@ -45,6 +45,7 @@ try:
 
     from idemp.stores.postgresql_batch import (
         BATCH_TOKENS,
+        EMPTIED,
         Head,
         Loaded,
         Quick,
@@ -53,20 +54,20 @@ try:
         decide,
         done_now,
         fold,
+        head_in,
         quick,
         run,
         save,
         went,
     )
+    from idemp.stores.postgresql_errors import exists, explain, init, outside
     from idemp.stores.postgresql_handlers import HandlersConnection
     from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
     from idemp.stores.postgresql_line import (
         Connection,
+        IsReplica,
         Line,
         Place,
-        connect,
-        explain,
-        migrate,
         one_line,
         place,
         watch,
@@ -76,7 +77,7 @@ except ImportError:
 
 T = TypeVar("T")
 
-__all__ = ["PostgresqlStore", "init", "place"]
+__all__ = ["PostgresqlStore", "exists", "init", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ MAX_KEY = 2600
 _HOLD = 5.0  # how long a batch waits for another's keys, and may hold its own if this host stands still
 _SWEEP = 3600.0
 _MARGIN = 2.0
+TRANSACTIONS = 10
+"""With handlers in them, of one process at a time, each with a connection: the others wait for their turn."""
 DETOURS = 8
 """Batches that go the long way at once, after one that could not go the short way."""
 
@@ -130,9 +133,9 @@ class PostgresqlStore(SessionStore):
         """See `idemp.ports.Inbox`.  The connection is a psycopg one in READ COMMITTED."""
         return self._session_here().transaction(work, wait)
 
-    def letters(self, limit: int) -> list[Letter]:
+    def letters(self, limit: int, after: int = 0) -> list[Letter]:
         """See `idemp.ports.Inbox`."""
-        rows = self._session_here().outbox("letters", [limit])
+        rows = self._session_here().outbox("letters", [after, limit])
         return [
             Letter(number, bytes(key).decode(), at, unpack(bytes(blob))) for number, key, at, blob in rows
         ]
@@ -150,17 +153,6 @@ class PostgresqlStore(SessionStore):
         session = self._mine()
         assert isinstance(session, _Session)
         return session
-
-
-def init(place: Place, grant: str = "") -> list[int]:
-    """Make or renew the tables; the versions that were new.  ``grant``: the role that may use them."""
-    try:
-        with connect(place) as connection:
-            return migrate(connection, place, grant)
-    except psycopg.Error as error:
-        raise ConfigError(
-            f"{place.shown}: {one_line(error)}; use a user who may create a schema and grant rights on it"
-        ) from None
 
 
 def _check_key(key: str) -> None:
@@ -214,6 +206,7 @@ class _Session(Listening):
         self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
         self._lines = [self._writer, self._beater, self._reader, self._listener]
         self._idle: list[Line] = []  # for transactions with handlers in them
+        self._turns = threading.BoundedSemaphore(TRANSACTIONS)
         self._reading = threading.Lock()
         self._start("watch", partial(watch, self._lines, self._ended))
         self._start("heartbeat", self._beat)
@@ -224,8 +217,9 @@ class _Session(Listening):
         """One transaction, repeated until its fate is known or `PATIENCE` is over."""
         if self._ended.is_set():
             raise Closed("this store was closed")
-        deadline, said = self._clock.steady() + PATIENCE, ""
+        deadline = self._clock.steady() + PATIENCE
         self._batch += 1
+        told: Exception | None = None
         while True:
             failed: Exception
             try:
@@ -233,17 +227,19 @@ class _Session(Listening):
                     return self._attempt(connection, ops)
             except psycopg.Error as error:
                 failed = explain(self._place, error)
-                said = one_line(error) if error.sqlstate else said
+                told = failed if error.sqlstate else told
             except StoreUnavailable as error:
                 failed = error
+            except IsReplica as error:
+                failed = self._demoted(error)
             # Another server may be the primary now, of which who listens on the old line hears nothing; and
             # a forget of this batch may have taken effect.
             self._recall.lose()
             if isinstance(failed, ConfigError):
                 raise failed
             if self._clock.steady() >= deadline:
-                # Who has ended says no more; what it said before is why.
-                raise failed if said in str(failed) else StoreUnavailable(f"{failed}; it had said: {said}")
+                # A server that has ended says no more; what it said before is why.
+                raise failed if told in (None, failed) else StoreUnavailable(f"{told}; then it was gone")
             log.debug("%s", failed)
             self._clock.sleep(0.05)
 
@@ -257,9 +253,7 @@ class _Session(Listening):
             self._be_born(connection)
         if not ops:
             if not self._confirm(connection):
-                head = run(connection, self._words.head, {"me": self._id}).fetchone()
-                assert head is not None
-                self._bury(connection, Head(*head).batch)
+                self._bury(connection, head_in(run(connection, self._words.head, {"me": self._id})).batch)
             return []
         if all(isinstance(op, Get) for op in ops):
             return self._look(connection, ops)
@@ -320,9 +314,7 @@ class _Session(Listening):
             connection.execute(self._settings)
             tried = attempt(connection, self._words, self._id, batch, slice_now)
         found = went(tried)
-        row = tried.head.fetchone()
-        assert row is not None
-        head = Head(*row)
+        head = head_in(tried.head)
         self._heed(head, sent)
         alive = head.alive and head.batch == self._last
         # A token is drawn before its claim waits for who holds the key.  Others may have had that key since
@@ -396,6 +388,10 @@ class _Session(Listening):
         if self._ended.is_set():
             raise Closed("this store was closed")
         transaction: PostgresqlTransaction | None = None
+        committing = False
+        if not self._turns.acquire(timeout=PATIENCE):
+            said = f"{TRANSACTIONS} transactions of this process are open, and none has ended"
+            return StoreUnavailable(f"{self._place.shown}: {said} within {PATIENCE:g} s")
         line = self._idle.pop() if self._idle else self._new_line()
         era, asked = self._recall.era(), self._clock.steady()
         try:
@@ -407,14 +403,20 @@ class _Session(Listening):
                 with transaction.open():
                     result = work(transaction)
                     transaction.save()
+                    committing = True
             transaction.teach(self._recall, era, asked)
             if transaction.tells:
                 self._wake()
+        except IsReplica as error:
+            return self._demoted(error)
         except (psycopg.Error, StoreUnavailable) as error:
             if isinstance(error, StoreUnavailable):
                 return error
             failed = explain(self._place, error)
             if gone(error) or isinstance(failed, ConfigError) or (transaction and transaction.lost):
+                return failed
+            begun = transaction is not None and transaction.begun
+            if not committing and outside(error, begun=begun):
                 return failed
             raise  # the commit was refused
         except Exception as error:
@@ -423,6 +425,7 @@ class _Session(Listening):
             return StoreUnavailable(f"{self._place.shown}: {one_line(error)}")
         finally:
             self._idle.append(line)
+            self._turns.release()
         return _Result(result)
 
     def outbox(self, name: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -463,9 +466,10 @@ class _Session(Listening):
         if self._id:
             run(connection, words.died, [self._id])
         named = run(connection, words.retention, [self._named]).fetchone()
+        if named is None:
+            raise ConfigError(f"{self._place.shown}: {EMPTIED}")
         row = run(connection, words.born, [new, self._ttl]).fetchone()
         assert row is not None
-        assert named is not None
         if row[0] <= self._number:
             # The server forgot numbers that it gave out: tokens must not come again.
             row = run(connection, words.ahead, [self._number + 1]).fetchone()
@@ -478,6 +482,10 @@ class _Session(Listening):
         self._number, self._born = row[0], (row[0] + 1) * BATCH_TOKENS - 1
         self._last, self._unsure = 0, None
         self._id, self._confirmed = new, sent
+
+    def _demoted(self, error: IsReplica) -> Exception:
+        """It was a primary, and another is one now, or will soon be: to wait for, not to give up."""
+        return StoreUnavailable(str(error)) if self._id else error
 
     def _bury(self, connection: Connection, batch: int | None) -> None:
         """My session is over, or the server does not know its last batch any more."""
@@ -517,7 +525,10 @@ class _Session(Listening):
 
     def _beat_once(self) -> None:
         with self._beater.use(PATIENCE) as connection:
-            alive = self._confirm(connection)
+            # In any other a batch that writes the same row at the same time would end it.
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            with connection.transaction():
+                alive = self._confirm(connection)
         if not alive:
             self.group.apply([])
         with self._beater.use(PATIENCE) as connection:
@@ -525,7 +536,8 @@ class _Session(Listening):
             if self._clock.steady() - self._swept >= min(self.retention / 4, _SWEEP):
                 self._swept = self._clock.steady()
                 for statement in self._words.sweep:
-                    run(connection, statement)
+                    with connection.transaction():
+                        run(connection, statement)
 
     def _turn(self, connection: Connection) -> None:
         """Begin a new slice when it is time, in the place of the oldest, which is over by then."""
@@ -593,7 +605,7 @@ class _Session(Listening):
         except psycopg.Error as error:
             if isinstance(failed := explain(self._place, error), ConfigError):
                 raise failed from None
-        except StoreUnavailable:
+        except (StoreUnavailable, IsReplica):
             pass
         self.group.apply([])  # returns when the server is there again, or raises
         try:

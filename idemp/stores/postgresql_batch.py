@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
+from idemp.errors import ConfigError
 from idemp.laws import DONE, Entry, Ledger
 from idemp.ports import Applied, Claim, Claimed, Complete, Done, Forget, Get, Op, Reply, Takeover
 from idemp.stores.postgresql_handlers import HandlersConnection
@@ -34,6 +35,17 @@ class Head(NamedTuple):
     mark: str = ""
 
 
+EMPTIED = "its table meta is empty, as after a TRUNCATE of all tables; run: idemp init URL"
+
+
+def head_in(rows: Rows) -> Head:
+    """What the server answered.  Raises `ConfigError` if somebody has emptied the tables."""
+    row = rows.fetchone()
+    if row is None:
+        raise ConfigError(f"PostgreSQL: {EMPTIED}")
+    return Head(*row)
+
+
 class Loaded(NamedTuple):
     """The keys of a batch, held until the transaction ends."""
 
@@ -54,9 +66,7 @@ class Asked(NamedTuple):
 
     def loaded(self) -> Loaded:
         """What they say."""
-        row = self.head.fetchone()
-        assert row is not None
-        loaded = Loaded(Head(*row), {}, set(), set(), set())
+        loaded = Loaded(head_in(self.head), {}, set(), set(), set())
         fold(loaded, self.rows.fetchall())
         # What was seen done without being held stands as it was seen: another may have forgotten it since.
         for key, *columns in self.seen.fetchall():

@@ -10,13 +10,16 @@ import psycopg
 
 from idemp.findings import Finding, Looked
 from idemp.ports import Clock
-from idemp.stores.postgresql_line import Connection, Place, connect, explain
+from idemp.stores.postgresql_errors import explain
+from idemp.stores.postgresql_line import Connection, Place, connect
 from idemp.stores.postgresql_sql import VERSION
 
 SKEW = 5.0
 """Seconds between two clocks that are worth a word."""
 LONG = 300.0
 """Seconds after which a transaction of anybody's is worth a word: it keeps dead rows in every table."""
+SHORT = 10.0
+"""Seconds for a statement, below which it is worth a word: a batch waits for up to five."""
 OLD = 1_200_000_000
 """Transactions since the oldest that is not frozen; at two thousand million PostgreSQL stops."""
 NEARLY_FULL = 0.8
@@ -56,6 +59,19 @@ def _settings(place: Place, connection: Connection) -> list[Finding]:
     if autovacuum == "off":
         fix = "ALTER SYSTEM SET autovacuum = on; SELECT pg_reload_conf()"
         found.append(Finding(place.shown, "nothing cleans its tables up", "autovacuum = off", fix))
+    [(read_only,)] = _ask(connection, "SELECT current_setting('default_transaction_read_only')")
+    if read_only == "on":
+        fix = "ALTER DATABASE or ALTER ROLE ... SET default_transaction_read_only = off, where it was set"
+        what = "it takes no writes, hence no claim"
+        found.append(Finding(place.shown, what, "default_transaction_read_only = on", fix))
+    [(bound, seconds)] = _ask(
+        connection,
+        "SELECT b, extract(epoch FROM b::interval)::float8 FROM current_setting('statement_timeout') AS t(b)",
+    )
+    if 0 < seconds < SHORT:
+        what = "a batch that waits for keys that another one holds may be cut off, and is then tried again"
+        fix = "ALTER ROLE THIS_USER SET statement_timeout = '30s'"
+        found.append(Finding(place.shown, what, f"statement_timeout = {bound}", fix, fault=False))
     [(replica,)] = _ask(connection, "SELECT pg_is_in_recovery()")
     if replica:
         what, fix = "it is a replica, which takes no claim", "name the primary"

@@ -55,6 +55,11 @@ class PostgresqlTransaction:
         self._outgoing: list[tuple[str, Publication]] = []
         self._began = 0.0
 
+    @property
+    def begun(self) -> bool:
+        """Whether a handler may have run in it: none does before the first look."""
+        return self._ledger is not None
+
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, the driver refuses commit and rollback to the handler."""

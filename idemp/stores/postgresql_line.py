@@ -39,6 +39,10 @@ _REFUSED = re.compile(
 )
 
 
+class IsReplica(ConfigError):
+    """It takes no writes."""
+
+
 class Tables(NamedTuple):
     """Of one kind.
 
@@ -112,10 +116,9 @@ class Line:
     @contextmanager
     def use(self, seconds: float) -> Iterator[Connection]:
         """The connection, which is cut if this lasts longer; after an error it is dropped."""
-        connection = self._connection or self._connect()
         self._until = self._clock.steady() + seconds
         try:
-            yield connection
+            yield self._connection or self._connect()
         except BaseException:
             self.drop()
             raise
@@ -125,11 +128,12 @@ class Line:
     def _connect(self) -> Connection:
         connection = connect(self._place, self._kind)
         try:
+            # Before the first question: a pooler without a free connection lets it wait for minutes.
+            self._plug = socket.socket(fileno=socket.dup(connection.fileno()))
             self.pooled = check(connection, self._place)
             if self.pooled:
                 # The next transaction may meet another server process, which knows no statement of mine.
                 connection.prepare_threshold = None
-            self._plug = socket.socket(fileno=socket.dup(connection.fileno()))
         except BaseException:
             connection.close()
             raise
@@ -194,7 +198,7 @@ def check(connection: Connection, place: Place) -> bool:
     assert found is not None
     synchronous, fsync, full_pages, replica, process, there = found
     if replica:
-        raise ConfigError(f"{place.shown} is a read-only replica; name the primary")
+        raise IsReplica(f"{place.shown} is a read-only replica; name the primary")
     if not place.unsafe:
         _check_durable(place, synchronous, fsync, full_pages)
     version = _version(connection, place) if there else 0

@@ -232,7 +232,7 @@ _TEMPLATE = Statements(
     put="INSERT INTO {s}.outbox (key, at, letter)"
     " SELECT u.key, extract(epoch FROM clock_timestamp())::float8, u.letter"
     " FROM unnest(%b::bytea[], %b::bytea[]) WITH ORDINALITY AS u(key, letter, place) ORDER BY u.place",
-    letters="SELECT number, key, at, letter FROM {s}.outbox ORDER BY number LIMIT %s",
+    letters="SELECT number, key, at, letter FROM {s}.outbox WHERE number > %s ORDER BY number LIMIT %s",
     sent="DELETE FROM {s}.outbox WHERE number = ANY(%b::bigint[])",
     backlog="SELECT count(*), coalesce(extract(epoch FROM clock_timestamp())::float8 - min(at), 0)"
     " FROM {s}.outbox",

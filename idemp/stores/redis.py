@@ -555,6 +555,7 @@ def looking(at: Server) -> Any:
     """A client that asks once: who looks at a server wants to hear soon that it is not there."""
     return redis.Redis(
         **at.options,
+        protocol=2,  # the newer one's login takes any password where there is none
         socket_timeout=TIMEOUT,
         socket_connect_timeout=TIMEOUT,
         retry=Retry(NoBackoff(), 0),

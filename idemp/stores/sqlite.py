@@ -5,8 +5,8 @@ these is a statement or a few, whatever the batch's size, because sqlite3 lets g
 step and a busy thread beside it would take it each time.  What the writer read or wrote it need not load
 again until another connection has written, which SQLite tells (sqlite_known.py).
 
-Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to
-``done_2``: a new slice begins when the last is half a retention old, in the place of the oldest,
+Keys that are not done live in ``idemp_open``.  Done keys live in three slices of time, ``idemp_done_0`` to
+``idemp_done_2``: a new slice begins when the last is half a retention old, in the place of the oldest,
 which is over by then as a whole.  So nothing is deleted row by row, and the file holds at most
 one and a half retentions.
 """
@@ -44,7 +44,8 @@ Row = tuple[Any, ...]
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
+LAYOUT = 2
+"""Of the file.  The first had no prefix before its tables' names, which those of handlers may have, too."""
 PATIENCE = 10.0
 """Seconds that a batch tries to get through before `StoreUnavailable`."""
 _MOST_ROWS = 256
@@ -56,18 +57,50 @@ _SLICES = range(3)
 # Keys are random, so a batch touches many pages: keep them at hand (KiB), and write them back seldom (pages).
 _SETTINGS = ("journal_mode=WAL", "synchronous=FULL", "cache_size=-65536", "wal_autocheckpoint=8000")
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS session
+_SCHEMA = f"""
+CREATE TABLE idemp_layout (version INTEGER);
+INSERT INTO idemp_layout VALUES ({LAYOUT});
+CREATE TABLE idemp_meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE idemp_session
     (id TEXT PRIMARY KEY, boot TEXT, expires REAL, batch INTEGER, pid INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS open
+CREATE TABLE idemp_open
     (key TEXT PRIMARY KEY, state TEXT, token INTEGER, attempt INTEGER, session TEXT, at REAL, reason TEXT)
     WITHOUT ROWID;
 """ + "".join(
-    f"CREATE TABLE IF NOT EXISTS done_{n} (key TEXT PRIMARY KEY, token INTEGER, attempt INTEGER, at REAL, "
+    f"CREATE TABLE idemp_done_{n} (key TEXT PRIMARY KEY, token INTEGER, attempt INTEGER, at REAL, "
     "result BLOB, fingerprint BLOB) WITHOUT ROWID;"
     for n in _SLICES
 )
+
+
+_FIRST = ("meta", "session", "open", "done_0", "done_1", "done_2", "outbox")
+
+
+def layout_of(db: sqlite3.Connection) -> int:
+    """Of the file; 0: it has none of our tables."""
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'idemp_layout'").fetchone():
+        return int(db.execute("SELECT max(version) FROM idemp_layout").fetchone()[0])
+    ours = db.execute("SELECT 1 FROM pragma_table_info('done_0') WHERE name = 'fingerprint'").fetchone()
+    return 1 if ours and db.execute("PRAGMA user_version").fetchone() == (1,) else 0
+
+
+def _make(db: sqlite3.Connection) -> None:
+    """The tables, or those of the first layout renamed, unless another process was first."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        layout = layout_of(db)
+        statements = _SCHEMA.split(";")
+        if layout == 1:
+            there = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            renamed = [f"ALTER TABLE {name} RENAME TO idemp_{name}" for name in _FIRST if name in there]
+            # An idemp of before looks there, and refuses; it would begin anew in tables of the old names.
+            statements = [*statements[:2], *renamed, f"PRAGMA user_version={LAYOUT}"]
+        for statement in statements if layout < LAYOUT else ():
+            db.execute(statement)
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
 
 
 # The columns of an Entry, for open and for done; blobs travel as hexadecimal text.
@@ -78,13 +111,13 @@ _DONE_ENTRY = (
 )
 
 _LOAD = (
-    "SELECT (SELECT json_group_object(name, value) FROM meta),"
-    " (SELECT json_group_object(id, expires) FROM session WHERE boot = :boot AND expires > :now),"
+    "SELECT (SELECT json_group_object(name, value) FROM idemp_meta),"
+    " (SELECT json_group_object(id, expires) FROM idemp_session WHERE boot = :boot AND expires > :now),"
     f" (SELECT json_group_array(json_array(o.key, {_OPEN_ENTRY}))"
-    "    FROM json_each(:keys) k CROSS JOIN open o ON o.key = k.value)"
+    "    FROM json_each(:keys) k CROSS JOIN idemp_open o ON o.key = k.value)"
 ) + "".join(
     f", (SELECT json_group_array(json_array(d.key, {_DONE_ENTRY}))"
-    f"    FROM json_each(:keys) k CROSS JOIN done_{n} d ON d.key = k.value)"
+    f"    FROM json_each(:keys) k CROSS JOIN idemp_done_{n} d ON d.key = k.value)"
     for n in _SLICES
 )
 # Not INSERT OR REPLACE, which copies every page first that it may have to give back: three times the work.
@@ -92,29 +125,33 @@ _LOAD = (
 _REPLACE = "INSERT OR FAIL INTO {} VALUES {} ON CONFLICT (key) DO UPDATE SET {}"
 _OPEN_COLUMNS = ("state", "token", "attempt", "session", "at", "reason")
 _DONE_COLUMNS = ("token", "attempt", "at", "result", "fingerprint")
-_DROP_OPEN = "DELETE FROM open WHERE key IN (SELECT value FROM json_each(?))"
-_DROP_DONE = tuple(f"DELETE FROM done_{n} WHERE key IN (SELECT value FROM json_each(?))" for n in _SLICES)
-_CONFIRM = "UPDATE session SET expires = ?, batch = ? WHERE id = ?"
+_DROP_OPEN = "DELETE FROM idemp_open WHERE key IN (SELECT value FROM json_each(?))"
+_DROP_DONE = tuple(
+    f"DELETE FROM idemp_done_{n} WHERE key IN (SELECT value FROM json_each(?))" for n in _SLICES
+)
+_CONFIRM = "UPDATE idemp_session SET expires = ?, batch = ? WHERE id = ?"
 _SCAN = (
-    f"SELECT * FROM (SELECT o.key, {_OPEN_ENTRY} FROM open o WHERE o.key > :after AND o.key >= :prefix"
+    f"SELECT * FROM (SELECT o.key, {_OPEN_ENTRY} FROM idemp_open o WHERE o.key > :after AND o.key >= :prefix"
     " AND o.key < :end AND (o.state <> 'free' OR o.at > :over) ORDER BY o.key LIMIT :limit)"
 ) + "".join(
-    f" UNION ALL SELECT * FROM (SELECT d.key, {_DONE_ENTRY} FROM done_{n} d WHERE d.key > :after"
+    f" UNION ALL SELECT * FROM (SELECT d.key, {_DONE_ENTRY} FROM idemp_done_{n} d WHERE d.key > :after"
     " AND d.key >= :prefix AND d.key < :end AND d.at > :over ORDER BY d.key LIMIT :limit)"
     for n in _SLICES
 )
 
-_SIZE = "SELECT (SELECT count(*) FROM open)" + "".join(f" + (SELECT count(*) FROM done_{n})" for n in _SLICES)
-_SESSIONS = "SELECT id FROM session WHERE boot = :boot AND expires > :now"
+_SIZE = "SELECT (SELECT count(*) FROM idemp_open)" + "".join(
+    f" + (SELECT count(*) FROM idemp_done_{n})" for n in _SLICES
+)
+_SESSIONS = "SELECT id FROM idemp_session WHERE boot = :boot AND expires > :now"
 
 # Made when it is first needed: files of before have none.
 _OUTBOX = (
-    "CREATE TABLE IF NOT EXISTS outbox"
+    "CREATE TABLE IF NOT EXISTS idemp_outbox"
     " (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT, at REAL, letter BLOB)"
 )
 
-_HAS_OUTBOX = "SELECT 1 FROM sqlite_master WHERE name = 'outbox'"
-_SENT = "DELETE FROM outbox WHERE number IN (SELECT value FROM json_each(?))"
+_HAS_OUTBOX = "SELECT 1 FROM sqlite_master WHERE name = 'idemp_outbox'"
+_SENT = "DELETE FROM idemp_outbox WHERE number IN (SELECT value FROM json_each(?))"
 
 Connect = Callable[..., sqlite3.Connection]
 
@@ -146,10 +183,10 @@ class SqliteStore(SessionStore):
         """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
         return self._session_here().transaction(work, wait)
 
-    def letters(self, limit: int) -> list[Letter]:
+    def letters(self, limit: int, after: int = 0) -> list[Letter]:
         """See `idemp.ports.Inbox`."""
-        query = "SELECT number, key, at, letter FROM outbox ORDER BY number LIMIT ?"
-        rows = self._session_here().letters(query, [limit])
+        query = "SELECT number, key, at, letter FROM idemp_outbox WHERE number > ? ORDER BY number LIMIT ?"
+        rows = self._session_here().letters(query, [after, limit])
         return [Letter(number, _unescape(key), at, unpack(blob)) for number, key, at, blob in rows]
 
     def sent(self, numbers: Sequence[int]) -> None:
@@ -159,7 +196,7 @@ class SqliteStore(SessionStore):
     def backlog(self) -> Backlog:
         """See `idemp.ports.Inbox`."""
         session = self._session_here()
-        for letters, oldest in session.letters("SELECT count(*), min(at) FROM outbox", []):
+        for letters, oldest in session.letters("SELECT count(*), min(at) FROM idemp_outbox", []):
             return Backlog(letters, max(0.0, session.now() - oldest) if letters else 0.0)
         return Backlog(0, 0.0)
 
@@ -234,13 +271,13 @@ class _Session(Confirmed):
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
             check_durable(self._path, connection.execute)
-            layout = connection.execute("PRAGMA user_version").fetchone()[0]
-            if layout not in (0, LAYOUT):
+            layout = layout_of(connection)
+            if layout > LAYOUT:
                 raise ConfigError(
                     f"{self._path} has layout {layout} of a newer idemp; upgrade idemp or name another file"
                 )
-            if layout == 0:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={LAYOUT}; COMMIT;")
+            if layout < LAYOUT:
+                _make(connection)
         except sqlite3.OperationalError as error:
             raise self._cannot_open(error) from None
         except sqlite3.DatabaseError as error:
@@ -329,7 +366,7 @@ class _Session(Confirmed):
         return None
 
     def _took_effect(self, db: sqlite3.Connection, batch: int) -> bool:
-        row = db.execute("SELECT batch FROM session WHERE id = ?", (self._id,)).fetchone()
+        row = db.execute("SELECT batch FROM idemp_session WHERE id = ?", (self._id,)).fetchone()
         return row is not None and row[0] == batch
 
     def _transact(self, db: sqlite3.Connection, ops: Sequence[Op]) -> list[Reply]:
@@ -351,7 +388,7 @@ class _Session(Confirmed):
             db.execute(_CONFIRM, (now + self._ttl, self._batch, self._id))
         else:
             new = (self._id, self._boot, now + self._ttl, self._batch, os.getpid())
-            db.execute("INSERT INTO session VALUES (?, ?, ?, ?, ?)", new)
+            db.execute("INSERT INTO idemp_session VALUES (?, ?, ?, ?, ?)", new)
         self._unsure = _Unsure(self._batch, ops, replies)
         db.execute("COMMIT")
         self._unsure = None
@@ -412,8 +449,8 @@ class _Session(Confirmed):
                 done.append((name, entry.token, entry.attempt, entry.at, entry.result, entry.fingerprint))
             else:
                 opened.append((name, *astuple(entry)[:5], _legible(entry.reason)))
-        _replace(db, "open", _OPEN_COLUMNS, opened)
-        _replace(db, f"done_{slice_now}", _DONE_COLUMNS, done)
+        _replace(db, "idemp_open", _OPEN_COLUMNS, opened)
+        _replace(db, f"idemp_done_{slice_now}", _DONE_COLUMNS, done)
         if done or gone:
             db.execute(_DROP_OPEN, (_json([row[0] for row in done] + gone),))
         if gone:
@@ -460,7 +497,7 @@ class _Session(Confirmed):
                 db.execute(_OUTBOX)
                 now = self._clock.wall()
                 rows = [(_escape(key), now, pack(each)) for key, each in transaction.outgoing]
-                db.executemany("INSERT INTO outbox (key, at, letter) VALUES (?, ?, ?)", rows)
+                db.executemany("INSERT INTO idemp_outbox (key, at, letter) VALUES (?, ?, ?)", rows)
             db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             raise _Again(error) from error
@@ -534,7 +571,7 @@ class _Session(Confirmed):
         elif wall - began >= self.retention / 2 and wall - meta.get("ended", 0) >= self.retention:
             # The slice that comes next was closed when the one before the present began.
             number += 1
-            db.execute(f"DELETE FROM done_{number % 3}")
+            db.execute(f"DELETE FROM idemp_done_{number % 3}")
             _set(db, meta, slice=number, began=wall, ended=began)
         return int(number) % 3
 
@@ -543,8 +580,10 @@ class _Session(Confirmed):
         with self.group.paused():
             now = self._swept = self._clock.steady()
             over = self._clock.wall() - self.retention
-            self._writer.execute("DELETE FROM open WHERE state = 'free' AND at <= ?", (over,))
-            self._writer.execute("DELETE FROM session WHERE boot <> ? OR expires <= ?", (self._boot, now))
+            self._writer.execute("DELETE FROM idemp_open WHERE state = 'free' AND at <= ?", (over,))
+            self._writer.execute(
+                "DELETE FROM idemp_session WHERE boot <> ? OR expires <= ?", (self._boot, now)
+            )
 
     # ---------------------------------------------------------------- the session
 
@@ -567,7 +606,7 @@ class _Session(Confirmed):
             self._drop_handlers()
         with self.group.paused(), self._reading:
             try:
-                self._writer.execute("DELETE FROM session WHERE id = ?", (self._id,))
+                self._writer.execute("DELETE FROM idemp_session WHERE id = ?", (self._id,))
             except sqlite3.Error as error:
                 log.warning("%s: %s", self._path, error)
             self._writer.close()
@@ -673,7 +712,7 @@ def _set(db: sqlite3.Connection, meta: dict[str, Any], **values: Any) -> None:
     """Write what differs, in the file and in ``meta``."""
     for name, value in values.items():
         if meta.get(name) != value:
-            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+            db.execute("INSERT OR REPLACE INTO idemp_meta VALUES (?, ?)", (name, value))
             meta[name] = value
 
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from idemp.embedded import MEMORY, NETWORK, mount_of
 from idemp.errors import ConfigError
 from idemp.findings import Finding, Looked
+from idemp.stores.sqlite import LAYOUT, layout_of
 
 WAL = 64 * 1024 * 1024
 """Bytes in the log beside the file that are worth a word: a checkpoint comes every few MiB."""
@@ -29,7 +30,7 @@ def examine(path: str, mountinfo: str | None = None) -> Looked:
     try:
         with closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as db:
             db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            found += _settings(path, db)
+            found += [*_settings(path, db), *_layout(path, db)]
             return Looked(found, _retention(db))
     except sqlite3.OperationalError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
@@ -88,10 +89,17 @@ def _settings(path: str, db: sqlite3.Connection) -> list[Finding]:
     return found
 
 
+def _layout(path: str, db: sqlite3.Connection) -> list[Finding]:
+    if (layout := layout_of(db)) <= LAYOUT:
+        return []
+    what, seen = "it is of a newer idemp", f"layout {layout}, and this idemp has {LAYOUT}"
+    return [Finding(path, what, seen, "upgrade idemp here")]
+
+
 def _retention(db: sqlite3.Connection) -> float | None:
     """Of a store; None for a broker's file."""
     try:
-        row = db.execute("SELECT value FROM meta WHERE name = 'retention'").fetchone()
+        row = db.execute("SELECT value FROM idemp_meta WHERE name = 'retention'").fetchone()
     except sqlite3.OperationalError:
         return None
     return None if row is None else float(row[0])

@@ -266,8 +266,8 @@ MUTANTS = (
     Mutant(
         "a session dies by the clock",
         "stores/sqlite.py",
-        "FROM session WHERE boot = :boot AND expires > :now),",
-        "FROM session WHERE boot = :boot),",
+        "FROM idemp_session WHERE boot = :boot AND expires > :now),",
+        "FROM idemp_session WHERE boot = :boot),",
         unit("test_sqlite_store.py::test_a_session_dies_by_the_clock_and_never_comes_back"),
     ),
     Mutant(
@@ -856,5 +856,34 @@ MUTANTS = (
         "        and properties.correlation_id is None\n",
         "",
         unit("test_tracking.py::test_properties_that_an_event_tells_by_itself"),
+    ),
+    # ---------------------------------------------------------------- the outbox, URLs
+    Mutant(
+        "letters that no queue takes hold nobody up",
+        "relay.py",
+        "            self._after = letters[-1].number\n",
+        "            return 0\n",
+        unit("test_outbox.py::test_letters_that_no_queue_takes_hold_nobody_up"),
+    ),
+    Mutant(
+        "nothing overtakes what no queue takes of the same key",
+        "relay.py",
+        "if letter.key not in self._stuck:",
+        "if True:",
+        unit("test_outbox.py::test_letters_that_no_queue_takes_hold_nobody_up"),
+    ),
+    Mutant(
+        "a password that nobody escaped is not shown",
+        "settings.py",
+        """return _PASSWORD.sub(r"\\1:***@", url)""",
+        """return re.sub("//([^:/]*):[^@/]*@", r"//\\1:***@", url)""",
+        unit("test_cli.py::test_what_is_wrong_is_one_sentence"),
+    ),
+    Mutant(
+        "what the server lacks is no attempt of a handler",
+        "stores/postgresql.py",
+        "            if not committing and outside(error, begun=begun):\n                return failed\n",
+        "",
+        unit("test_inbox_consumer.py::test_a_database_that_lets_nothing_through_is_waited_for"),
     ),
 )
