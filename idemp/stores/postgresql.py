@@ -231,7 +231,7 @@ class _Session(Listening):
             except StoreUnavailable as error:
                 failed = error
             except IsReplica as error:
-                failed = self._demoted(error)
+                failed = told = self._demoted(error)
             # Another server may be the primary now, of which who listens on the old line hears nothing; and
             # a forget of this batch may have taken effect.
             self._recall.lose()
