@@ -177,14 +177,19 @@ def context() -> Context:
     raise IdempError("context() is for the inside of an idempotent handler, or after a call of one")
 
 
-@contextmanager
-def running(current: Context) -> Iterator[None]:
-    """`context()` is ``current`` inside."""
-    before = _running.set(current)
-    try:
-        yield
-    finally:
-        _running.reset(before)
+class running:
+    """`context()` is ``current`` inside.  A class, for it costs a third of a generator on the hot path."""
+
+    __slots__ = ("_before", "_current")
+
+    def __init__(self, current: Context) -> None:
+        self._current = current
+
+    def __enter__(self) -> None:
+        self._before = _running.set(self._current)
+
+    def __exit__(self, *_: object) -> None:
+        _running.reset(self._before)
 
 
 # ------------------------------------------------------------------ the decorator
@@ -393,13 +398,11 @@ def run(policy: Policy, function: Callable[..., Any], current: Context, args: An
     """Call the handler: `Returned`, `Raised`, or `NotStarted` if the session is stale."""
     if not policy.store.fresh(current.fencing_token):
         return NotStarted()
-    before = _running.set(current)  # `running` costs a microsecond more, and this is the hot path
     try:
-        value = function(*args, **kwargs)
+        with running(current):
+            value = function(*args, **kwargs)
     except BaseException as error:
         return Raised(error)
-    finally:
-        _running.reset(before)
     return Returned(value, policy.encode(value))
 
 

@@ -125,7 +125,7 @@ class PostgresqlTransaction:
     def keep(self) -> None:
         """See `idemp.ports.Transaction`."""
         self._reset()
-        status = self.connection.info.transaction_status
+        status = self.connection.pgconn.transaction_status
         if status == TransactionStatus.IDLE:
             raise PermanentFailure(
                 "the handler ended the transaction that it was given; leave commit and rollback to idemp"
