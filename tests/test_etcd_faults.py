@@ -587,7 +587,7 @@ time.sleep(600)
 class Restarts:
     """Opens one namespace again and again, and leaves it in every way there is."""
 
-    retention = 2.0
+    retention = 4.0  # long beside what a keeper's round takes on a slow disk: three of them come on top
 
     def __init__(self, etcd: Etcd, namespace: str, folder: Path) -> None:
         self.layout, self.admin = Layout(namespace), Client(etcd.endpoints)

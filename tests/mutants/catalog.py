@@ -612,6 +612,7 @@ MUTANTS = (
     Mutant(
         "who became a replica is not spoken for",
         "stores/redis.py",
+        "            self._client.connection_pool.disconnect(inuse_connections=False)\n"
         "            self._recall.lose()\n            raise\n",
         "            raise\n",
         unit("test_recall.py::test_a_server_that_became_a_replica_is_left"),
