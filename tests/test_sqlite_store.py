@@ -675,6 +675,23 @@ def test_a_file_of_the_first_layout_is_renewed_once(tmp_path: Path) -> None:
     assert all(name.startswith(("idemp_", "sqlite_")) for name in names)
 
 
+def test_the_renewal_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    """The first layout made its outbox when it was needed: in a file without, one of that name is theirs."""
+    path = tmp_path / "app.db"
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        store.apply([Claim("key")])
+    with closing(sqlite3.connect(path)) as db:
+        for name in ("meta", "session", "open", "done_0", "done_1", "done_2"):
+            db.execute(f"ALTER TABLE idemp_{name} RENAME TO {name}")
+        db.execute("DROP TABLE idemp_layout")
+        db.execute("PRAGMA user_version=1")
+        db.execute("CREATE TABLE outbox (theirs)")
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        assert not isinstance(store.apply([Get("key")])[0], Free)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT theirs FROM outbox").fetchall() == []
+
+
 def opened(path: str, connect: Callable[..., sqlite3.Connection] = sqlite3.connect) -> SqliteStore:
     return SqliteStore(path, retention=60.0, session_ttl=10.0, connect=connect)
 

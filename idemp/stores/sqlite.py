@@ -73,7 +73,8 @@ CREATE TABLE idemp_open
 )
 
 
-_FIRST = ("meta", "session", "open", "done_0", "done_1", "done_2", "outbox")
+_FIRST = ("meta", "session", "open", "done_0", "done_1", "done_2")
+_OUTBOX_COLUMNS = ["number", "key", "at", "letter"]
 
 
 def layout_of(db: sqlite3.Connection) -> int:
@@ -84,6 +85,10 @@ def layout_of(db: sqlite3.Connection) -> int:
     return 1 if ours and db.execute("PRAGMA user_version").fetchone() == (1,) else 0
 
 
+def _columns(db: sqlite3.Connection, table: str) -> list[str]:
+    return [name for (name,) in db.execute("SELECT name FROM pragma_table_info(?) ORDER BY cid", (table,))]
+
+
 def _make(db: sqlite3.Connection) -> None:
     """The tables, or those of the first layout renamed, unless another process was first."""
     db.execute("BEGIN IMMEDIATE")
@@ -91,8 +96,9 @@ def _make(db: sqlite3.Connection) -> None:
         layout = layout_of(db)
         statements = _SCHEMA.split(";")
         if layout == 1:
-            there = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-            renamed = [f"ALTER TABLE {name} RENAME TO idemp_{name}" for name in _FIRST if name in there]
+            # The outbox was made when it was first needed: until then one of that name is somebody else's.
+            ours = [*_FIRST, "outbox"] if _columns(db, "outbox") == _OUTBOX_COLUMNS else _FIRST
+            renamed = [f"ALTER TABLE {name} RENAME TO idemp_{name}" for name in ours]
             # An idemp of before looks there, and refuses; it would begin anew in tables of the old names.
             statements = [*statements[:2], *renamed, f"PRAGMA user_version={LAYOUT}"]
         for statement in statements if layout < LAYOUT else ():
