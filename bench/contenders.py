@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -160,13 +160,15 @@ def database(url: str) -> Iterator[Any]:
 
 
 def insert(job: Job) -> Span:
-    """A row and a commit for each message, then its acknowledgement."""
-    statement = row(job.store)
-    with database(job.store) as connection:
+    """A row and a commit for each message, then its acknowledgement; each thread has its connection."""
+    statement, mine = row(job.store), threading.local()
+    with ExitStack() as connections:
 
         def handle(body: bytes) -> None:
-            connection.execute(statement, [json.loads(body)["id"]])
-            connection.commit()
+            if not hasattr(mine, "connection"):
+                mine.connection = connections.enter_context(database(job.store))
+            mine.connection.execute(statement, [json.loads(body)["id"]])
+            mine.connection.commit()
 
         return plain(job, handle=handle)
 

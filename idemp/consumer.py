@@ -1,7 +1,8 @@
 """The consumer: threads and drivers around pipeline.py.
 
 The calling thread owns the connection and steps the pipeline.  One thread a store sends its
-batches; ``workers`` threads run handlers, and with one of them handlers run in order.
+batches; ``workers`` threads run handlers, and with one of them handlers run in order.  Handlers in
+transactions have threads of their own, one for each transaction that is open at a time.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ from idemp.ports import (
     Clock,
     Complete,
     Delivery,
+    Inbox,
     Meter,
     NoMeter,
     Op,
@@ -247,7 +249,7 @@ class Consumer:
         shell = _Shell(
             self.service, self._workers, self._meter, self._stopping, self._given_up, self._transport, tracker
         )
-        pipeline = Pipeline(self.queue, self._routes, backoff=self._backoff)
+        pipeline = Pipeline(self.queue, self._routes, workers=self._workers, backoff=self._backoff)
         report = _Report(self.service, self._meter, self._clock, tracker)
         with stopped_by_signals(self.stop), _collected_seldom():
             if ready is not None:
@@ -482,9 +484,9 @@ class _Shell:
         self.unsent("the consumer has ended")
         for lane in self._lanes.values():
             lane.put(None)
-        for hall in self._halls.values():
-            hall.put(None)
         for _ in range(self._workers):
+            for hall in self._halls.values():
+                hall.put(None)
             self._jobs.put(None)
 
     # ---------------------------------------------------------------- what handlers publish
@@ -566,12 +568,15 @@ class _Shell:
 
     # ---------------------------------------------------------------- transactions
 
-    def transact(self, store: Store, items: Sequence[Begun]) -> None:
-        """Hand a batch to the thread in which ``store``'s transactions are."""
+    def transact(self, store: Inbox, items: Sequence[Begun]) -> None:
+        """Hand a batch to the threads in which ``store``'s transactions are."""
         hall = self._halls.get(id(store))
         if hall is None:
             hall = self._halls[id(store)] = queue.SimpleQueue()
-            threading.Thread(target=self._host, args=(store, hall), name="idemp-inbox", daemon=True).start()
+            for _ in range(min(self._workers, store.transactions)):
+                threading.Thread(
+                    target=self._host, args=(store, hall), name="idemp-inbox", daemon=True
+                ).start()
         hall.put(items)
 
     def _host(self, store: Store, hall: queue.SimpleQueue[Sequence[Begun] | None]) -> None:
@@ -584,7 +589,8 @@ class _Shell:
                     with self._dangerous if any(job.again for job in jobs) else nullcontext():
                         verdicts = self._persistent(transact_in, items[0][0].policy, jobs)
                     flights = [flight for flight, _ in items]
-                    self.post(Transacted(store, list(zip(flights, verdicts, strict=True))))
+                    lost = max((job.lost for job in jobs), default=0)
+                    self.post(Transacted(store, list(zip(flights, verdicts, strict=True)), lost))
         except StoreUnavailable as error:
             log.error("the store did not come back in the grace time: %s", error)
         except BaseException as error:

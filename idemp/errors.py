@@ -50,6 +50,10 @@ class StoreUnavailable(Unavailable):
     """The store does not answer."""
 
 
+class Contended(StoreUnavailable):
+    """A transaction and others waited for each other's rows, and this one was rolled back."""
+
+
 class TransportUnavailable(Unavailable):
     """The broker does not answer."""
 

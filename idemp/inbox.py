@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from idemp.errors import IdempError, KeyBusy, PermanentFailure
+from idemp.errors import Contended, IdempError, KeyBusy, PermanentFailure
 from idemp.ports import Claim, Claimed, Done, Get, Inbox, Publication, Release, Reply, State, Transaction
 from idemp.protocol import Ask, Await, Deferred, Protocol, Raised, Returned, Run, Skipped, Verdict
 
@@ -47,7 +47,8 @@ class Job:
     `NotStarted`.  ask: calls the resolver.  wait: seconds for a key that another transaction holds.
     letters: where what the handler publishes gathers while it runs.
     attempts: the policy's.  again: it may have killed who ran it before.  counted: the attempt that was
-    counted before it began; 0 for none.
+    counted before it began; 0 for none.  lost: how many went together in a
+    transaction that was rolled back because others wanted the same rows; 0 for none.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Job:
     letters: list[Publication] = field(default_factory=list)
     again: bool = False
     counted: int = 0
+    lost: int = 0
 
 
 class _Ended(NamedTuple):
@@ -118,6 +120,11 @@ def _together(store: Inbox, jobs: Sequence[Job], also: Also | None) -> list[Verd
     wait = jobs[0].wait if len(jobs) == 1 else HELD
     try:
         return _transact(store, jobs, wait, None, also)
+    except Contended:
+        if len(jobs) == 1:
+            raise
+        for job in jobs:
+            job.lost = len(jobs)
     except KeyBusy:
         if len(jobs) == 1:
             return [Deferred()]
@@ -147,7 +154,7 @@ def _transact(
             also(transaction, jobs, [each.verdict for each in ended])
         return ended
 
-    return [ended.verdict for ended in store.transaction(work, wait)]
+    return [ended.verdict for ended in store.transaction(work, wait, divisible=len(jobs) > 1)]
 
 
 def _same(old: _Ended, new: _Ended) -> _Ended:

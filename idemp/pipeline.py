@@ -18,8 +18,9 @@ while its last batch is under way is its next; nothing ever waits for a batch to
 A second delivery of a key that is in flight here waits for the first.
 
 A handler with ``transaction=True`` is not moved along here: a batch of its flights is handed over as one
-transaction (inbox.py) and comes back with verdicts.  What gathers meanwhile is the next batch; a full one
-is handed over at once, to begin when the one before it has ended.
+transaction (inbox.py) and comes back with verdicts.  What waits is shared by those that may begin: one, or
+as many as there are workers where the store takes several side by side.  What gathers meanwhile is the next
+batch; a full one is handed over at once, to begin when one before it has ended.
 
 Keys are claimed ahead of their handlers, so a message that kills its process leaves its neighbours in
 doubt too, an attempt each.  A key that was in doubt before, or has one attempt left, is therefore a
@@ -36,7 +37,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from math import isqrt
+from typing import Any, NamedTuple, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -44,7 +46,7 @@ from msgspec.structs import replace
 from idemp.errors import BadMessage, PermanentFailure, RetryLater
 from idemp.message import Message, Properties, decode
 from idemp.policy import Policy, replay_refused
-from idemp.ports import Claim, Claimed, Delivery, Done, Doubt, Op, Publication, Reply, Store, Takeover
+from idemp.ports import Claim, Claimed, Delivery, Done, Doubt, Inbox, Op, Publication, Reply, Store, Takeover
 from idemp.protocol import (
     Ask,
     Await,
@@ -69,6 +71,8 @@ from idemp.protocol import (
 
 TOGETHER = 256
 """Calls that one transaction takes at most: it holds their keys, and all run again if it fails."""
+CALM = 30.0
+"""Seconds without a deadlock, after which a transaction takes twice as many calls again."""
 MAX_DELAY = 300.0
 """Seconds: the longest backoff."""
 ATTEMPTS = 5
@@ -149,10 +153,14 @@ class Worked(NamedTuple):
 
 
 class Transacted(NamedTuple):
-    """A transaction is durable: each of its flights with its verdict."""
+    """A transaction is durable: each of its flights with its verdict.
+
+    lost: how many went together in vain, because others wanted the same rows; 0 for none.
+    """
 
     store: Store
     results: Sequence[tuple[Flight, Verdict]]
+    lost: int = 0
 
 
 class Confirmed(NamedTuple):
@@ -199,7 +207,7 @@ class Work(NamedTuple):
 class Transact(NamedTuple):
     """Run all of these in one transaction; answer with `Transacted`.  Each with what begins its protocol."""
 
-    store: Store
+    store: Inbox
     items: Sequence[tuple[Flight, Callable[[], Protocol]]]
 
 
@@ -240,23 +248,61 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Hall:
-    """Before one store's transactions: who waits for the next, and how many are under way."""
+    """Before one store's transactions: who waits for the next, and how many are under way.
 
-    store: Store
+    doors: transactions side by side.  width: calls that one takes at most.  changed: when that was last
+    another.  alone: what is under way bears nothing beside it.
+    """
+
+    store: Inbox
+    doors: int
     waiting: deque[Flight] = field(default_factory=deque)
     under_way: int = 0
+    width: int = TOGETHER
+    changed: float = 0.0
+    alone: bool = False
 
-    def open(self) -> bool:
-        """Whether the next may go.  A full one goes ahead, so that nobody waits between two."""
-        full = len(self.waiting) >= TOGETHER
-        return bool(self.waiting) and (not self.under_way or (full and self.under_way == 1))
+    def next(self) -> list[Flight]:
+        """Who goes as one transaction now; nobody while they must wait.
+
+        Those that were delivered before may have killed who ran them, and do not mix with others: it would
+        not be known who was guilty.  A full one goes ahead, so that nobody waits between two.
+        """
+        if not self.waiting or (self.under_way and (self.alone or self._again(self.waiting[0]))):
+            return []
+        self.alone = self._again(self.waiting[0])
+        free = 1 if self.alone else self.doors - self.under_way
+        if free < 0 or (free == 0 and len(self.waiting) < self.width):
+            return []
+        share = min(self.width, -(-len(self.waiting) // max(free, 1)))
+        alike = itertools.takewhile(lambda each: self._again(each) == self.alone, self.waiting)
+        batch = list(itertools.islice(alike, share))
+        for _ in batch:
+            self.waiting.popleft()
+        self.under_way += 1
+        return batch
+
+    def end(self, lost: int, now: float) -> None:
+        """One is over.  Where others want the same rows the next take fewer calls, until it has been calm.
+
+        A transaction holds the rows of all its handlers, which they took in any order: the more there are,
+        the sooner two wait for each other, and PostgreSQL looks for that after a second only.
+        """
+        self.under_way -= 1
+        if lost:
+            self.width, self.changed = min(self.width, max(1, isqrt(lost // 2))), now
+        elif self.width < TOGETHER and now - self.changed >= CALM:
+            self.width, self.changed = min(TOGETHER, self.width * 2), now
+
+    def _again(self, flight: Flight) -> bool:
+        return flight.delivery.redelivered
 
 
 class Pipeline:
     """The consumer of ``queue`` as a state machine.
 
-    routes: message type -> handler.  backoff: seconds before the first retry; each next one waits
-    twice as long, up to `MAX_DELAY`.  chance: numbers in [0, 1) for the jitter.
+    routes: message type -> handler.  workers: handlers side by side.  backoff: seconds before the first
+    retry; each next one waits twice as long, up to `MAX_DELAY`.  chance: numbers in [0, 1) for the jitter.
     """
 
     def __init__(
@@ -264,11 +310,13 @@ class Pipeline:
         queue: str,
         routes: Mapping[str, Route],
         *,
+        workers: int = 1,
         backoff: float = 1.0,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._queue = queue
         self._routes = routes
+        self._workers = workers
         self._backoff = backoff
         self._chance = chance
         self._lanes: dict[int, _Lane] = {}
@@ -314,9 +362,9 @@ class Pipeline:
                 self._working -= len(results)
                 for flight, result in results:
                     self._advance(flight, result)
-            case Transacted(store, results):
+            case Transacted(store, results, lost):
                 self._working -= len(results)
-                self._halls[id(store)].under_way -= 1
+                self._halls[id(store)].end(lost, now)
                 for flight, verdict in results:
                     self._settle(flight, verdict)
             case Confirmed(results):
@@ -377,9 +425,7 @@ class Pipeline:
         """The next of each store, unless a suspect wants to be alone."""
         commands: list[Command] = []
         for hall in self._halls.values() if not self._solitary else ():
-            while hall.open():
-                hall.under_way += 1
-                batch = [hall.waiting.popleft() for _ in range(min(TOGETHER, len(hall.waiting)))]
+            while batch := hall.next():
                 self._working += len(batch)
                 commands.append(
                     Transact(hall.store, [(each, partial(self._protocol, each)) for each in batch])
@@ -459,8 +505,11 @@ class Pipeline:
         if policy is None or not policy.transaction:
             self._advance(flight, None)
             return
-        store = policy.store
-        self._halls.setdefault(id(store), _Hall(store)).waiting.append(flight)
+        hall = self._halls.get(id(policy.store))
+        if hall is None:
+            store = cast(Inbox, policy.store)
+            hall = self._halls[id(store)] = _Hall(store, min(self._workers, store.transactions))
+        hall.waiting.append(flight)
 
     def _advance(self, flight: Flight, event: Any) -> None:
         """Send ``event`` into the flight's protocol and file what it wants next."""

@@ -298,14 +298,21 @@ class Transaction(Protocol):
 class Inbox(Store, Protocol):
     """A store in a database that handlers can write to as well."""
 
-    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+    @property
+    def transactions(self) -> int:
+        """How many may be open side by side."""
+        ...
+
+    def transaction(self, work: Callable[[Transaction], T], wait: float, *, divisible: bool = False) -> T:
         """Call ``work`` in a transaction and commit; what it returned.
 
         Called again, in a new transaction, when the server rolled this one back, when the connection was
         lost, and when it is not known whether it committed: what ``work`` claims first tells.
-        ``wait``: seconds for keys that another transaction holds.  Raises `StoreUnavailable` if it does
-        not get through in time; what ``work`` raises; and what the driver says if the commit is
-        refused for what was done in it.  After any of these but `StoreUnavailable` nothing of it happened.
+        ``wait``: seconds for keys that another transaction holds.  ``divisible``: the caller would do less
+        in one rather than all again where others wait for the same rows, and raises `Contended` for that.
+        Raises `StoreUnavailable` if it does not get through in time; what ``work`` raises; and what the
+        driver says if the commit is refused for what was done in it.  After any of these but
+        `StoreUnavailable` nothing of it happened.
         """
         ...
 

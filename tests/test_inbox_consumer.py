@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from idemp import Consumer, Message, Relay, context, idempotent, open_store, ope
 from idemp import consumer as consumer_module
 from idemp.message import Properties
 from idemp.pipeline import (
+    CALM,
     TOGETHER,
     Acknowledge,
     Delivered,
@@ -45,12 +47,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Bench:
     """A consumer on a memory broker, a store, and a table of effects beside it."""
 
-    def __init__(self, url: str, broker: str) -> None:
-        self.url, self.broker = url, broker
+    def __init__(self, url: str, broker: str, workers: int = 1, *, table: bool = True) -> None:
+        self.url, self.broker, self.workers = url, broker, workers
         self.store: Any = open_store(url)
-        self.sql("CREATE TABLE effect (id TEXT)")
+        if table:
+            self.sql("CREATE TABLE effect (id TEXT)")
         self.transport = open_transport(broker)
-        self.consumer = Consumer(self.transport, service="s", backoff=0.05)
+        self.consumer = Consumer(self.transport, service="s", backoff=0.05, workers=workers)
         with closing(open_transport(broker)) as transport:
             transport.declare("s-queue", "events")
 
@@ -114,12 +117,16 @@ def send(url: str, ids: list[str]) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def bench(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Bench]:
-    """On each store that has transactions."""
-    sqlite = request.param == "sqlite"
+    """On each store that has transactions; its name may be followed by a number of workers."""
+    name, _, workers = request.param.partition(" ")
+    sqlite = name == "sqlite"
     url = f"sqlite:///{tmp_path}/app.db" if sqlite else request.getfixturevalue("postgresql").database()
-    made = Bench(url, f"memory://{unique}")
+    made = Bench(url, f"memory://{unique}", int(workers or 1))
     yield made
     made.close()
+
+
+SIDE_BY_SIDE = pytest.mark.parametrize("bench", ["sqlite", "postgresql", "postgresql 4"], indirect=True)
 
 
 def until(what: Callable[[], Any], seconds: float = 60.0) -> None:
@@ -141,9 +148,9 @@ def test_many_messages_in_one_transaction(bench: Bench, monkeypatch: pytest.Monk
     ran: list[str] = []
     real = bench.store.transaction
 
-    def transaction(*args: Any) -> Any:
+    def transaction(*args: Any, **options: Any) -> Any:
         commits.append(1)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(bench.store, "transaction", transaction)
 
@@ -185,6 +192,70 @@ def test_a_commit_that_one_spoils_is_made_without_it(bench: Bench) -> None:
         until(lambda: bench.depth("s-queue.dead") == 1)
     assert bench.effects() == [str(n) for n in range(8) if n != 3]
     assert isinstance(bench.store.apply([Get("s.t/3")])[0], Parked)
+
+
+@pytest.mark.parametrize("bench", ["sqlite 4", "postgresql 4"], indirect=True)
+def test_workers_run_transactions_side_by_side(bench: Bench) -> None:
+    """Where the store takes them: each handler waits for three others, which SQLite never lets begin."""
+    here = threading.Semaphore(0)
+    beside: list[int] = []
+    running = 0
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t", transaction=True)
+    def handle(message: Message) -> None:
+        nonlocal running
+        write(message)
+        with lock:
+            running += 1
+            beside.append(running)
+        here.acquire(timeout=20 if bench.store.transactions > 1 else 0.05)
+        with lock:
+            running -= 1
+
+    lock = threading.Lock()
+    ids = [f"{n:02}" for n in range(8)]
+    bench.publish(ids)
+    most = min(4, bench.store.transactions)
+    with bench.running():
+        until(lambda: len(beside) >= most)
+        for _ in ids:
+            here.release()
+        bench.reach(len(ids))
+    assert max(beside) == most
+    assert bench.effects() == ids
+
+
+def test_replicas_that_want_the_same_rows(postgresql: PostgreSQL, unique: str) -> None:
+    """One of two batches is rolled back, once, and goes on call by call."""
+    benches = [Bench(postgresql.database(), f"memory://{unique}")]
+    benches.append(Bench(benches[0].url, f"memory://{unique}-other", table=False))
+    benches[0].sql("CREATE TABLE account (id INT PRIMARY KEY, cents INT)")
+    benches[0].sql("INSERT INTO account VALUES (0, 0), (1, 0)")
+    meet = threading.Barrier(2)
+    ran: list[tuple[str, int]] = []
+
+    def serve(bench: Bench, mine: int) -> None:
+        @bench.consumer.on("t")
+        @idempotent(bench.store, name="s.t", transaction=True)
+        def handle(message: Message) -> None:
+            ran.append((message.id, context().attempt))
+            row = (mine + int(message.id[1:])) % 2
+            context().connection.execute(f"UPDATE account SET cents = cents + 1 WHERE id = {row}".encode())
+            if message.id[1:] == "0" and len(ran) <= 2:
+                meet.wait(20)
+
+    for mine, bench in enumerate(benches):
+        serve(bench, mine)
+        bench.publish([f"{'ab'[mine]}{n}" for n in range(2)])
+    with benches[0].running(), benches[1].running():
+        until(lambda: benches[0].sql("SELECT sum(cents) FROM account") == [(4,)])
+        until(lambda: all(bench.depth("s-queue") == 0 for bench in benches))
+    assert {attempt for _, attempt in ran} == {1}
+    assert len(ran) == 4 + 2  # both calls of one of them a second time
+    assert benches[0].sql("SELECT cents FROM account") == [(2,), (2,)]
+    for bench in benches:
+        bench.close()
 
 
 def test_async_handlers_in_a_consumer(bench: Bench) -> None:
@@ -234,8 +305,8 @@ def test_a_stop_gives_back_what_has_not_begun(bench: Bench) -> None:
 _SERVICE = """
 import sys
 from idemp import Consumer, context, idempotent, open_store, open_transport
-url, broker = sys.argv[1:]
-consumer = Consumer(open_transport(broker), service="s")
+url, broker, workers = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service="s", workers=int(workers))
 
 @consumer.on("t")
 @idempotent(open_store(url), name="s.t", transaction=True)
@@ -246,6 +317,7 @@ consumer.run(ready=lambda: print("ready", flush=True))
 """
 
 
+@SIDE_BY_SIDE
 def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     """Wherever it strikes, every message takes effect once, and none is ever in doubt."""
     broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
@@ -257,7 +329,7 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     kills, done = 0, 0
     while done < len(ids):
-        command = [sys.executable, "-c", _SERVICE, bench.url, broker]
+        command = [sys.executable, "-c", _SERVICE, bench.url, broker, str(bench.workers)]
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as service:
             assert service.stdout is not None
             assert service.stdout.readline() == b"ready\n"
@@ -361,8 +433,8 @@ def test_a_database_that_lets_nothing_through_is_waited_for(
 _POISON = """
 import os, signal, sys
 from idemp import Consumer, context, idempotent, open_store, open_transport
-url, broker = sys.argv[1:]
-consumer = Consumer(open_transport(broker), service="s")
+url, broker, workers = sys.argv[1:]
+consumer = Consumer(open_transport(broker), service="s", workers=int(workers))
 
 @consumer.on("t")
 @idempotent(open_store(url), name="s.t", transaction=True, attempts=3)
@@ -377,6 +449,7 @@ consumer.run(ready=lambda: print("ready", flush=True))
 """
 
 
+@SIDE_BY_SIDE
 def test_what_kills_its_process_each_time_is_set_aside(bench: Bench, tmp_path: Path) -> None:
     """After the policy's attempts, with its reason; its neighbours take effect once, and none is parked."""
     broker = f"sqlite:///{tmp_path}/queues.db?visibility=1s"
@@ -389,7 +462,7 @@ def test_what_kills_its_process_each_time_is_set_aside(bench: Bench, tmp_path: P
     ends: list[int] = []
     with closing(open_transport(broker)) as looking:
         while looking.depth("s-queue.dead") < len(poison):
-            command = [sys.executable, "-c", _POISON, bench.url, broker]
+            command = [sys.executable, "-c", _POISON, bench.url, broker, str(bench.workers)]
             with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as service:
                 until(lambda: service.poll() is not None or looking.depth("s-queue.dead") == len(poison))
                 service.terminate()
@@ -414,6 +487,7 @@ class Store:
     """One that the pipeline never asks."""
 
     retention = 3600.0
+    transactions = 4
 
     def recall(self, key: str, since: float = inf) -> None:
         """Its memory is not sure of anything."""
@@ -428,17 +502,17 @@ class Store:
 STORE: Any = Store()
 
 
-def pipeline() -> Pipeline:
+def pipeline(workers: int = 1) -> Pipeline:
     policy = make_policy(
         lambda message: None, STORE, name="h", key=None, fingerprint=None, on_busy="wait", wait=2.0,
         in_doubt="retry", attempts=3, permanent=(), codec=None, transaction=True,
     )  # fmt: skip
-    return Pipeline("q", {"t": Route(print, policy)}, chance=lambda: 0.0)
+    return Pipeline("q", {"t": Route(print, policy)}, workers=workers, chance=lambda: 0.0)
 
 
-def deliver(line: Pipeline, *ids: str) -> list[Any]:
+def deliver(line: Pipeline, *ids: str, again: bool = False) -> list[Any]:
     deliveries = [
-        Delivery(tag, Message(each, "t").encode(), Properties(), "events", "foo", False)
+        Delivery(tag, Message(each, "t").encode(), Properties(), "events", "foo", again)
         for tag, each in enumerate(ids, 1)
     ]
     return step(line, Delivered(deliveries, 1000.0))
@@ -486,6 +560,63 @@ def test_a_full_batch_is_handed_over_ahead() -> None:
     assert not line.idle()
     assert step(line, all_of(last, OK)) == [Acknowledge([TOGETHER * 3 + 1])]
     assert line.idle()
+
+
+def keys(*commands: Any) -> list[list[str]]:
+    """Of each transaction."""
+    assert all(isinstance(each, Transact) for each in commands), commands
+    return [[flight.key.removeprefix("h/") for flight, _ in each.items] for each in commands]
+
+
+def test_workers_share_what_waits() -> None:
+    """In as many transactions as the store takes; what gathers is the next, and a full one goes ahead."""
+    line = pipeline(workers=6)
+    some = deliver(line, *"abcdefg")
+    assert keys(*some) == [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
+    assert deliver(line, "h", "i") == []
+    [next_, _] = step(line, all_of(some[2], OK))
+    assert keys(next_) == [["h", "i"]]
+    [ahead] = deliver(line, *(f"{n:04}" for n in range(TOGETHER + 1)))
+    assert len(ahead.items) == TOGETHER
+    [acks] = step(line, all_of(some[0], OK))
+    assert isinstance(acks, Acknowledge)
+    [last, _] = step(line, all_of(some[1], OK))
+    assert keys(last) == [[f"{TOGETHER:04}"]]
+
+
+def test_nothing_runs_beside_one_that_may_have_killed_its_process() -> None:
+    """It would not be known who was guilty the next time."""
+    line = pipeline(workers=4)
+    [fresh] = deliver(line, "a")
+    assert deliver(line, "x", "y", again=True) == []
+    assert deliver(line, "b", "c") == []  # nor do they overtake
+    [again, _] = step(line, all_of(fresh, OK))
+    assert keys(again) == [["x", "y"]]
+    assert deliver(line, *(f"{n:04}" for n in range(TOGETHER))) == []
+    rest = step(line, all_of(again, OK))[:-1]
+    assert len(rest) == 4
+    assert keys(rest[0])[0][:3] == ["b", "c", "0000"]
+
+
+def test_where_others_want_the_same_rows_fewer_go_together() -> None:
+    """After a deadlock, until it has been calm for long; then twice as many, and so on."""
+    line, tags = pipeline(), itertools.count()
+
+    def next_of(command: Transact, lost: int = 0, now: float = 0.0) -> Transact:
+        event = all_of(command, OK)._replace(lost=lost)
+        return next(each for each in step(line, event, now) if isinstance(each, Transact))
+
+    first, ahead = deliver(line, *(f"{next(tags)}" for _ in range(2000)))
+    batch = next_of(next_of(first, lost=TOGETHER), now=1.0)
+    assert len(ahead.items) == TOGETHER
+    assert len(batch.items) == 11
+    batch = next_of(next_of(batch, lost=11, now=2.0), now=2.0)
+    assert len(batch.items) == 2
+    sizes = []
+    for now in (2.0 + CALM, 2.0 + CALM, 2.0 + CALM * 2, 2.0 + CALM * 3):
+        batch = next_of(next_of(batch, now=now), now=now)
+        sizes.append(len(batch.items))
+    assert sizes == [4, 4, 8, 16]
 
 
 def test_a_lost_connection_lets_go_of_those_that_wait() -> None:

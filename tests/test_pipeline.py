@@ -53,6 +53,7 @@ from tests.simulator import World
 
 class Store:
     retention = 3600.0
+    transactions = 1
 
     def __init__(self) -> None:
         self.known: dict[str, Done] = {}

@@ -29,7 +29,15 @@ from functools import partial
 from math import inf
 from typing import Any, NamedTuple, TypeVar, cast
 
-from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, SessionLost, StoreUnavailable
+from idemp.errors import (
+    BadMessage,
+    Closed,
+    ConfigError,
+    Contended,
+    MissingExtra,
+    SessionLost,
+    StoreUnavailable,
+)
 from idemp.laws import undoing, view
 from idemp.ports import Backlog, Clock, Done, Get, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import SessionStore
@@ -62,7 +70,7 @@ try:
     )
     from idemp.stores.postgresql_errors import exists, explain, init, outside
     from idemp.stores.postgresql_handlers import HandlersConnection
-    from idemp.stores.postgresql_inbox import PostgresqlTransaction, gone
+    from idemp.stores.postgresql_inbox import PostgresqlTransaction, beaten, gone
     from idemp.stores.postgresql_line import (
         Connection,
         IsReplica,
@@ -101,6 +109,8 @@ class PostgresqlStore(SessionStore):
     session_ttl: seconds without a heartbeat after which this process's claims are in doubt.
     """
 
+    transactions = TRANSACTIONS
+
     def __init__(
         self, place: Place, *, retention: float, session_ttl: float, clock: Clock | None = None
     ) -> None:
@@ -129,9 +139,9 @@ class PostgresqlStore(SessionStore):
         assert isinstance(session, _Session)
         return session.transact(connection, ops)
 
-    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+    def transaction(self, work: Callable[[Transaction], T], wait: float, *, divisible: bool = False) -> T:
         """See `idemp.ports.Inbox`.  The connection is a psycopg one in READ COMMITTED."""
-        return self._session_here().transaction(work, wait)
+        return self._session_here().transaction(work, wait, divisible)
 
     def letters(self, limit: int, after: int = 0) -> list[Letter]:
         """See `idemp.ports.Inbox`."""
@@ -364,7 +374,7 @@ class _Session(Listening):
 
     # ---------------------------------------------------------------- a transaction with handlers in it
 
-    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+    def transaction(self, work: Callable[[Transaction], T], wait: float, divisible: bool) -> T:
         """See `idemp.ports.Inbox`."""
         deadline: float | None = None
         while True:
@@ -374,7 +384,8 @@ class _Session(Listening):
             self._recall.lose()  # for the same reasons as after a batch
             if deadline is None:
                 deadline = self._clock.steady() + PATIENCE
-            if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
+            contended = divisible and isinstance(failed, Contended)
+            if contended or isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
                 raise failed
             log.debug("%s", failed)
             self._clock.sleep(0.05 + random.random() / 20)  # those who deadlocked must not meet again
@@ -412,7 +423,7 @@ class _Session(Listening):
         except (psycopg.Error, StoreUnavailable) as error:
             if isinstance(error, StoreUnavailable):
                 return error
-            failed = explain(self._place, error)
+            failed = self._contended(error) or explain(self._place, error)
             if gone(error) or isinstance(failed, ConfigError) or (transaction and transaction.lost):
                 return failed
             begun = transaction is not None and transaction.begun
@@ -422,11 +433,14 @@ class _Session(Listening):
         except Exception as error:
             if transaction is None or not transaction.lost:
                 raise
-            return StoreUnavailable(f"{self._place.shown}: {one_line(error)}")
+            return self._contended(error) or StoreUnavailable(f"{self._place.shown}: {one_line(error)}")
         finally:
             self._idle.append(line)
             self._turns.release()
         return _Result(result)
+
+    def _contended(self, error: BaseException) -> Contended | None:
+        return Contended(f"{self._place.shown}: {one_line(error)}") if beaten(error) else None
 
     def outbox(self, name: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Ask or change the outbox; either may be done twice."""

@@ -202,6 +202,12 @@ def gone(error: BaseException) -> bool:
     return False
 
 
+def beaten(error: BaseException) -> bool:
+    """Whether the server rolled it back so that others, who wait for the same rows, get on."""
+    lost = errors.DeadlockDetected, errors.SerializationFailure
+    return any(isinstance(each, lost) for each in _chain(error))
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error and those behind it: a handler may have put it into one of its own."""
     seen: BaseException | None = error

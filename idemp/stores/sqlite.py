@@ -169,6 +169,8 @@ class SqliteStore(SessionStore):
     session_ttl: seconds without a heartbeat after which this process's claims are in doubt.
     """
 
+    transactions = 1  # SQLite has one writer
+
     def __init__(
         self,
         path: str,
@@ -185,7 +187,7 @@ class SqliteStore(SessionStore):
         """See `idemp.ports.Store`.  What this process did or saw, while no other wrote to the file."""
         return self._session_here().recall(key, since)
 
-    def transaction(self, work: Callable[[Transaction], T], wait: float) -> T:
+    def transaction(self, work: Callable[[Transaction], T], wait: float, *, divisible: bool = False) -> T:
         """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
         return self._session_here().transaction(work, wait)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from idemp.errors import Closed, KeyBusy
+from idemp.errors import Closed, Contended, KeyBusy
 from idemp.message import Properties
 from idemp.ports import Applied, Claim, Claimed, Complete, Done, Free, Get, Inbox, Publication, Transaction
 from tests.contract.backends import BACKENDS, Backend
@@ -159,24 +159,41 @@ def test_a_key_that_another_holds_for_too_long(backend: Backend, store: Inbox) -
     assert effects(store) == ["a"]
 
 
-def test_those_that_hold_what_the_other_wants(backend: Backend, store: Inbox) -> None:
-    """A deadlock is broken, and whoever was rolled back is called again: each key takes effect once."""
+def crosswise(backend: Backend, store: Inbox, *, divisible: bool) -> list[str]:
+    """What became of two transactions that hold what the other wants: the names of their replies."""
     meet = threading.Barrier(2)
 
-    def both(opened: Inbox, keys: str) -> list[Any]:
+    def both(opened: Inbox, keys: str) -> list[str]:
         def work(transaction: Transaction) -> list[Any]:
             first = take_effect(transaction, keys[0])
             with suppress(threading.BrokenBarrierError):
                 meet.wait(1)  # at the first attempt each has its first key, where that can be
             return [first, take_effect(transaction, keys[1])]
 
-        return opened.transaction(work, WAIT)
+        try:
+            return [type(reply).__name__ for reply in opened.transaction(work, WAIT, divisible=divisible)]
+        except Contended as error:
+            return [type(error).__name__]
 
     with closing(cast(Inbox, backend.open())) as other, ThreadPoolExecutor(2) as pool:
         other.apply([])
         ran = [pool.submit(both, store, "ab"), pool.submit(both, other, "ba")]
-        told = [type(state).__name__ for each in ran for state in each.result(60)]
-    assert sorted(told) == ["Claimed", "Claimed", "Done", "Done"]
+        return sorted(name for each in ran for name in each.result(60))
+
+
+def test_those_that_hold_what_the_other_wants(backend: Backend, store: Inbox) -> None:
+    """A deadlock is broken, and whoever was rolled back is called again: each key takes effect once."""
+    assert crosswise(backend, store, divisible=False) == ["Claimed", "Claimed", "Done", "Done"]
+    assert effects(store) == ["a", "b"]
+
+
+def test_who_would_rather_do_less_at_a_time_is_told_of_a_deadlock(backend: Backend, store: Inbox) -> None:
+    """Nothing of it happened.  Writers of a SQLite file wait for each other before they hold anything."""
+    came = crosswise(backend, store, divisible=True)
+    if backend.url.startswith("postgresql"):
+        assert came == ["Claimed", "Claimed", "Contended"]
+    else:
+        assert came == ["Claimed", "Claimed", "Done", "Done"]
     assert effects(store) == ["a", "b"]
 
 

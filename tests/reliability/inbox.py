@@ -134,7 +134,7 @@ class WitnessedInbox(WitnessedStore):
         PostgresqlTransaction.save = watched_save  # type: ignore[method-assign,assignment]
         HandlersConnection.execute = watched_execute  # type: ignore[method-assign,assignment]
 
-    def transaction(self, work: Callable[[Any], T], wait: float) -> T:
+    def transaction(self, work: Callable[[Any], T], wait: float, **options: Any) -> T:
         """See `Inbox`."""
         counting = work.__qualname__.startswith("_count")
 
@@ -145,7 +145,7 @@ class WitnessedInbox(WitnessedStore):
                 self._striker("count.work", self._ids)
             return found
 
-        found = self._inbox.transaction(watched, wait)
+        found = self._inbox.transaction(watched, wait, **options)
         self._moment("commit.sent")
         self._moment("commit.after")
         self._counting = False
