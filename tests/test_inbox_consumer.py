@@ -23,6 +23,7 @@ import pytest
 
 from idemp import Consumer, Message, Relay, context, idempotent, open_store, open_transport, publish
 from idemp import consumer as consumer_module
+from idemp import inbox as inbox_module
 from idemp.message import Properties
 from idemp.pipeline import (
     CALM,
@@ -226,8 +227,18 @@ def test_workers_run_transactions_side_by_side(bench: Bench) -> None:
     assert bench.effects() == ids
 
 
-def test_replicas_that_want_the_same_rows(postgresql: PostgreSQL, unique: str) -> None:
+def test_replicas_that_want_the_same_rows(
+    postgresql: PostgreSQL, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of two batches is rolled back, once, and goes on call by call."""
+    sizes: list[int] = []
+    real = inbox_module._transact
+
+    def transact(store: Any, jobs: Any, *more: Any) -> Any:
+        sizes.append(len(jobs))
+        return real(store, jobs, *more)
+
+    monkeypatch.setattr(inbox_module, "_transact", transact)
     benches = [Bench(postgresql.database(), f"memory://{unique}")]
     benches.append(Bench(benches[0].url, f"memory://{unique}-other", table=False))
     benches[0].sql("CREATE TABLE account (id INT PRIMARY KEY, cents INT)")
@@ -253,6 +264,7 @@ def test_replicas_that_want_the_same_rows(postgresql: PostgreSQL, unique: str) -
         until(lambda: all(bench.depth("s-queue") == 0 for bench in benches))
     assert {attempt for _, attempt in ran} == {1}
     assert len(ran) == 4 + 2  # both calls of one of them a second time
+    assert sorted(sizes) == [1, 1, 2, 2]
     assert benches[0].sql("SELECT cents FROM account") == [(2,), (2,)]
     for bench in benches:
         bench.close()

@@ -38,7 +38,7 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.stores import init_store, open_store, postgresql_line
-from idemp.stores.postgresql_line import explain
+from idemp.stores.postgresql_errors import explain
 from idemp.stores.postgresql_sql import MIGRATIONS, VERSION
 from tests.proxy import Proxy
 from tests.servers import PostgreSQL, need

@@ -7,7 +7,7 @@ from psycopg import errors
 
 from idemp.errors import ConfigError, StoreUnavailable
 from idemp.stores import postgresql_line
-from idemp.stores.postgresql_line import Place, connect, one_line
+from idemp.stores.postgresql_line import Place, connect, forbidden, one_line
 
 _READ_ONLY, _CANCELLED, _DISK_FULL = "25006", "57014", "53100"
 _FIXES = {
@@ -20,11 +20,13 @@ _FIXES = {
 
 def explain(place: Place, error: psycopg.Error) -> Exception:
     """What the caller is told of an error that repeating does not mend, or has not mended in time."""
+    if isinstance(error, errors.InsufficientPrivilege):
+        return forbidden(place, error)
     if isinstance(error, errors.UndefinedTable | errors.InvalidSchemaName):
         return ConfigError(f"{place.shown}: {said(error)}; run: {place.tables.init}")
     if fix := _fix(error):
         return StoreUnavailable(f"{place.shown}: {said(error)}; {fix}")
-    return postgresql_line.explain(place, error)
+    return StoreUnavailable(f"{place.shown}: {one_line(error)}")
 
 
 def said(error: psycopg.Error) -> str:

@@ -291,15 +291,6 @@ def forbidden(place: Place, error: psycopg.Error) -> ConfigError:
     )
 
 
-def explain(place: Place, error: psycopg.Error) -> Exception:
-    """What the caller is told of an error that repeating does not mend, or has not mended in time."""
-    if isinstance(error, errors.InsufficientPrivilege):
-        return forbidden(place, error)
-    if isinstance(error, errors.UndefinedTable | errors.InvalidSchemaName):
-        return ConfigError(f"{place.shown}: {one_line(error)}; run: {place.tables.init}")
-    return StoreUnavailable(f"{place.shown}: {one_line(error)}")
-
-
 def one_line(error: BaseException) -> str:
     """An error of the driver in one line."""
     return " ".join(str(error).split())[:400]

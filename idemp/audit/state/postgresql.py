@@ -20,7 +20,8 @@ try:
     import psycopg
     from psycopg import errors
 
-    from idemp.stores.postgresql_line import Connection, Line, Place, Tables, exists, explain, watch
+    from idemp.stores.postgresql_errors import explain
+    from idemp.stores.postgresql_line import Connection, Line, Place, Tables, exists, watch
 except ImportError:
     raise MissingExtra("a state at postgresql://", "postgresql") from None
 
