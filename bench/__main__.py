@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench import audit, decorator, growth, inbox, latency, picture, streams, tally, tracking
+from bench import audit, decorator, growth, inbox, latency, picture, streams, tables, tally, tracking
 from bench.cells import STORES, Cell, cells
 from bench.stack import environment, run, stack
 from idemp.bars import bar
@@ -178,9 +178,11 @@ def redis_streams(messages: int = 20_000, rounds: int = 3, file: Path = RECORD /
 
 
 @main.command()
-def pictures() -> None:
-    """Draw docs/*.svg from what is on record."""
-    picture.draw_all(RECORD, Path(__file__).parent.parent / "docs")
+def docs() -> None:
+    """Bring the pictures and tables of docs/ up to what is on record."""
+    folder = Path(__file__).parent.parent / "docs"
+    picture.draw_all(RECORD, folder)
+    tables.renew_all(RECORD, folder)
 
 
 def _keep(file: Path, found: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import redis as driver
 
+from bench.tables import spaced
 from idemp import Message, open_transport, publish
 from idemp.ports import Publication
 from tests.pair import ROOT, until
 from tests.servers import Redis
-from tests.test_docs import spaced
 
 TEXT = (ROOT / "docs" / "redis_streams.md").read_text()
 CONSUMER, READER = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
