@@ -66,6 +66,7 @@ BESIDE = {
     ("idemp.eventlogs", "idemp.transports"),
     ("idemp.rates", "idemp.graphite"),
     ("idemp.audit.state", "idemp.stores.postgresql"),
+    ("idemp.audit.state.postgresql", "idemp.stores.postgresql_errors"),
     ("idemp.audit.state.postgresql", "idemp.stores.postgresql_line"),
     ("idemp.stores", "idemp.redis_server"),
     ("idemp.stores.redis", "idemp.redis_server"),
