@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pika
 
-from bench.cells import IDEMP, Setting
+from bench.cells import FAR, IDEMP, Setting
 from bench.contenders import Job
 from idemp import Message, open_store, open_transport, publish
 from idemp.ports import Done, Publication
@@ -101,9 +101,9 @@ def _batches(ids: str, fresh: list[Message]) -> list[tuple[int, list[Message]]]:
     """What each process of a round gets, and how much of it is not measured."""
     match ids:
         case "duplicates":
-            # Three times, for when the first of them come, the prefetch is still full of fresh ones.
             half = fresh[: len(fresh) // 2]
-            return [(len(half), half * 4)]
+            # When the first of them come the prefetch is still full of fresh ones.
+            return [(len(half) + min(FAR, len(half)), half * 4)]
         case "again":
             return [(0, fresh), (0, fresh)]
         case "half":
