@@ -33,12 +33,12 @@ class Place:
         self.store.transaction = self.transaction
         self.twice = False
 
-    def transaction(self, work: Callable[[Any], Any], wait: float) -> Any:
+    def transaction(self, work: Callable[[Any], Any], wait: float, **options: Any) -> Any:
         self.ran.append([])
         if self.twice:  # it committed, and the reply was lost
             self.twice = False
-            self._transaction(work, wait)
-        return self._transaction(work, wait)
+            self._transaction(work, wait, **options)
+        return self._transaction(work, wait, **options)
 
     def run(self, key: str, claim: Claimed, connection: Any) -> Returned:
         self.ran[-1].append((key, claim.attempt))
