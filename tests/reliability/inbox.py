@@ -103,7 +103,7 @@ class WitnessedInbox(WitnessedStore):
 
     def __init__(self, inner: Any, history: History, at: Callable[[str, Sequence[str]], None]) -> None:
         super().__init__(inner, history, at)
-        self._striker, self._inbox = at, inner
+        self._striker, self._inbox, self.transactions = at, inner, inner.transactions
         self._ids: list[str] = []
         self._counting = False
         self._watch_commits()
