@@ -47,8 +47,8 @@ class Job:
     `NotStarted`.  ask: calls the resolver.  wait: seconds for a key that another transaction holds.
     letters: where what the handler publishes gathers while it runs.
     attempts: the policy's.  again: it may have killed who ran it before.  counted: the attempt that was
-    counted before it began; 0 for none.  lost: how many went together in a
-    transaction that was rolled back because others wanted the same rows; 0 for none.
+    counted before it began; 0 for none.  lost: how many went together in a transaction that was rolled
+    back because others wanted the same rows; 0 for none.
     """
 
     key: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from idemp.errors import Contended, StoreUnavailable
 from idemp.inbox import Job, transact
 from idemp.policy import make_policy
 from idemp.ports import Claimed, Done, Free, Get, Parked, State
 from idemp.protocol import Ok, Refused, Returned, Verdict, protocol
 from idemp.stores import open_store
+from tests.servers import PostgreSQL
 
 
 class Died(BaseException):
@@ -133,3 +136,26 @@ def test_in_the_end_it_is_parked(place: Place) -> None:
     parked = place.state("key")
     assert isinstance(parked, Parked)
     assert parked.reason == "attempts used up: 3 began, none is known to have ended"
+
+
+def test_after_a_commit_that_nobody_knows_of_a_deadlock_divides_nothing(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only who made that commit can tell that what is done is its own."""
+    place = Place(postgresql.database())
+    with closing(place.store):
+        session = place.store._session_here()
+        once, tries = session._once, itertools.count(1)
+
+        def tried(*what: Any) -> Any:
+            number = next(tries)
+            if number == 2:
+                return Contended("deadlock detected")
+            came = once(*what)
+            return StoreUnavailable("the commit's reply is lost") if number == 1 else came
+
+        monkeypatch.setattr(session, "_once", tried)
+        verdicts = place.handle(place.job("a", again=False), place.job("b", again=False))
+        assert [type(verdict) for verdict in verdicts] == [Ok, Ok]
+        assert place.ran == [[("a", 1), ("b", 1)]]
+        assert next(tries) == 4

@@ -382,10 +382,11 @@ class _Session(Listening):
             if isinstance(failed, _Result):
                 return cast(T, failed.value)
             self._recall.lose()  # for the same reasons as after a batch
+            if divisible and deadline is None and isinstance(failed, Contended):
+                raise failed  # later, one before may have committed, which ``work`` alone can tell
             if deadline is None:
                 deadline = self._clock.steady() + PATIENCE
-            contended = divisible and isinstance(failed, Contended)
-            if contended or isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
+            if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
                 raise failed
             log.debug("%s", failed)
             self._clock.sleep(0.05 + random.random() / 20)  # those who deadlocked must not meet again

@@ -315,6 +315,13 @@ MUTANTS = (
         unit("test_inbox_consumer.py::test_replicas_that_want_the_same_rows"),
     ),
     Mutant(
+        "what may have committed is looked up by who made it",
+        "stores/postgresql.py",
+        "if divisible and deadline is None and",
+        "if divisible and",
+        unit("test_inbox_count.py::test_after_a_commit_that_nobody_knows_of_a_deadlock_divides_nothing"),
+    ),
+    Mutant(
         "where others want the same rows fewer go together",
         "pipeline.py",
         "        if lost:\n",
