@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -41,10 +43,11 @@ from idemp.ports import (
     Takeover,
 )
 from idemp.stores import open_store, sqlite_known
-from idemp.stores.sqlite import SqliteStore, _portions
+from idemp.stores.sqlite import LAYOUT, SqliteStore, _portions, layout_of
 from idemp.transports import open_transport
 from idemp.transports.sqlite import SqliteTransport
 from tests.servers.need import missing
+from tests.service import finished
 
 
 class Time:
@@ -642,6 +645,15 @@ def test_a_file_that_others_have_tables_in(tmp_path: Path) -> None:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
 
 
+def make_old(path: Path, *more: str) -> None:
+    """Give a file the names that the tables had in the first layout."""
+    with closing(sqlite3.connect(path)) as db:
+        for name in ("meta", "session", "open", "done_0", "done_1", "done_2", *more):
+            db.execute(f"ALTER TABLE idemp_{name} RENAME TO {name}")
+        db.execute("DROP TABLE idemp_layout")
+        db.execute("PRAGMA user_version=1")
+
+
 def test_a_file_of_the_first_layout_is_renewed_once(tmp_path: Path) -> None:
     """By one of four that open it at once; what was known is known, and its letters wait."""
     path = tmp_path / "app.db"
@@ -657,11 +669,7 @@ def test_a_file_of_the_first_layout_is_renewed_once(tmp_path: Path) -> None:
         parked = store.apply([Claim("parked")])[0]
         assert isinstance(parked, Claimed)
         store.apply([Park("parked", parked.token, "why")])
-    with closing(sqlite3.connect(path)) as db:
-        for name in ("meta", "session", "open", "done_0", "done_1", "done_2", "outbox"):
-            db.execute(f"ALTER TABLE idemp_{name} RENAME TO {name}")
-        db.execute("DROP TABLE idemp_layout")
-        db.execute("PRAGMA user_version=1")
+    make_old(path, "outbox")
     stores = [cast(SqliteStore, open_store(url)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda each: each.apply([Get("app/A"), Get("parked")]), stores))
@@ -680,16 +688,58 @@ def test_the_renewal_leaves_what_is_not_ours(tmp_path: Path) -> None:
     path = tmp_path / "app.db"
     with closing(open_store(f"sqlite:///{path}")) as store:
         store.apply([Claim("key")])
+    make_old(path)
     with closing(sqlite3.connect(path)) as db:
-        for name in ("meta", "session", "open", "done_0", "done_1", "done_2"):
-            db.execute(f"ALTER TABLE idemp_{name} RENAME TO {name}")
-        db.execute("DROP TABLE idemp_layout")
-        db.execute("PRAGMA user_version=1")
         db.execute("CREATE TABLE outbox (theirs)")
     with closing(open_store(f"sqlite:///{path}")) as store:
         assert not isinstance(store.apply([Get("key")])[0], Free)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT theirs FROM outbox").fetchall() == []
+
+
+_RENEWS = """
+import os, signal, sqlite3, sys
+from idemp.stores.sqlite import SqliteStore
+
+class Connection(sqlite3.Connection):
+    left = 0
+
+    def execute(self, statement, *values):
+        if statement.startswith("BEGIN"):
+            Connection.left = int(sys.argv[2])
+        if Connection.left:
+            Connection.left -= 1
+            if not Connection.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().execute(statement, *values)
+
+SqliteStore(
+    sys.argv[1], retention=60.0, session_ttl=10.0,
+    connect=lambda *at, **how: sqlite3.connect(*at, **how, factory=Connection),
+).apply([])
+"""
+
+
+def test_a_renewal_is_killed(tmp_path: Path) -> None:
+    """Before each of its statements: the file is the old one, which the next that opens it renews."""
+    path = tmp_path / "app.db"
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        store.apply([Claim("key")])
+    make_old(path)
+    old = path.read_bytes()
+    for statement in itertools.count(2):  # the first is its BEGIN
+        for each in tmp_path.iterdir():
+            each.unlink()
+        path.write_bytes(old)
+        done = finished("-c", _RENEWS, str(path), str(statement))
+        with closing(sqlite3.connect(path)) as db:
+            layout = layout_of(db)
+        if layout == LAYOUT:  # the next BEGIN is that of a batch
+            break
+        assert (done.returncode, layout) == (-signal.SIGKILL, 1)
+        with closing(open_store(f"sqlite:///{path}")) as store:
+            assert not isinstance(store.apply([Get("key")])[0], Free)
+    assert statement >= 11
 
 
 def opened(path: str, connect: Callable[..., sqlite3.Connection] = sqlite3.connect) -> SqliteStore:
