@@ -70,15 +70,17 @@ def draw_all(record: Path, into: Path) -> None:
     """docs/speed.svg and docs/growth.svg."""
     cells = _read(record, "factors")["cells"]
     (into / "speed.svg").write_text(bars("Fresh messages a second, one consumer, 2 cores", _base(cells)))
-    growth = _read(record, "growth")["growth"]["etcd"]
-    curves = {
-        "messages a second": [each["rate"] for each in growth.values()],
-        "bytes of memory an id": [each["memory"] for each in growth.values()],
-        "bytes in etcd an id": [each["bytes"] for each in growth.values()],
-        "seconds until ready": [each["ready"] for each in growth.values()],
+    growth = _read(record, "growth")["growth"]
+    panels = {
+        "messages a second on etcd": ("etcd", "rate"),
+        "messages a second on sqlite": ("sqlite", "rate"),
+        "bytes of memory an id, etcd": ("etcd", "memory"),
+        "bytes in the store an id, etcd": ("etcd", "bytes"),
+        "seconds until ready, etcd": ("etcd", "ready"),
     }
-    names = [f"{int(size):,} ids".replace(",", " ") for size in growth]
-    (into / "growth.svg").write_text(lines("idemp on etcd with ever more remembered ids", names, curves))
+    curves = {name: [each[what] for each in growth[store].values()] for name, (store, what) in panels.items()}
+    names = [f"{int(size):,} ids".replace(",", " ") for size in growth["etcd"]]
+    (into / "growth.svg").write_text(lines("idemp with ever more remembered ids", names, curves))
 
 
 def _base(cells: dict[str, Any]) -> list[Bar]:
