@@ -8,7 +8,7 @@ import math
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -72,17 +72,29 @@ def test_u12_within_one_worker_of_the_optimum(
         assert (advice.verdict, advice.recommended) == (f"add {needed - workers}", needed)
 
 
-def locked(rate: float, hold: float, workers: int, n: int) -> list[Sample]:
-    """Handlers that run in parallel and all wait for one lock."""
+def locked(rate: float, hold: float, workers: int, n: int, fair: float = 1.0) -> list[Sample]:
+    """Handlers that run in parallel and all wait for one lock.
+
+    fair: how often it goes to the one that waits longest, and not to the one that came last.
+    """
     chance = random.Random(7)
-    free, lock = [0.0] * workers, 0.0
-    now, samples = 0.0, []
+    sent, now = 0.0, 0.0
+    arrived: list[float] = []
     for _ in range(n):
-        now += chance.expovariate(rate)
-        began = max(now, heapq.heappop(free))
-        lock = max(lock, began) + hold
-        heapq.heappush(free, lock)
-        samples.append(Sample(now, began, lock - began))
+        sent += chance.expovariate(rate)
+        arrived.append(sent)
+    coming, waiting_for_it, samples = deque(arrived), list[tuple[float, float]](), list[Sample]()
+    while len(samples) < n:
+        if not waiting_for_it:
+            now = max(now, coming[0])
+            waiting_for_it.append((now, coming.popleft()))
+        began, at = waiting_for_it.pop(0 if chance.random() < fair else -1)
+        free = workers - 1 - len(waiting_for_it)
+        while free and coming and coming[0] <= now + hold:  # while it holds the lock
+            waiting_for_it.append((max(now, coming[0]), coming.popleft()))
+            free -= 1
+        now += hold
+        samples.append(Sample(at, began, now - began))
     return samples
 
 
@@ -95,6 +107,14 @@ def test_u12_a_shared_lock_is_named(workers: int) -> None:
     assert advice.verdict == "more workers will not help"
     assert "the more run beside it" in advice.why
     assert advice.recommended == workers
+
+
+@pytest.mark.parametrize("fair", [0.0, 0.1, 0.5])
+def test_u12_a_shared_lock_is_named_that_is_not_fair(fair: float) -> None:
+    """U12: who frees Python's lock has it again before those that wait: most wait little, few very long."""
+    advice = advise(locked(9.5, 0.1, 4, 3000, fair), workers=4, backlog=500, wish=Wish(0.1, 60.0))
+    assert advice is not None
+    assert advice.verdict == "more workers will not help", advice
 
 
 def test_u12_while_all_are_busy_the_past_tells() -> None:
