@@ -8,10 +8,11 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import gettempdir
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from idemp.errors import ConfigError, StoreUnavailable
 
@@ -90,6 +91,20 @@ def check_durable(path: str, execute: Callable[[str], Any]) -> None:
             f"{path}: SQLite has synchronous={synchronous} although FULL ({FULL}) was asked for,"
             " so that a power loss would undo what was told; use a build of SQLite that lets it be set"
         )
+
+
+def look(path: str, question: Callable[[sqlite3.Connection], bool]) -> bool:
+    """The answer of the file ``path``, which is neither made nor changed; false if there is none.
+
+    True also where it cannot be read: who opens it says why.
+    """
+    if not Path(path).exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as db:
+            return question(db)
+    except sqlite3.Error:
+        return True
 
 
 def alone(path: str, who: str, what: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -289,3 +290,37 @@ def test_a_store_without_an_outbox(etcd: Etcd, said: Say, unique: str) -> None:
         store.apply([])
     part = "--store (IDEMP_STORE): EtcdStore has no outbox; open one with sqlite:///app.db"
     said("relay", ["--once", "--transport", "memory://x"], "--store", url, part=part)
+
+
+# ------------------------------------------------------------------ a look makes nothing
+
+LOOKS = [
+    *(("--store", command, OF_ANY_STORE[command]) for command in OF_ANY_STORE if command != "doctor"),
+    *(("--transport", command, OF_ANY_BROKER[command]) for command in OF_ANY_BROKER
+      if command not in ("publish", "relay", "track", "doctor")),
+    *(("--tracking", command, OF_AN_EVENT_LOG[command]) for command in OF_AN_EVENT_LOG if command != "track"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "command", "arguments"), LOOKS)
+def test_a_look_at_the_wrong_file_makes_nothing(
+    option: str, command: str, arguments: list[str], tmp_path: Path, said: Say
+) -> None:
+    """A file that is not there, an empty one, and an application's own."""
+    none, empty, theirs = (tmp_path / name for name in ("none.db", "empty.db", "theirs.db"))
+    empty.touch()
+    with closing(sqlite3.connect(theirs)) as db:
+        db.execute("CREATE TABLE message (body)")
+    before = theirs.read_bytes()
+    for path in (none, empty, theirs):
+        said(command, arguments, option, f"sqlite:///{path}", part=f" {path}")
+    assert (none.exists(), empty.stat().st_size, theirs.read_bytes()) == (False, 0, before)
+
+
+@pytest.mark.parametrize("command", [command for command in OF_AN_EVENT_LOG if command != "track"])
+def test_a_look_at_the_wrong_database_makes_nothing(command: str, postgresql: PostgreSQL, said: Say) -> None:
+    """It gets no schema."""
+    url = postgresql.database()
+    said(command, OF_AN_EVENT_LOG[command], "--tracking", url, part="there is no event log ")
+    with psycopg.connect(url) as db:
+        assert db.execute("SELECT to_regnamespace('idemp_events')").fetchone() == (None,)

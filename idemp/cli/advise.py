@@ -8,7 +8,7 @@ import time
 import click
 
 from idemp.cli.events import events_at, tracking_option
-from idemp.cli.options import Duration, escaped, json_option, transport_at, transport_option
+from idemp.cli.options import Duration, broker_at, escaped, json_option, transport_option
 from idemp.ports import EventLog, Query
 from idemp.tracking.advise import LEAST, Advice, Sample, Wish, advise
 
@@ -80,7 +80,7 @@ def _samples(log: EventLog, service: str, since: float) -> list[Sample]:
 
 
 def _waiting(transport: str, service: str) -> int:
-    with transport_at(transport) as broker:
+    with broker_at(transport) as broker:
         return broker.depth(f"{service}-queue")
 
 

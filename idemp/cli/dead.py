@@ -19,11 +19,11 @@ from idemp.cli.keys import age
 from idemp.cli.options import (
     Duration,
     agree,
+    broker_at,
     escaped,
     json_option,
     reason_option,
     store_at,
-    transport_at,
     transport_option,
     who_option,
     yes_option,
@@ -84,7 +84,7 @@ def dead() -> None:
 @json_option
 def list_(queue: str, key: str | None, reason_has: str | None, transport: str, as_json: bool) -> None:
     """Group them by reason: how many, since when, and one of each."""
-    with transport_at(transport) as broker:
+    with broker_at(transport) as broker:
         depth = broker.depth(f"{queue}.dead")
         found = _chosen_of(broker, queue, key, reason_has)
     groups: dict[str, list[Letter]] = {}
@@ -107,7 +107,7 @@ def show(
 ) -> int:
     """Show them whole, the oldest first; exit code 1 if there is none."""
     shown = 0
-    with transport_at(transport) as broker:
+    with broker_at(transport) as broker:
         for letter in letters(broker, queue):
             if shown < limit and _is(letter, key, reason_has):
                 shown += 1
@@ -255,7 +255,7 @@ def _ended(sent: int, fate: str, as_json: bool, queue: str, *, ended: bool = Fal
 
 def _found(transport: str, queue: str, key: str | None, reason_has: str | None) -> list[Letter]:
     """By a connection of their own, which gives them back when it is closed."""
-    with transport_at(transport) as broker:
+    with broker_at(transport) as broker:
         return _chosen_of(broker, queue, key, reason_has)
 
 
@@ -298,7 +298,7 @@ class _Sender:
         """Send one, and look what becomes of it: done, taken, dead again, or waiting."""
         self._note([letter])
         sent = self._send(1)
-        with transport_at(self._transport) as broker:
+        with broker_at(self._transport) as broker:
             return sent, self._fate(broker, time.monotonic() + wait)
 
     def rest(self, found: Sequence[Letter]) -> int:
@@ -316,7 +316,7 @@ class _Sender:
             self._book.note("send back", queue=self._queue, messages=len(letters), died_of=died)
 
     def _send(self, most: int, told: Callable[[int], None] = lambda _: None) -> int:
-        with transport_at(self._transport) as broker:
+        with broker_at(self._transport) as broker:
             return send_all_back(
                 broker,
                 self._queue,
@@ -353,7 +353,7 @@ class _Sender:
         return "waiting"
 
     def _died_again(self) -> bool:
-        with transport_at(self._transport) as broker:
+        with broker_at(self._transport) as broker:
             return any(
                 letter.properties.headers.get("idemp-retry") == self._retry
                 for letter in letters(broker, self._queue)

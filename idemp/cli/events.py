@@ -6,16 +6,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 
 from idemp.cli.options import Duration, about, json_option
-from idemp.errors import ConfigError
 from idemp.eventlogs import open_event_log
 from idemp.ports import OUTCOMES, EventLog, Query
-from idemp.settings import split, sqlite_path
 from idemp.tracking import flow as flows
 from idemp.tracking import trace as traces
 from idemp.tracking.picture import svg
@@ -40,10 +37,7 @@ tracking_option: Decorator = click.option(
 def events_at(url: str) -> Iterator[EventLog]:
     """The event log that services write; looking at it does not make it."""
     with about("--tracking (IDEMP_TRACKING)"):
-        log = open_event_log(url)
-        parts = split(url)
-        if parts.scheme == "sqlite" and not Path(sqlite_path(parts)).exists():
-            raise ConfigError(f"there is no event log {sqlite_path(parts)}; a tracked service makes it")
+        log = open_event_log(url, reading=True)
     with closing(log):
         with about("--tracking (IDEMP_TRACKING)"):
             log.find(Query(), limit=1)  # whether it answers

@@ -18,8 +18,10 @@ from idemp.errors import ConfigError, IdempError
 from idemp.eventlogs import open_event_log
 from idemp.ports import Store, Transport
 from idemp.settings import duration, hidden, split
-from idemp.stores import check_exists, open_store
+from idemp.stores import check_exists as check_store
+from idemp.stores import open_store
 from idemp.tracking.tracker import tracking
+from idemp.transports import check_exists as check_broker
 from idemp.transports import open_transport
 
 TRANSPORT = "amqp://guest:guest@localhost:5672/"
@@ -129,7 +131,7 @@ def store_at(url: str) -> Iterator[Store]:
     """The store that a service uses: it answers, and looking at it neither makes nor changes it."""
     with about("--store (IDEMP_STORE)"):
         open_store(url)  # which says what is wrong with it, and connects to nothing
-        check_exists(url)
+        check_store(url)
         store = open_store(_without_wishes(url))
     with closing(store):
         with about("--store (IDEMP_STORE)"), watching(f"reading {hidden(url)}", store.progress):
@@ -154,6 +156,15 @@ def transport_at(url: str) -> Iterator[Transport]:
     with closing(transport):
         with about("--transport (IDEMP_TRANSPORT)"):
             transport.connect()
+        yield transport
+
+
+@contextmanager
+def broker_at(url: str) -> Iterator[Transport]:
+    """The broker that services use, connected; looking at it does not make it."""
+    with about("--transport (IDEMP_TRANSPORT)"):
+        check_broker(url)
+    with transport_at(url) as transport:
         yield transport
 
 

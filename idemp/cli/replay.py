@@ -19,11 +19,11 @@ from idemp.cli.events import KINDS, events_at, moments, window
 from idemp.cli.options import (
     Duration,
     agree,
+    broker_at,
     escaped,
     json_option,
     reason_option,
     store_at,
-    transport_at,
     transport_option,
     who_option,
     yes_option,
@@ -103,7 +103,7 @@ def replay(transport: str, tracking: str | None, as_json: bool, **given: Any) ->
     Exit code 1 if there is nothing to send, or something did not become ok.
     """
     with ExitStack() as stack:
-        desk = Desk(stack.enter_context(transport_at(transport)))
+        desk = Desk(stack.enter_context(broker_at(transport)))
         if given["cancel"]:
             return _cancel(desk, given["cancel"], as_json)
         stores = _Stores(stack, given["stores"])
@@ -194,7 +194,7 @@ class _Run:
 
     def _kept(self, name: str) -> Kept:
         """Its plan, read on a connection of its own, which gives it back."""
-        with transport_at(self._transport) as other:
+        with broker_at(self._transport) as other:
             plan = PlanQueue(Desk(other), name).read()
         if plan is not None:
             return plan

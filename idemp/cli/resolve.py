@@ -10,12 +10,12 @@ import click
 from idemp.cli import options
 from idemp.cli.keys import why
 from idemp.cli.options import (
+    broker_at,
     escaped,
     json_option,
     reason_option,
     store_at,
     store_option,
-    transport_at,
     transport_option,
     who_option,
 )
@@ -66,7 +66,7 @@ def resolve(
         elif queue is None:
             _say(key, set_free(opened, key, book=book), {"now": "free"}, as_json)
         else:
-            with transport_at(transport) as broker:
+            with broker_at(transport) as broker:
                 _retry(key, opened, broker, queue, book, as_json)
 
 

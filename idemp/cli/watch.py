@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 import click
 
 from idemp.cli.events import events_at, tracking_option
-from idemp.cli.options import Duration, about, escaped, json_option, transport_at, transport_option
+from idemp.cli.options import Duration, about, broker_at, escaped, json_option, transport_option
 from idemp.errors import ConfigError, Unavailable
 from idemp.metrics import StatsdMeter
 from idemp.ports import EventLog, Meter, NoMeter, Transport
@@ -64,7 +64,7 @@ def watch(
     with ExitStack() as stack:
         meter = stack.enter_context(closing(_meter(statsd)))
         log = stack.enter_context(events_at(tracking))
-        broker = stack.enter_context(transport_at(transport))
+        broker = stack.enter_context(broker_at(transport))
         before: dict[tuple[str, str], Finding] = {}
         number = 0
         if sys.stderr.isatty() and times != 1:

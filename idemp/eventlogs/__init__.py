@@ -21,13 +21,15 @@ ROWS = 10_000_000
 _OPTIONS = {"retention": "7d", "rows": str(ROWS), "payloads": "off", "business": "order_id"}
 
 
-def open_event_log(url: str) -> EventLog:
+def open_event_log(url: str, *, reading: bool = False) -> EventLog:
     """The event log at ``url``; nothing connects before its first use.
 
     ``sqlite:///events.db`` or ``postgresql://user:password@host/database``, with ``?retention=7d``,
     ``?rows=10000000``, ``?payloads=off`` (then a replay can only take bodies from elsewhere), and
     ``?business=order_id``, where in a message's args its business key stands.  ``amqp://`` publishes events
-    to the collector, `idemp track`.  Raises `ConfigError`.
+    to the collector, `idemp track`.
+    reading: to look at it must not make it; its first use raises `ConfigError` where there is none.
+    Raises `ConfigError`.
     """
     parts = split(url)
     if parts.scheme not in ("sqlite", "postgresql", "postgres", "amqp", "amqps"):
@@ -47,7 +49,7 @@ def open_event_log(url: str) -> EventLog:
     if parts.scheme == "sqlite":
         from idemp.eventlogs.sqlite import SqliteEventLog
 
-        return SqliteEventLog(sqlite_path(parts), **told)
+        return SqliteEventLog(sqlite_path(parts), reading=reading, **told)
     rest = [(name, value) for name, value in parse_qsl(parts.query) if name not in _OPTIONS]
     place = urlunsplit(parts._replace(query=urlencode(rest)))
     if parts.scheme.startswith("amqp"):
@@ -57,7 +59,7 @@ def open_event_log(url: str) -> EventLog:
         return PublishingLog(open_transport(place), payloads=told["payloads"], business=told["business"])
     from idemp.eventlogs.postgresql import PostgresqlEventLog
 
-    return PostgresqlEventLog(place, **told)
+    return PostgresqlEventLog(place, reading=reading, **told)
 
 
 def _rows(text: str) -> int:

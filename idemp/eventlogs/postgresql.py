@@ -86,7 +86,7 @@ class PostgresqlEventLog(SqlEventLog):
         asked = [f"{SCHEMA}.edge", f"{SCHEMA}.event_layout"]
         [(edge, layout)] = db.execute("SELECT to_regclass(%s), to_regclass(%s)", asked).fetchall()
         if layout is None:
-            return 0 if edge is None else 1
+            return self.check(0 if edge is None else 1, self._shown)
         [(version,)] = db.execute(f"SELECT version FROM {SCHEMA}.event_layout").fetchall()
         return self.check(version, self._shown)
 

@@ -84,9 +84,16 @@ class SqlEventLog(ABC):
     """What a database says of a text that it does not take."""
 
     def __init__(
-        self, *, retention: float, rows: int, payloads: bool, business: str, clock: Clock | None = None
+        self,
+        *,
+        retention: float,
+        rows: int,
+        payloads: bool,
+        business: str,
+        reading: bool = False,
+        clock: Clock | None = None,
     ) -> None:
-        self.retention, self.rows = retention, rows
+        self.retention, self.rows, self.reading = retention, rows, reading
         self.payloads, self.business = payloads, business
         self._clock = clock or Clock()
         self._lock = threading.Lock()
@@ -176,7 +183,9 @@ class SqlEventLog(ABC):
         execute("INSERT INTO event_layout VALUES (?)", [LAYOUT])
 
     def check(self, layout: int, shown: str) -> int:
-        """``layout``; `ConfigError` if it is one of a newer idemp."""
+        """``layout``; `ConfigError` if it is one of a newer idemp, or there is none and I only look."""
+        if self.reading and not layout:
+            raise ConfigError(f"there is no event log {shown}; a tracked service makes it")
         if layout > LAYOUT:
             raise ConfigError(f"the event log {shown} is of a newer idemp (layout {layout}); upgrade idemp")
         return layout

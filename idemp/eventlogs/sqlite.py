@@ -44,6 +44,8 @@ class SqliteEventLog(SqlEventLog):
             raise ConfigError(f"the event log {self._path}: {error}; name another file") from None
 
     def _connect(self) -> sqlite3.Connection:
+        if not Path(self._path).exists():
+            self.check(0, self._path)
         if not Path(self._path).absolute().parent.is_dir():
             raise ConfigError(f"the event log {self._path}: there is no such folder; make it")
         check_place(self._path)
@@ -58,6 +60,7 @@ class SqliteEventLog(SqlEventLog):
         return db
 
     def _set_up(self, db: sqlite3.Connection) -> None:
+        self._layout(db)  # before anything is set
         for setting in _SETTINGS:
             db.execute(f"PRAGMA {setting}")
         if self._layout(db) != LAYOUT:
@@ -71,7 +74,7 @@ class SqliteEventLog(SqlEventLog):
         """0 where there is none."""
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if "event_layout" not in tables:
-            return 1 if "edge" in tables else 0
+            return self.check(1 if "edge" in tables else 0, self._path)
         [layout] = db.execute("SELECT version FROM event_layout").fetchone()
         return self.check(layout, self._path)
 

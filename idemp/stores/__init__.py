@@ -101,8 +101,13 @@ def init_store(url: str, grant: str = "") -> str:
 def check_exists(url: str) -> None:
     """Raise `ConfigError` if there is no store at ``url`` yet: to look at one must not make it."""
     parts = split(url)
-    if parts.scheme == "sqlite" and not Path(path := sqlite_path(parts)).exists():
-        raise ConfigError(f"there is no file {path}; name the store that the service uses")
+    if parts.scheme == "sqlite":
+        from idemp.stores.sqlite import exists as in_sqlite
+
+        if not Path(path := sqlite_path(parts)).exists():
+            raise ConfigError(f"there is no file {path}; name the store that the service uses")
+        if not in_sqlite(path):
+            raise ConfigError(f"{path} has no store in it; name the file that the service uses as one")
     if (namespace := _missing_namespace(url, parts.scheme)) is not None:
         raise ConfigError(
             f"{hidden(url)} has no namespace {namespace!r}; name the store that the service uses"

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import astuple
 
-from idemp.embedded import check_durable, check_place
+from idemp.embedded import check_durable, check_place, look
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
 from idemp.ports import Backlog, Busy, Claim, Clock, Done, Letter, Op, Reply, State, Transaction
@@ -83,6 +83,11 @@ def layout_of(db: sqlite3.Connection) -> int:
         return int(db.execute("SELECT max(version) FROM idemp_layout").fetchone()[0])
     ours = db.execute("SELECT 1 FROM pragma_table_info('done_0') WHERE name = 'fingerprint'").fetchone()
     return 1 if ours and db.execute("PRAGMA user_version").fetchone() == (1,) else 0
+
+
+def exists(path: str) -> bool:
+    """Whether the file ``path`` has a store in it.  Makes nothing."""
+    return look(path, lambda db: layout_of(db) > 0)
 
 
 def _columns(db: sqlite3.Connection, table: str) -> list[str]:

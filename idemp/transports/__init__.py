@@ -15,7 +15,7 @@ from idemp.errors import ConfigError, TransportUnavailable, Unroutable
 from idemp.ports import Delivery, Log, Publication, Sent, Transport
 from idemp.settings import duration, hidden, options, split, sqlite_path
 
-__all__ = ["open_log", "open_transport", "publish"]
+__all__ = ["check_exists", "open_log", "open_transport", "publish"]
 
 _OFFER = "amqp://, redis://, sqlite:/// or memory://"
 _REDIS = {
@@ -101,6 +101,16 @@ def _namespace(found: Mapping[str, str]) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,50}", namespace):
         raise ConfigError(f"namespace={namespace!r}: up to 50 letters, digits, dots, dashes, underscores")
     return namespace
+
+
+def check_exists(url: str) -> None:
+    """Raise `ConfigError` if ``url`` is a file without a broker: to look at one must not make it."""
+    parts = split(url)
+    if parts.scheme == "sqlite":
+        from idemp.transports.sqlite import exists
+
+        if not exists(path := sqlite_path(parts)):
+            raise ConfigError(f"there is no broker in {path}; name the file that the service uses as one")
 
 
 def publish(transport: Transport, publications: Sequence[Publication], *, timeout: float = 30.0) -> None:

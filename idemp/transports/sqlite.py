@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from idemp.embedded import check_durable, check_place
+from idemp.embedded import check_durable, check_place, look
 from idemp.errors import Closed, ConfigError, IdempError, TransportUnavailable
 from idemp.ports import Clock, Delivery, Publication, Sent
 from idemp.transports.envelope import pack, unpack
@@ -103,6 +103,12 @@ _TAKE = "UPDATE message SET consumer = :me, redelivered = 1 WHERE id IN (SELECT 
 # The consumer is named because what it lost to another is not its own to acknowledge.
 _ACKNOWLEDGE = "DELETE FROM message WHERE consumer = :me AND id IN (SELECT value FROM json_each(:ids))"
 _DEPTH = "SELECT count(*) FROM message WHERE consumer = 0 AND queue = (SELECT id FROM queue WHERE name = ?)"
+
+
+def exists(path: str) -> bool:
+    """Whether the file ``path`` has a broker in it.  Makes nothing."""
+    asked = "SELECT count(*) FROM sqlite_master WHERE name IN ('topology', 'binding', 'delayed')"
+    return look(path, lambda db: db.execute(asked).fetchone() == (3,))
 
 
 class _Bell(threading.Condition):
