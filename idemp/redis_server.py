@@ -11,6 +11,7 @@ from urllib.parse import SplitResult, unquote
 
 from idemp.errors import ConfigError, IdempError, MissingExtra, Unavailable
 from idemp.settings import switch
+from idemp.tls import files_in, tls_fix, trust
 
 try:
     from redis.exceptions import (
@@ -25,6 +26,7 @@ except ImportError:
 
 
 _REFUSED = ("NOAUTH", "WRONGPASS")
+_TLS = {"ca": "ssl_ca_certs", "cert": "ssl_certfile", "key": "ssl_keyfile"}
 _FIXES = {
     "OOM ": "; raise its maxmemory, or name a shorter ?retention= at every process",
     "'maxmemory'": "; raise its maxmemory, or name a shorter ?retention= at every process",
@@ -75,9 +77,12 @@ def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Serv
         "username": unquote(parts.username) if parts.username else None,
         "password": unquote(parts.password) if parts.password else None,
     }
+    files = files_in(found)
     if parts.scheme == "rediss":
-        files = {"ca": "ssl_ca_certs", "cert": "ssl_certfile", "key": "ssl_keyfile"}
-        options |= {"ssl": True, **{name: found.get(option) for option, name in files.items()}}
+        trust(**files)
+        options |= {"ssl": True, **{_TLS[option]: file for option, file in files.items()}}
+    elif files:
+        raise ConfigError(f"{', '.join(files)}: for TLS; write the URL with rediss://")
     shown = f"{parts.scheme}://{options['host']}:{options['port']}/{database}"
     return Server(options, shown, namespace, switch(found.get("unsafe_durability", "")))
 
@@ -153,5 +158,7 @@ def explain(at: Server, error: RedisError, unavailable: type[Unavailable]) -> Id
         return ConfigError(f"{at.shown} refuses: {said}; check the user, the password and its rights")
     if "DB index is out of range" in said:
         return ConfigError(f"{at.shown}: {said}; name a database that the server has")
-    fix = next((fix for word, fix in _FIXES.items() if word in said), "")
+    fix = next((fix for word, fix in _FIXES.items() if word in said), tls_fix(said))
+    if at.options.get("ssl") and said.startswith("Timeout connecting"):
+        fix = "; if there is no TLS at that port, write redis://"
     return unavailable(f"{at.shown}: {said}{fix}")

@@ -56,7 +56,7 @@ from idemp.stores.etcd_replica import Layout
 from idemp.stores.records import LINES, encode
 from tests.servers import Etcd, need
 from tests.service import stand
-from tests.test_etcd_client import fill, papers, secured  # noqa: F401
+from tests.test_etcd_client import fill, secured
 
 
 class Wire(Client):
@@ -546,7 +546,7 @@ def _claims(store: Store) -> bool:
     ("url", "sentence"),
     [
         ("etcd://localhost/a b", "etcd namespace"),
-        ("etcd://localhost/x?cert=only.pem", "needs cert and key"),
+        ("etcd://localhost/x?cert=only.pem", "TLS needs cert and key"),
         ("etcd://localhost/x?retention=never", "retention='never' is no duration"),
         ("etcd://localhost/x?ttl=1", "has no option 'ttl'"),
     ],
@@ -824,7 +824,7 @@ def test_a_look_at_a_real_etcd(own_etcd: Etcd) -> None:
     client.close()
 
 
-def test_a_quota_behind_tls(papers: Path) -> None:  # noqa: F811
+def test_a_quota_behind_tls(papers: Path) -> None:
     """With the files that the URL names; a stranger learns nothing, and is not told off."""
     ca, cert, key = (str(papers / name) for name in ("ca.pem", "client.pem", "client.key"))
     with secured(papers, "server") as cluster:

@@ -16,6 +16,7 @@ FLOORS = {
         "idemp.errors",
         "idemp.message",
         "idemp.settings",
+        "idemp.tls",
         "idemp.embedded",
         "idemp.findings",
         "idemp.audit.messages",

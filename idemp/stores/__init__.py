@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, unquote
 from idemp.errors import ConfigError
 from idemp.ports import Store
 from idemp.settings import duration, hidden, namespace_in, options, split, sqlite_path, switch
+from idemp.tls import FILES
 
 RETENTION = 24 * 3600.0
 """Seconds that done is remembered unless the URL says otherwise."""
@@ -20,11 +21,10 @@ SESSION = 10.0
 """Seconds without a heartbeat after which a session is dead, unless the URL says otherwise."""
 
 _OPTIONS = {"retention": "24h", "session": "10s"}
-_ETCD = {"tls": "true", "ca": "ca.pem", "cert": "client.pem", "key": "client.key", "seed_layout": "1"}
+_ETCD = {"tls": "true", **FILES, "seed_layout": "1"}
 _SERVER = {"namespace": "orders", "unsafe_durability": "true"}
-_TLS = {name: example for name, example in _ETCD.items() if name in ("ca", "cert", "key")}
-_POSTGRESQL = {**_SERVER, "sslmode": "verify-full", **_TLS}
-_REDIS = {**_SERVER, **_TLS}
+_POSTGRESQL = {**_SERVER, "sslmode": "verify-full", **FILES}
+_REDIS = {**_SERVER, **FILES}
 _OF = {
     "etcd": _ETCD,
     "postgresql": _POSTGRESQL,

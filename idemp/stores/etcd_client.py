@@ -24,7 +24,6 @@ import logging
 import os
 import random
 import re
-import ssl
 import threading
 import time
 import urllib.request
@@ -37,6 +36,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 
 from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, StoreUnavailable
+from idemp.tls import trust
 
 # Without this grpc's own fork handlers abort a child that never meant to speak to etcd.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -353,11 +353,11 @@ class Client:
             raise ConfigError("etcd:// names no host")
         if (user is None) != (password is None):
             raise ConfigError("etcd:// needs user and password, or neither")
-        if (cert is None) != (key is None):
-            raise ConfigError("etcd:// needs cert and key, or neither")
         self._endpoints = tuple(endpoints)
         self._login = None if user is None else pb.AuthenticateRequest(name=user, password=password)
-        self._files = (ca, key, cert) if tls or ca or cert else None
+        self._files = (ca, key, cert) if tls or ca or cert or key else None
+        if self._files is not None:
+            trust(ca, cert, key)
         self._timeout = timeout
         self._closed = False
         self._newest = _Place(0, 0)
@@ -475,7 +475,8 @@ class Client:
         endpoint = self._endpoints[self._here().current]
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self._files is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=_tls_context(*self._files)))
+            ca, key, cert = self._files
+            handlers.append(urllib.request.HTTPSHandler(context=trust(ca, cert, key)))
         url = f"{'http' if self._files is None else 'https'}://{endpoint}{path}"
         with urllib.request.build_opener(*handlers).open(url, timeout=timeout or self._timeout) as answer:
             return answer.read(_METRICS_MOST).decode(errors="replace"), answer.headers.get("Date", "")
@@ -686,13 +687,6 @@ class _Link:
             raise Unsure("etcd ended a keepalive without a word") from None
         finally:
             call.cancel()
-
-
-def _tls_context(ca: str | None, key: str | None, cert: str | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca)
-    if cert:
-        context.load_cert_chain(cert, key)
-    return context
 
 
 def _credentials(*files: str | None) -> grpc.ChannelCredentials:

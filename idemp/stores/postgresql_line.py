@@ -19,6 +19,7 @@ from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import Clock
 from idemp.settings import switch
 from idemp.stores.postgresql_sql import GRANTS, MIGRATIONS
+from idemp.tls import files_in, tls_fix, trust
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ def place(
         "password": unquote(password),
         "dbname": unquote(parts.path.strip("/")),
     }
+    files = files_in(found)
+    if files.get("ca") != "system":  # which newer drivers know
+        trust(**files)
     for option, name in _TLS.items():
         conninfo[name] = found.get(option, "")
     if len(names) > 1:
@@ -186,10 +190,9 @@ def connect(place: Place, kind: type[psycopg.Connection[Any]] = psycopg.Connecti
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         said = one_line(error)
         if _REFUSED.search(said) or isinstance(error, psycopg.ProgrammingError):
-            raise ConfigError(
-                f"{place.shown} refuses: {said}; check the user, the password and the database in the URL"
-            ) from None
-        raise StoreUnavailable(f"{place.shown}: {said}") from None
+            advice = tls_fix(said) or "; check the user, the password and the database in the URL"
+            raise ConfigError(f"{place.shown} refuses: {said}{advice}") from None
+        raise StoreUnavailable(f"{place.shown}: {said}{tls_fix(said)}") from None
 
 
 def check(connection: Connection, place: Place) -> bool:

@@ -14,6 +14,7 @@ from idemp.causality import current
 from idemp.errors import ConfigError, TransportUnavailable, Unroutable
 from idemp.ports import Delivery, Log, Publication, Sent, Transport
 from idemp.settings import duration, hidden, options, split, sqlite_path
+from idemp.tls import FILES
 
 __all__ = ["check_exists", "open_log", "open_transport", "publish"]
 
@@ -24,9 +25,7 @@ _REDIS = {
     "stream": "event-stream",
     "keep": "100000",
     "unsafe_durability": "true",
-    "ca": "ca.pem",
-    "cert": "client.pem",
-    "key": "client.key",
+    **FILES,
 }
 
 
@@ -37,7 +36,8 @@ def open_transport(url: str) -> Transport:
     (``sqlite:////absolute/queues.db``), ``redis://host/0?namespace=orders`` (``rediss://`` for TLS), or
     ``memory://name`` for one process.
     ``sqlite`` takes ``?visibility=30s``: how long a consumer may be silent before others get what
-    it has not acknowledged; ``amqp`` takes the options of pika.  Raises `ConfigError`.
+    it has not acknowledged; ``amqp`` takes the options of pika; ``amqps`` and ``rediss`` take ``ca``,
+    ``cert`` and ``key`` (files).  Raises `ConfigError`.
     """
     parts = split(url)
     match parts.scheme:

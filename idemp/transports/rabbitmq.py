@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 from msgspec.structs import replace
 
@@ -22,6 +23,7 @@ from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, Transpor
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
 from idemp.settings import split
+from idemp.tls import files_in, tls_fix, trust
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
 from idemp.transports.amqp_wire import Reader, encode
 from idemp.transports.topic import no_queue
@@ -211,7 +213,8 @@ class _Link:
     def __init__(self, parameters: pika.URLParameters, first: int, numbers: Iterator[int]) -> None:
         self.pid = os.getpid()
         self._parameters, self._first, self._numbers = parameters, first, numbers
-        self._where = f"amqp://{parameters.host}:{parameters.port}"
+        scheme = "amqps" if parameters.ssl_options else "amqp"
+        self._where = f"{scheme}://{parameters.host}:{parameters.port}"
         self._lost: IdempError | None = None
         self._loop = IOLoop()
         self._loop.activate_poller()
@@ -291,8 +294,11 @@ class _Link:
                 why = "it did not answer in time"
             case exceptions.IncompatibleProtocolError():
                 why = "it hung up on the greeting; does it speak AMQP 0-9-1?"
+                if self._parameters.ssl_options:
+                    why += " It may want a certificate: ?cert=client.pem&key=client.key"
             case _:
                 why = _text(cause)
+                why += tls_fix(why)
         return TransportUnavailable(f"no broker answers at {self._where}: {why}")
 
     # ---------------------------------------------------------------- the loop
@@ -544,14 +550,24 @@ def _properties(publication: Publication) -> _Properties:
 
 
 def _parameters(url: str) -> pika.URLParameters:
-    options = split(url).query
+    parts = split(url)
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(given)
+    files = files_in(options)
+    if files:
+        rest = [(name, value) for name, value in given if name not in files]
+        url = urlunsplit(parts._replace(query=urlencode(rest)))
     try:
         parameters = pika.URLParameters(url)
     except (ValueError, TypeError, SyntaxError, OSError) as error:
         raise ConfigError(f"pika does not take the options of the amqp:// URL: {error}") from None
-    if "heartbeat=" not in options:
+    if files:
+        if parts.scheme != "amqps":
+            raise ConfigError(f"{', '.join(files)}: for TLS; write the URL with amqps://")
+        parameters.ssl_options = pika.SSLOptions(trust(**files))
+    if "heartbeat" not in options:
         parameters.heartbeat = HEARTBEAT
-    if "blocked_connection_timeout=" not in options:
+    if "blocked_connection_timeout" not in options:
         parameters.blocked_connection_timeout = BLOCKED
     return parameters
 

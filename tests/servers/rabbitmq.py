@@ -5,11 +5,13 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.servers.catalog import SERVERS
 from tests.servers.container import Container
 from tests.servers.lent import Lent
+from tests.servers.need import missing
 from tests.servers.ports import free_port
 from tests.servers.processes import Processes
 
@@ -17,13 +19,19 @@ DEADLINE = 60.0  # seconds; a start takes about 2
 
 
 class RabbitMQ(Lent):
-    """A broker of one's own: started by `with`, gone with its data at the end of it."""
+    """A broker of one's own: started by `with`, gone with its data at the end of it.
 
-    def __init__(self, *, management: bool = False) -> None:
+    options: of rabbitmq.conf, which only an installed one takes.
+    """
+
+    def __init__(self, *, management: bool = False, options: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
         self.management_port = free_port() if management else None
         server = SERVERS["rabbitmq"]
         program = server.path()
+        self._options = dict(options or {})
+        if self._options and program is None:
+            missing("options of RabbitMQ need it installed, not as an image")
         self._runs = self._processes(program) if program else self._container(server.image)
 
     @property
@@ -69,6 +77,7 @@ class RabbitMQ(Lent):
             "vm_memory_high_watermark.relative = 0.9",
             "disk_free_limit.absolute = 1MB",
         ]
+        config += [f"{name} = {value}" for name, value in self._options.items()]
         plugins = "[]."
         if self.management_port is not None:
             config += ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {self.management_port}"]

@@ -1,0 +1,56 @@
+"""The files of TLS that a server's URL names, called alike for every server: ``ca``, ``cert`` and ``key``."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+
+from idemp.errors import ConfigError
+
+FILES = {"ca": "ca.pem", "cert": "client.pem", "key": "client.key"}
+"""The options, and how they look."""
+_MINE = "; it wants a certificate that it knows: ?cert=client.pem&key=client.key"
+_FIXES = {
+    "certificate verify failed": "; name the authority of its certificate: ?ca=ca.pem",
+    "valid client certificate": _MINE,
+    "EOF occurred in violation": _MINE,
+    " alert ": _MINE,
+    "wrong version number": "; if there is no TLS at that port, leave it out of the URL",
+    "does not support SSL": "; if there is no TLS at that port, leave it out of the URL",
+}
+"""Of what OpenSSL and servers say."""
+
+
+def files_in(found: Mapping[str, str]) -> dict[str, str]:
+    """Those of a URL's options that are named."""
+    return {option: found[option] for option in FILES if found.get(option)}
+
+
+def trust(ca: str | None = None, cert: str | None = None, key: str | None = None) -> ssl.SSLContext:
+    """Whom to trust, the system's authorities if ``ca`` is none, and who I am.
+
+    Raises `ConfigError` for a file that is not what it should be: drivers do so late, and some not at all.
+    """
+    if (cert is None) != (key is None):
+        raise ConfigError("TLS needs cert and key, or neither")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise ConfigError(f"ca={ca!r} is no file of authorities' certificates: {_line(error)}") from None
+    if cert is not None:
+        try:
+            # A password, so that nobody is asked for one who is not there.
+            context.load_cert_chain(cert, key, password="")
+        except OSError as error:
+            said = f"cert={cert!r} and key={key!r} are no certificate and its key, without a password"
+            raise ConfigError(f"{said}: {_line(error)}") from None
+    return context
+
+
+def tls_fix(said: str) -> str:
+    """What to do about an error of TLS, if it is one, to be put behind it."""
+    return next((fix for word, fix in _FIXES.items() if word in said), "")
+
+
+def _line(error: OSError) -> str:
+    return error.strerror or " ".join(str(error).split())
