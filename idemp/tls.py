@@ -9,6 +9,8 @@ from idemp.errors import ConfigError
 
 FILES = {"ca": "ca.pem", "cert": "client.pem", "key": "client.key"}
 """The options, and how they look."""
+LIBPQ = {"ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
+"""What PostgreSQL's library calls them."""
 _MINE = "; it wants a certificate that it knows: ?cert=client.pem&key=client.key"
 _FIXES = {
     "certificate verify failed": "; name the authority of its certificate: ?ca=ca.pem",
@@ -24,6 +26,13 @@ _FIXES = {
 def files_in(found: Mapping[str, str]) -> dict[str, str]:
     """Those of a URL's options that are named."""
     return {option: found[option] for option in FILES if found.get(option)}
+
+
+def for_libpq(files: Mapping[str, str]) -> dict[str, str]:
+    """The same in PostgreSQL's words.  Raises like `trust`, but for the ``system`` that newer ones know."""
+    if files.get("ca") != "system":
+        trust(**files)
+    return {LIBPQ[option]: file for option, file in files.items()}
 
 
 def trust(ca: str | None = None, cert: str | None = None, key: str | None = None) -> ssl.SSLContext:

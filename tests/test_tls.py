@@ -23,6 +23,7 @@ import pytest
 
 from idemp import Message, open_store, open_transport, publish
 from idemp.errors import ConfigError
+from idemp.eventlogs import open_event_log
 from idemp.ports import Claim, Claimed, Complete, Done, Get
 from tests.servers import PostgreSQL, RabbitMQ, Redis, need
 from tests.servers.ports import free_port
@@ -149,7 +150,7 @@ def test_a_broker(broker_place: Place, tmp_path: Path, unique: str) -> None:
 
 
 COMMANDS = {
-    "postgresql_tls": ("init", "ls", "doctor"),
+    "postgresql_tls": ("init", "ls", "doctor", "events"),
     "redis_tls": ("ls", "doctor"),
     "rabbitmq_tls": ("doctor --service orders",),
 }
@@ -164,9 +165,13 @@ def test_a_command(name: str, command: str, request: pytest.FixtureRequest) -> N
     if place.option == "--store":
         with closing(open_store(place.url())) as store:
             store.apply([])
+    if command == "events":
+        with closing(open_event_log(place.url())) as log:
+            log.prune(0.0)
 
     def said(url: str) -> Any:
-        where = (url,) if command == "init" else (place.option, url)
+        option = {"init": (), "events": ("--tracking",)}.get(command, (place.option,))
+        where = (*option, url)
         return finished("-m", "idemp", *command.split(), *where)
 
     done = said(place.url())

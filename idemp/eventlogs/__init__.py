@@ -5,12 +5,14 @@ One module for each place; what they promise is `idemp.ports.EventLog`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlunsplit
 
 from idemp.errors import ConfigError
 from idemp.ports import EventLog
 from idemp.settings import duration, hidden, options, split, sqlite_path, switch
+from idemp.tls import FILES, files_in, for_libpq
 
 __all__ = ["RETENTION", "ROWS", "open_event_log"]
 
@@ -26,40 +28,57 @@ def open_event_log(url: str, *, reading: bool = False) -> EventLog:
 
     ``sqlite:///events.db`` or ``postgresql://user:password@host/database``, with ``?retention=7d``,
     ``?rows=10000000``, ``?payloads=off`` (then a replay can only take bodies from elsewhere), and
-    ``?business=order_id``, where in a message's args its business key stands.  ``amqp://`` publishes events
-    to the collector, `idemp track`.
+    ``?business=order_id``, where in a message's args its business key stands.  PostgreSQL's takes
+    ``sslmode``, ``ca``, ``cert``, ``key`` and what its library knows, too.  ``amqp://`` publishes events to
+    the collector, `idemp track`.
     reading: to look at it must not make it; its first use raises `ConfigError` where there is none.
     Raises `ConfigError`.
     """
     parts = split(url)
-    if parts.scheme not in ("sqlite", "postgresql", "postgres", "amqp", "amqps"):
-        raise ConfigError(
-            f"there is no event log for {hidden(url)!r}; use sqlite:///events.db, postgresql:// or amqp://"
-        )
-    if parts.scheme == "sqlite":
-        given = options(parts, _OPTIONS)
-    else:
-        given = {name: value for name, value in parse_qsl(parts.query) if name in _OPTIONS}
-    told: dict[str, Any] = {
+    match parts.scheme:
+        case "sqlite":
+            from idemp.eventlogs.sqlite import SqliteEventLog
+
+            told = _told(options(parts, _OPTIONS))
+            return SqliteEventLog(sqlite_path(parts), reading=reading, **told)
+        case "postgresql" | "postgres":
+            from idemp.eventlogs.postgresql import PostgresqlEventLog
+
+            ours, rest = _sorted(parts)
+            rest |= for_libpq(files_in(rest))
+            rest = {name: value for name, value in rest.items() if name not in FILES}
+            return PostgresqlEventLog(_with(parts, rest), reading=reading, **_told(ours))
+        case "amqp" | "amqps":
+            from idemp.eventlogs.collector import PublishingLog
+            from idemp.transports import open_transport
+
+            ours, rest = _sorted(parts)
+            told = _told(ours)
+            out = open_transport(_with(parts, rest))
+            return PublishingLog(out, payloads=told["payloads"], business=told["business"])
+    raise ConfigError(
+        f"there is no event log for {hidden(url)!r}; use sqlite:///events.db, postgresql:// or amqp://"
+    )
+
+
+def _sorted(parts: SplitResult) -> tuple[dict[str, str], dict[str, str]]:
+    """The options that are ours, and those of the driver."""
+    found = dict(parse_qsl(parts.query))
+    ours = {name: value for name, value in found.items() if name in _OPTIONS}
+    return ours, {name: value for name, value in found.items() if name not in _OPTIONS}
+
+
+def _with(parts: SplitResult, options: Mapping[str, str]) -> str:
+    return urlunsplit(parts._replace(query=urlencode(options)))
+
+
+def _told(given: Mapping[str, str]) -> dict[str, Any]:
+    return {
         "retention": duration(given.get("retention", f"{RETENTION:.0f}s"), "retention"),
         "rows": _rows(given.get("rows", str(ROWS))),
         "payloads": switch(given.get("payloads", "on")),
         "business": given.get("business", ""),
     }
-    if parts.scheme == "sqlite":
-        from idemp.eventlogs.sqlite import SqliteEventLog
-
-        return SqliteEventLog(sqlite_path(parts), reading=reading, **told)
-    rest = [(name, value) for name, value in parse_qsl(parts.query) if name not in _OPTIONS]
-    place = urlunsplit(parts._replace(query=urlencode(rest)))
-    if parts.scheme.startswith("amqp"):
-        from idemp.eventlogs.collector import PublishingLog
-        from idemp.transports import open_transport
-
-        return PublishingLog(open_transport(place), payloads=told["payloads"], business=told["business"])
-    from idemp.eventlogs.postgresql import PostgresqlEventLog
-
-    return PostgresqlEventLog(place, reading=reading, **told)
 
 
 def _rows(text: str) -> int:

@@ -12,6 +12,7 @@ import msgspec
 from idemp.errors import Closed, ConfigError, MissingExtra, StoreUnavailable
 from idemp.eventlogs.sql import COLUMNS, EVENT, LAYOUT, TYPES, Execute, SqlEventLog
 from idemp.settings import hidden
+from idemp.tls import tls_fix
 
 try:
     import psycopg
@@ -129,4 +130,5 @@ def _run(db: psycopg.Connection[tuple[Any, ...]], text: str, given: Any) -> list
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said + tls_fix(said)

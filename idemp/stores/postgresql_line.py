@@ -19,7 +19,7 @@ from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import Clock
 from idemp.settings import switch
 from idemp.stores.postgresql_sql import GRANTS, MIGRATIONS
-from idemp.tls import files_in, tls_fix, trust
+from idemp.tls import files_in, for_libpq, tls_fix
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ _ABOUT = (
     "SELECT current_setting('synchronous_commit'), current_setting('fsync'),"
     " current_setting('full_page_writes'), pg_is_in_recovery(), pg_backend_pid(), to_regclass(%s) IS NOT NULL"
 )
-_TLS = {"sslmode": "sslmode", "ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
 _REFUSED = re.compile(
     r"password|authentication|role \".*\" does not exist|database \".*\" does not exist|pg_hba"
     r"|permission denied for database|certificate|does not support SSL|server does not support"
@@ -91,11 +90,7 @@ def place(
         "password": unquote(password),
         "dbname": unquote(parts.path.strip("/")),
     }
-    files = files_in(found)
-    if files.get("ca") != "system":  # which newer drivers know
-        trust(**files)
-    for option, name in _TLS.items():
-        conninfo[name] = found.get(option, "")
+    conninfo |= {"sslmode": found.get("sslmode", ""), **for_libpq(files_in(found))}
     if len(names) > 1:
         conninfo["target_session_attrs"] = "read-write"
     shown = f"postgresql://{hosts}{parts.path}"

@@ -7,6 +7,7 @@ from typing import Any
 from idemp.audit.state.sql import SqlState
 from idemp.errors import ConfigError
 from idemp.settings import hidden, namespace_in, options, split, sqlite_path
+from idemp.tls import FILES
 
 __all__ = ["SqlState", "init_state", "open_state"]
 
@@ -14,9 +15,7 @@ _OPTIONS = {
     "namespace": "orders",
     "unsafe_durability": "true",
     "sslmode": "verify-full",
-    "ca": "ca.pem",
-    "cert": "client.pem",
-    "key": "client.key",
+    **FILES,
 }
 
 
