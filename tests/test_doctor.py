@@ -302,9 +302,28 @@ def test_an_etcd_that_is_full() -> None:
                 except NoSpace:
                     break
         faults = doctor("--store", f"{etcd.url}x", code=1)
-    assert any("alarm NOSPACE" in each["what"] and "etcdctl defrag" in each["fix"] for each in faults)
+    assert any("alarm NOSPACE" in each["what"] and "etcdctl defrag" in each["fix"] for each in faults), faults
     assert any("at which it takes nothing more" in each["what"] for each in faults)
     assert all("alarms: NOSPACE" in each["evidence"] for each in faults if "alarm" in each["what"])
+
+
+def test_an_etcd_that_falls_silent(own_etcd: Etcd, unique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has answered, and stands still before it has told how it is."""
+    url = f"{own_etcd.url}{unique}"
+    _filled(url, 1)
+    asked = etcd_health.look
+
+    def silent(client: Client, key: str, timeout: float) -> etcd_health.Health | None:
+        own_etcd.members[0].pause()
+        try:
+            return asked(client, key, 0.5)
+        finally:
+            own_etcd.members[0].resume()
+
+    monkeypatch.setattr("idemp.stores.etcd_doctor.look", silent)
+    [fault] = examined(url)
+    assert fault.what == "this member answers, but does not tell how it is"
+    assert fault.fix == "see its load and its disk, and ask again"
 
 
 def test_an_etcd_that_is_never_compacted(etcd: Etcd, unique: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from idemp.stores.etcd_replica import Layout
 
 SKEW = 5.0
 """Seconds between two clocks that are worth a word; etcd's is read to the second."""
+PATIENCE = 10.0
+"""Seconds that a member may take for each question: nobody's work waits for it."""
 SETTLED = 60.0
 """Seconds that a journal must cover before its growth can be judged."""
 
@@ -35,7 +37,7 @@ def examine(
             found.append(Finding(where, f"there is no namespace {namespace!r}", "no journal in it", fix))
             return Looked(found)
         retention = float(client.range(layout.retention).pairs[0].value)
-        health, covered = look(client, layout.floor), _covered(client, layout, clock)
+        health, covered = look(client, layout.floor, PATIENCE), _covered(client, layout, clock)
         if health is not None and covered is not None:
             found += growth(health, covered, retention)
     return Looked(found, retention)
@@ -50,11 +52,10 @@ def _member(endpoint: str, member: Client, layout: Layout, clock: Clock) -> list
     except IdempError as error:
         fix = "start it, or take it out of --store and of the cluster"
         return [Finding(where, "this member does not answer", str(error), fix)]
-    found = []
-    if (health := look(member, layout.floor)) is not None:
-        found = [
-            _finding(where, each.text, each.level, seen(health)) for each in findings(health, settled=True)
-        ]
+    if (health := look(member, layout.floor, PATIENCE)) is None:
+        evidence, fix = f"no answer within {PATIENCE:.0f} s", "see its load and its disk, and ask again"
+        return [Finding(where, "this member answers, but does not tell how it is", evidence, fix)]
+    found = [_finding(where, each.text, each.level, seen(health)) for each in findings(health, settled=True)]
     if (theirs := member.wall()) is not None and abs(ahead := clock.wall() - theirs) > SKEW:
         evidence = f"this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} it"
         what = "its clock and this machine's differ, and the retention goes by clocks"

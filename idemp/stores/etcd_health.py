@@ -17,7 +17,7 @@ from idemp.stores.etcd_client import Client
 log = logging.getLogger(__name__)
 
 DEADLINE = 2.0
-"""Seconds that each question may take."""
+"""Seconds that each question may take beside a service's work."""
 SOON = 1.0
 """Seconds before the first look: the opening has its own to ask."""
 PAUSE = 3600.0
@@ -114,15 +114,18 @@ def _of_version(version: str) -> list[Finding]:
 # ---------------------------------------------------------------- to look
 
 
-def look(client: Client, key: str) -> Health | None:
-    """Ask; None if etcd does not say.  ``key``: one that this user may read."""
+def look(client: Client, key: str, timeout: float = DEADLINE) -> Health | None:
+    """Ask; None if etcd does not say.  ``key``: one that this user may read.
+
+    timeout: seconds that each question may take.
+    """
     try:
-        status, quota = client.status(DEADLINE), client.quota(DEADLINE)
+        status, quota = client.status(timeout), client.quota(timeout)
     except IdempError:
         return None
     history = status.header.revision
     try:
-        client.range(key, revision=1, timeout=DEADLINE)
+        client.range(key, revision=1, timeout=timeout)
     except IdempError:
         history = 0  # compacted; or not to be known
     return Health(status.version, status.db_size, status.db_size_in_use, status.alarms, quota, history)

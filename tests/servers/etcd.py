@@ -18,7 +18,7 @@ from tests.servers.catalog import SERVERS
 from tests.servers.container import Container
 from tests.servers.lent import Lent
 from tests.servers.ports import free_port
-from tests.servers.processes import KEEPER, Processes
+from tests.servers.processes import KEEPER, Processes, hold
 
 DEADLINE = 60.0  # seconds; a start takes about 1
 STALL = 600_000_000  # microseconds: longer than any test
@@ -207,7 +207,7 @@ class _Processes(Processes):
         super().start()
 
     def pause(self) -> None:
-        os.kill(int(self._pid.read_text()), signal.SIGSTOP)
+        hold(int(self._pid.read_text()))
 
     def resume(self) -> None:
         if self.alive():

@@ -6,10 +6,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 KEEPER = Path(__file__).with_name("keeper.py")
+PATIENCE = 10.0  # seconds, to stand still
+
+
+def hold(pid: int) -> None:
+    """SIGSTOP; return when each of its threads stands still, which the signal alone does not wait for."""
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + PATIENCE
+    while any(_state(thread) not in "Tt" for thread in Path(f"/proc/{pid}/task").iterdir()):
+        if time.monotonic() > end:
+            raise RuntimeError(f"process {pid} does not stand still")
+        time.sleep(0.001)
+
+
+def _state(thread: Path) -> str:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "T"  # it has ended
 
 
 class Processes:

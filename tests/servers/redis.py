@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.servers.catalog import SERVERS
 from tests.servers.lent import Lent
 from tests.servers.ports import free_port
-from tests.servers.processes import Processes
+from tests.servers.processes import Processes, hold
 
 DEADLINE = 60.0  # seconds; a start takes a tenth of one
 SAFE = {"appendonly": "yes", "appendfsync": "always"}
@@ -100,7 +100,7 @@ class Redis(Lent):
 
     def pause(self) -> None:
         """Stand still, with every connection open."""
-        os.kill(int(self._pid.read_text()), signal.SIGSTOP)
+        hold(int(self._pid.read_text()))
 
     def resume(self) -> None:
         if self._runs.alive():
