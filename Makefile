@@ -3,10 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+OLDEST := .venv/oldest
+# Of our own: what idemp needs, and each driver.  The others hold tools and examples.
+DRIVERS := rabbitmq etcd redis postgresql mongodb statsd prometheus audit
 UV := uv==0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test servers compose-check lint bench chaos lock clean
+.PHONY: help demo test oldest servers compose-check lint bench chaos lock clean
 
 help: ## list these verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read verb does; do \
@@ -18,6 +21,12 @@ demo: $(READY) ## see idemp at work, on an embedded stack: no server needed; STA
 test: $(READY) ## run the whole suite, after make servers, on JOBS cores; ARGS='-k claim' goes to pytest
 	@$(BIN)/python -m tests.servers || test -z "$$CI" # a laptop without one skips its tests, and says so
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),auto) --maxprocesses 4 --dist worksteal $(ARGS)
+
+# First on the path, before what the lock brought.
+oldest: $(OLDEST)/ready ## run the contracts with the oldest dependencies that pyproject.toml allows
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest --numprocesses $(or $(JOBS),auto) --maxprocesses 4 --dist worksteal \
+		-k 'not sqlite and not memory' tests/contract tests/test_message.py tests/test_metrics.py tests/test_oldest.py \
+		$(ARGS)
 
 servers: $(READY) ## make sure that the real servers that the tests need are here
 	@$(BIN)/python -m tests.servers
@@ -43,10 +52,19 @@ lock: ## pin every dependency anew, for every platform, with its hashes
 	@.venv/lock/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--generate-hashes --no-annotate --quiet --upgrade \
 		--custom-compile-command 'make lock' --output-file requirements.lock
+	@.venv/lock/bin/uv pip compile pyproject.toml $(DRIVERS:%=--extra %) --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --quiet --upgrade --resolution lowest-direct \
+		--custom-compile-command 'make lock' --output-file requirements.oldest.lock
 
 clean: ## remove what the other verbs made
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(OLDEST)/ready: $(READY) requirements.oldest.lock
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(OLDEST) \
+		-r requirements.oldest.lock
+	@touch $@
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -67,7 +67,7 @@ def _who() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-class Duration(click.ParamType[float]):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # which an older click cannot be given
     """``90s``, ``30m``, ``24h``, ``7d``: seconds."""
 
     name = "duration"
