@@ -307,14 +307,18 @@ def test_a_look_at_the_wrong_file_makes_nothing(
     option: str, command: str, arguments: list[str], tmp_path: Path, said: Say
 ) -> None:
     """A file that is not there, an empty one, and an application's own."""
-    none, empty, theirs = (tmp_path / name for name in ("none.db", "empty.db", "theirs.db"))
-    empty.touch()
-    with closing(sqlite3.connect(theirs)) as db:
-        db.execute("CREATE TABLE message (body)")
-    before = theirs.read_bytes()
-    for path in (none, empty, theirs):
-        said(command, arguments, option, f"sqlite:///{path}", part=f" {path}")
-    assert (none.exists(), empty.stat().st_size, theirs.read_bytes()) == (False, 0, before)
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    names = ("none.db", "empty.db", "theirs.db", "wal.db")
+    (folder / "empty.db").touch()
+    for name in names[2:]:
+        with closing(sqlite3.connect(folder / name)) as db:
+            db.execute(f"PRAGMA journal_mode = {'wal' if name == 'wal.db' else 'delete'}")
+            db.execute("CREATE TABLE message (body)")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in names:
+        said(command, arguments, option, f"sqlite:///{folder}/{name}", part=f" {folder}/{name}")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("command", [command for command in OF_AN_EVENT_LOG if command != "track"])
