@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote
 
 from idemp.errors import ConfigError, IdempError, MissingExtra, Unavailable
-from idemp.settings import switch
+from idemp.settings import address, switch
 from idemp.tls import files_in, tls_fix, trust
 
 try:
@@ -83,7 +83,7 @@ def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Serv
         options |= {"ssl": True, **{_TLS[option]: file for option, file in files.items()}}
     elif files:
         raise ConfigError(f"{', '.join(files)}: for TLS; write the URL with rediss://")
-    shown = f"{parts.scheme}://{options['host']}:{options['port']}/{database}"
+    shown = f"{parts.scheme}://{address(options['host'], options['port'])}/{database}"
     return Server(options, shown, namespace, switch(found.get("unsafe_durability", "")))
 
 

@@ -45,6 +45,11 @@ def split(url: str) -> SplitResult:
     return parts
 
 
+def address(host: str, port: int) -> str:
+    """Both in one, as a URL has them: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def options(parts: SplitResult, known: Mapping[str, str]) -> dict[str, str]:
     """The query of a URL.  ``known``: option -> an example; another one is a `ConfigError`."""
     found = dict(parse_qsl(parts.query, keep_blank_values=True))

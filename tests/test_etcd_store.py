@@ -38,7 +38,7 @@ from idemp.ports import (
     Park,
     Store,
 )
-from idemp.stores import etcd
+from idemp.stores import etcd, etcd_of
 from idemp.stores.etcd import SLICES, EtcdStore
 from idemp.stores.etcd_client import (
     Client,
@@ -561,6 +561,11 @@ def test_a_closed_port_is_unavailable() -> None:
     """One sentence that names the host."""
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
         open_store("etcd://127.0.0.1:1/x").apply([])
+
+
+def test_the_port_may_be_left_out() -> None:
+    """Also behind an IPv6, which is in brackets."""
+    assert etcd_of("etcd://[::1],[::2]:5,h,h:7/x")[0] == ["[::1]:2379", "[::2]:5", "h:2379", "h:7"]
 
 
 def test_three_members_lose_their_leader_and_their_quorum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from idemp.ports import (
     Store,
     Takeover,
 )
-from idemp.stores import open_store
+from idemp.stores import open_store, postgresql_of, redis_of
 from tests.proxy import Proxy
 from tests.servers import free_port
 
@@ -368,6 +368,14 @@ def test_wrong_urls(url: str, says: str) -> None:
     """Told before anything connects."""
     with pytest.raises(ConfigError, match=says):
         open_store(url)
+
+
+def test_an_ipv6_is_named_as_it_is_typed() -> None:
+    """In brackets, or its port would be a part of it."""
+    assert redis_of("redis://[::1]:9/0").shown == "redis://[::1]:9/0"
+    assert redis_of("redis://[::1]:9/0").options["host"] == "::1"
+    assert postgresql_of("postgresql://u:p@[::1]:9,h/d").shown == "postgresql://[::1]:9,h/d"
+    assert postgresql_of("postgresql://u:p@[::1]:9,h/d").conninfo["host"] == "::1,h"
 
 
 def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

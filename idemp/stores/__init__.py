@@ -20,6 +20,7 @@ RETENTION = 24 * 3600.0
 SESSION = 10.0
 """Seconds without a heartbeat after which a session is dead, unless the URL says otherwise."""
 
+_PORT = re.compile(r":\d+$")  # not the end of an IPv6, which is in brackets
 _OPTIONS = {"retention": "24h", "session": "10s"}
 _ETCD = {"tls": "true", **FILES, "seed_layout": "1"}
 _SERVER = {"namespace": "orders", "unsafe_durability": "true"}
@@ -194,7 +195,7 @@ def _etcd_parts(
         raise ConfigError(
             f"etcd namespace {namespace!r}: up to 100 letters, digits, dots, dashes, underscores"
         )
-    endpoints = [host if ":" in host else f"{host}:2379" for host in hosts.split(",") if host]
+    endpoints = [host if _PORT.search(host) else f"{host}:2379" for host in hosts.split(",") if host]
     login_and_files: dict[str, Any] = {
         "user": unquote(user) or None,
         "password": unquote(password) if user else None,

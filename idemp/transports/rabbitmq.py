@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from idemp.errors import Closed, ConfigError, IdempError, MissingExtra, TransportUnavailable
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent
-from idemp.settings import split
+from idemp.settings import address, split
 from idemp.tls import files_in, tls_fix, trust
 from idemp.transports.amqp import Outstanding, Unconfirmed, waiting_queue
 from idemp.transports.amqp_wire import Reader, encode
@@ -214,7 +214,7 @@ class _Link:
         self.pid = os.getpid()
         self._parameters, self._first, self._numbers = parameters, first, numbers
         scheme = "amqps" if parameters.ssl_options else "amqp"
-        self._where = f"{scheme}://{parameters.host}:{parameters.port}"
+        self._where = f"{scheme}://{address(parameters.host, parameters.port)}"
         self._lost: IdempError | None = None
         self._loop = IOLoop()
         self._loop.activate_poller()
