@@ -158,7 +158,8 @@ def explain(at: Server, error: RedisError, unavailable: type[Unavailable]) -> Id
         return ConfigError(f"{at.shown} refuses: {said}; check the user, the password and its rights")
     if "DB index is out of range" in said:
         return ConfigError(f"{at.shown}: {said}; name a database that the server has")
-    fix = next((fix for word, fix in _FIXES.items() if word in said), tls_fix(said))
-    if at.options.get("ssl") and said.startswith("Timeout connecting"):
+    over = bool(at.options.get("ssl"))
+    fix = next((fix for word, fix in _FIXES.items() if word in said), tls_fix(said, over=over))
+    if over and said.startswith("Timeout connecting"):
         fix = "; if there is no TLS at that port, write redis://"
     return unavailable(f"{at.shown}: {said}{fix}")

@@ -11,16 +11,19 @@ FILES = {"ca": "ca.pem", "cert": "client.pem", "key": "client.key"}
 """The options, and how they look."""
 LIBPQ = {"ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
 """What PostgreSQL's library calls them."""
+_CA = "; name the authority of its certificate: ?ca=ca.pem"
 _MINE = "; it wants a certificate that it knows: ?cert=client.pem&key=client.key"
 _FIXES = {
-    "certificate verify failed": "; name the authority of its certificate: ?ca=ca.pem",
+    "self-signed certificate": _CA,
+    "unable to get local issuer": _CA,
+    "SSL error: certificate verify failed": _CA,  # PostgreSQL's library does not say why
     "valid client certificate": _MINE,
-    "EOF occurred in violation": _MINE,
     " alert ": _MINE,
     "wrong version number": "; if there is no TLS at that port, leave it out of the URL",
     "does not support SSL": "; if there is no TLS at that port, leave it out of the URL",
 }
 """Of what OpenSSL and servers say."""
+_LOST = ("reset by peer", "Broken pipe", "closed by server", "EOF occurred", "EOF detected", "hung up")
 
 
 def files_in(found: Mapping[str, str]) -> dict[str, str]:
@@ -56,9 +59,15 @@ def trust(ca: str | None = None, cert: str | None = None, key: str | None = None
     return context
 
 
-def tls_fix(said: str) -> str:
-    """What to do about an error of TLS, if it is one, to be put behind it."""
-    return next((fix for word, fix in _FIXES.items() if word in said), "")
+def tls_fix(said: str, *, over: bool) -> str:
+    """What to do about an error of TLS, if it is one, to be put behind it.
+
+    over: whether it was spoken at all; who refuses a client's certificate often just hangs up.
+    """
+    found = next((fix for word, fix in _FIXES.items() if word in said), "")
+    if not found and over and any(word in said for word in _LOST):
+        return "; if it wants a certificate that it knows: ?cert=client.pem&key=client.key"
+    return found
 
 
 def _line(error: OSError) -> str:

@@ -119,13 +119,16 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         openssl(
             *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
             *("-keyout", f"{name}.key", "-out", f"{name}.pem"),
+            *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),
         )
-    (folder / "server.ext").write_text(
-        "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n"
-    )
-    (folder / "elsewhere.ext").write_text("subjectAltName=IP:127.0.0.9\nextendedKeyUsage=serverAuth\n")
-    (folder / "client.ext").write_text("extendedKeyUsage=clientAuth\n")
-    for name in ("server", "elsewhere", "client"):
+    own = {
+        "server": "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth",
+        "elsewhere": "subjectAltName=IP:127.0.0.9\nextendedKeyUsage=serverAuth",
+        "client": "extendedKeyUsage=clientAuth",
+    }
+    for name, extensions in own.items():
+        # Python 3.13 looks for all that the standard (RFC 5280) wants to be there.
+        (folder / f"{name}.ext").write_text(f"{extensions}\nauthorityKeyIdentifier=keyid,issuer\n")
         openssl(
             *("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"),
             *("-keyout", f"{name}.key", "-out", f"{name}.csr"),

@@ -131,4 +131,4 @@ def _run(db: psycopg.Connection[tuple[Any, ...]], text: str, given: Any) -> list
 
 def _line(error: BaseException) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
-    return said + tls_fix(said)
+    return said + tls_fix(said, over=False)

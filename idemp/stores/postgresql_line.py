@@ -184,10 +184,11 @@ def connect(place: Place, kind: type[psycopg.Connection[Any]] = psycopg.Connecti
         return kind.connect(make_conninfo(**{**defaults, **place.conninfo}), autocommit=True)
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         said = one_line(error)
+        fix = tls_fix(said, over="sslmode" in place.conninfo)
         if _REFUSED.search(said) or isinstance(error, psycopg.ProgrammingError):
-            advice = tls_fix(said) or "; check the user, the password and the database in the URL"
+            advice = fix or "; check the user, the password and the database in the URL"
             raise ConfigError(f"{place.shown} refuses: {said}{advice}") from None
-        raise StoreUnavailable(f"{place.shown}: {said}{tls_fix(said)}") from None
+        raise StoreUnavailable(f"{place.shown}: {said}{fix}") from None
 
 
 def check(connection: Connection, place: Place) -> bool:

@@ -289,17 +289,16 @@ class _Link:
         denied = isinstance(cause, exceptions.ProbableAccessDeniedError) and "(530)" in str(cause)
         if denied and "limit" not in str(cause):  # on connections: it may soon have room
             return ConfigError(f"{self._where} has no vhost {vhost!r} for user {user!r}: check the URL")
+        over = self._parameters.ssl_options is not None
         match cause:
             case exceptions.ConnectionOpenAborted():  # by pika, at the end of stack_timeout
                 why = "it did not answer in time"
             case exceptions.IncompatibleProtocolError():
-                why = "it hung up on the greeting; does it speak AMQP 0-9-1?"
-                if self._parameters.ssl_options:
-                    why += " It may want a certificate: ?cert=client.pem&key=client.key"
+                why = "it hung up on the greeting" + ("" if over else "; does it speak AMQP 0-9-1?")
             case _:
                 why = _text(cause)
-                why += tls_fix(why)
-        return TransportUnavailable(f"no broker answers at {self._where}: {why}")
+        fix = tls_fix(why, over=over)
+        return TransportUnavailable(f"no broker answers at {self._where}: {why}{fix}")
 
     # ---------------------------------------------------------------- the loop
 
