@@ -80,7 +80,9 @@ def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Serv
     files = files_in(found)
     if parts.scheme == "rediss":
         trust(**files)
-        options |= {"ssl": True, **{_TLS[option]: file for option, file in files.items()}}
+        # Of the server's name too, which older drivers do not look at by themselves.
+        options |= {"ssl": True, "ssl_check_hostname": True}
+        options |= {_TLS[option]: file for option, file in files.items()}
     elif files:
         raise ConfigError(f"{', '.join(files)}: for TLS; write the URL with rediss://")
     shown = f"{parts.scheme}://{address(options['host'], options['port'])}/{database}"

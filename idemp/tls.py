@@ -31,11 +31,18 @@ def files_in(found: Mapping[str, str]) -> dict[str, str]:
     return {option: found[option] for option in FILES if found.get(option)}
 
 
-def for_libpq(files: Mapping[str, str]) -> dict[str, str]:
-    """The same in PostgreSQL's words.  Raises like `trust`, but for the ``system`` that newer ones know."""
-    if files.get("ca") != "system":
+def for_libpq(found: Mapping[str, str]) -> dict[str, str]:
+    """``sslmode`` and the files among a URL's options, in the words of PostgreSQL's library.
+
+    Who names papers wants them looked at, which that library does only if ``sslmode`` says so.  Raises like
+    `trust`, but for the ``system`` that newer ones know.
+    """
+    files = files_in(found)
+    if files and files.get("ca") != "system":
         trust(**files)
-    return {LIBPQ[option]: file for option, file in files.items()}
+    asked = "verify-full" if "ca" in files else "require" if files else ""
+    mode = found.get("sslmode") or asked
+    return ({"sslmode": mode} if mode else {}) | {LIBPQ[option]: file for option, file in files.items()}
 
 
 def trust(ca: str | None = None, cert: str | None = None, key: str | None = None) -> ssl.SSLContext:

@@ -13,8 +13,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -22,7 +23,7 @@ from urllib.parse import urlencode
 import pytest
 
 from idemp import Message, open_store, open_transport, publish
-from idemp.errors import ConfigError
+from idemp.errors import ConfigError, IdempError
 from idemp.eventlogs import open_event_log
 from idemp.ports import Claim, Claimed, Complete, Done, Get
 from tests.servers import PostgreSQL, RabbitMQ, Redis, need
@@ -38,51 +39,71 @@ class Place:
     base: str
     papers: Path
     option: str
-    more: str = ""
 
     def url(self, ca: str = "ca", cert: str | None = "client") -> str:
         """With these papers."""
         files = {"ca": self.papers / f"{ca}.pem"}
         if cert is not None:
             files |= {"cert": self.papers / f"{cert}.pem", "key": self.papers / f"{cert}.key"}
-        return f"{self.base}?{urlencode(files)}{self.more}"
+        return f"{self.base}?{urlencode(files)}"
 
 
-@pytest.fixture(scope="module")
-def redis_tls(papers: Path) -> Iterator[Place]:
+@contextmanager
+def redis_of(papers: Path, name: str) -> Iterator[Place]:
+    """``name``: of its certificate."""
     need("redis")
     port = free_port()
-    files = {"tls-cert-file": "server.pem", "tls-key-file": "server.key", "tls-ca-cert-file": "ca.pem"}
+    files = {"tls-cert-file": f"{name}.pem", "tls-key-file": f"{name}.key", "tls-ca-cert-file": "ca.pem"}
     options = {option: str(papers / file) for option, file in files.items()}
     with Redis(options={"tls-port": str(port), "tls-auth-clients": "yes", **options}):
         yield Place(f"rediss://127.0.0.1:{port}/0", papers, "--store")
 
 
-@pytest.fixture(scope="module")
-def postgresql_tls(papers: Path) -> Iterator[Place]:
+@contextmanager
+def postgresql_of(papers: Path, name: str) -> Iterator[Place]:
+    """The same."""
     need("postgresql")
     folder = Path(tempfile.mkdtemp(prefix="idemp-postgresql-"))
-    for name in ("server.pem", "server.key", "ca.pem"):
-        shutil.copy(papers / name, folder)
-    (folder / "server.key").chmod(0o600)
-    files = {"ssl_cert_file": "server.pem", "ssl_key_file": "server.key", "ssl_ca_file": "ca.pem"}
+    files = {"ssl_cert_file": f"{name}.pem", "ssl_key_file": f"{name}.key", "ssl_ca_file": "ca.pem"}
+    for file in files.values():
+        shutil.copy(papers / file, folder)
+    (folder / f"{name}.key").chmod(0o600)
     options = {"ssl": "on", **{option: str(folder / file) for option, file in files.items()}}
     with PostgreSQL(folder=folder, options=options) as server:
         hba = server.data / "pg_hba.conf"
         hba.write_text("hostssl all all 127.0.0.1/32 scram-sha-256 clientcert=verify-ca\n")
         server.restart()
-        yield Place(server.url, papers, "--store", "&sslmode=verify-full")
+        yield Place(server.url, papers, "--store")
 
 
-@pytest.fixture(scope="module")
-def rabbitmq_tls(papers: Path) -> Iterator[Place]:
+@contextmanager
+def rabbitmq_of(papers: Path, name: str) -> Iterator[Place]:
+    """The same."""
     need("rabbitmq")
     port = free_port()
-    files = {"certfile": "server.pem", "keyfile": "server.key", "cacertfile": "ca.pem"}
+    files = {"certfile": f"{name}.pem", "keyfile": f"{name}.key", "cacertfile": "ca.pem"}
     options = {f"ssl_options.{option}": str(papers / file) for option, file in files.items()}
     options |= {"ssl_options.verify": "verify_peer", "ssl_options.fail_if_no_peer_cert": "true"}
     with RabbitMQ(options={"listeners.ssl.1": f"127.0.0.1:{port}", **options}):
         yield Place(f"amqps://guest:guest@127.0.0.1:{port}/", papers, "--transport")
+
+
+@pytest.fixture(scope="module")
+def redis_tls(papers: Path) -> Iterator[Place]:
+    with redis_of(papers, "server") as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def postgresql_tls(papers: Path) -> Iterator[Place]:
+    with postgresql_of(papers, "server") as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def rabbitmq_tls(papers: Path) -> Iterator[Place]:
+    with rabbitmq_of(papers, "server") as place:
+        yield place
 
 
 @pytest.fixture(params=["postgresql_tls", "redis_tls"])
@@ -187,6 +208,16 @@ def test_a_command(name: str, command: str, request: pytest.FixtureRequest) -> N
         done = said(url)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), (url, done)
         assert part in done.stderr, (url, done)
+
+
+@pytest.mark.parametrize("serve", [redis_of, postgresql_of, rabbitmq_of])
+def test_a_certificate_for_another_host(serve: Any, papers: Path) -> None:
+    """The authority is right, and the server is not who was asked for."""
+    with serve(papers, "elsewhere") as place:
+        opened: Any = (open_store if place.option == "--store" else open_transport)(place.url())
+        connect = partial(opened.apply, []) if place.option == "--store" else opened.connect
+        with closing(opened), pytest.raises(IdempError, match=r"127\.0\.0\.1.*certificate"):
+            connect()
 
 
 def test_a_port_without_it(rabbitmq: RabbitMQ, redis: Redis, postgresql: PostgreSQL) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, parse_qsl, urlencode, urlunsplit
 from idemp.errors import ConfigError
 from idemp.ports import EventLog
 from idemp.settings import duration, hidden, options, split, sqlite_path, switch
-from idemp.tls import FILES, files_in, for_libpq
+from idemp.tls import FILES, for_libpq
 
 __all__ = ["RETENTION", "ROWS", "open_event_log"]
 
@@ -45,7 +45,7 @@ def open_event_log(url: str, *, reading: bool = False) -> EventLog:
             from idemp.eventlogs.postgresql import PostgresqlEventLog
 
             ours, rest = _sorted(parts)
-            rest |= for_libpq(files_in(rest))
+            rest |= for_libpq(rest)
             rest = {name: value for name, value in rest.items() if name not in FILES}
             return PostgresqlEventLog(_with(parts, rest), reading=reading, **_told(ours))
         case "amqp" | "amqps":

@@ -19,7 +19,7 @@ from idemp.errors import ConfigError, StoreUnavailable
 from idemp.ports import Clock
 from idemp.settings import switch
 from idemp.stores.postgresql_sql import GRANTS, MIGRATIONS
-from idemp.tls import files_in, for_libpq, tls_fix
+from idemp.tls import for_libpq, tls_fix
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def place(
         "password": unquote(password),
         "dbname": unquote(parts.path.strip("/")),
     }
-    conninfo |= {"sslmode": found.get("sslmode", ""), **for_libpq(files_in(found))}
+    conninfo |= for_libpq(found)
     if len(names) > 1:
         conninfo["target_session_attrs"] = "read-write"
     shown = f"postgresql://{hosts}{parts.path}"
