@@ -98,10 +98,10 @@ def look(path: str, question: Callable[[sqlite3.Connection], bool]) -> bool:
 
     True also where it cannot be read: who opens it says why.
     """
-    # To read and write: who may only read leaves WAL's two files behind.
     if not Path(path).exists():
         return False
     try:
+        # To read and write: who may only read leaves WAL's two files behind.
         with closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=rw", uri=True)) as db:
             return question(db)
     except sqlite3.Error:

@@ -9,8 +9,7 @@ from idemp.errors import ConfigError
 
 FILES = {"ca": "ca.pem", "cert": "client.pem", "key": "client.key"}
 """The options, and how they look."""
-LIBPQ = {"ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
-"""What PostgreSQL's library calls them."""
+_LIBPQ = {"ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
 _CA = "; name the authority of its certificate: ?ca=ca.pem"
 _MINE = "; it wants a certificate that it knows: ?cert=client.pem&key=client.key"
 _FIXES = {
@@ -42,7 +41,7 @@ def for_libpq(found: Mapping[str, str]) -> dict[str, str]:
         trust(**files)
     asked = "verify-full" if "ca" in files else "require" if files else ""
     mode = found.get("sslmode") or asked
-    return ({"sslmode": mode} if mode else {}) | {LIBPQ[option]: file for option, file in files.items()}
+    return ({"sslmode": mode} if mode else {}) | {_LIBPQ[option]: file for option, file in files.items()}
 
 
 def trust(ca: str | None = None, cert: str | None = None, key: str | None = None) -> ssl.SSLContext:
