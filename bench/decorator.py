@@ -3,16 +3,21 @@
 Each with its strongest honest setting: Powertools with its cache on and Redis without persistence, which
 is faster than a Redis that keeps what it acknowledged; idemp on a store that does.  Beside them what threads
 can reach at all where a call waits for two appends to etcd: the same without idemp's decisions and memory.
+And all again with every thread of this process on one core, the servers on all: no other thread runs Python
+at the same time anyway, and threads that hand over to one another on one core need not wake another.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -37,7 +42,7 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
     with (
         stack() as servers,
         Redis(options={"appendonly": "no"}) as redis,
-        bar(rounds * (3 * 2 + 1), "decorators", least=1) as step,
+        bar(rounds * (3 * 3 + 2), "decorators", least=1) as step,
     ):
         subjects = {
             "powertools": powertools(redis.port),
@@ -55,12 +60,16 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
                     step(1)
                 rates.setdefault(f"fresh, {THREADS} threads: {name}", []).append(rate(call, THREADS, seconds))
                 step(1)
+                with one_core():
+                    held = rate(call, THREADS, seconds)
+                rates.setdefault(f"fresh, {THREADS} threads on one core: {name}", []).append(held)
+                step(1)
     found = {}
     for name, each in rates.items():
         base = rates[name.split(":")[0] + ": powertools"]
         ratio = statistics.median(a / b for a, b in zip(each, base, strict=True))
         found[name] = {"median": statistics.median(each), "low": min(each), "high": max(each), "ratio": ratio}
-        click.echo(f"{name:36} {found[name]['median']:9.0f}/s  {ratio:6.2f} x powertools")
+        click.echo(f"{name:54} {found[name]['median']:9.0f}/s  {ratio:6.2f} x powertools")
     return {"threads": THREADS, "calls": found}
 
 
@@ -85,6 +94,24 @@ def rate(call: Call, threads: int, seconds: float, keys: list[str] | None = None
     for worker in workers:
         worker.join()
     return sum(counts) / (time.perf_counter() - began)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Every thread of this process, and all that it starts, on its first core."""
+    before = os.sched_getaffinity(0)
+    hold({min(before)})
+    try:
+        yield
+    finally:
+        hold(before)
+
+
+def hold(cores: set[int]) -> None:
+    """Every thread of this process on ``cores``; one that ended meanwhile needs none."""
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), cores)
 
 
 def ours(servers: Stack, name: str) -> Call:

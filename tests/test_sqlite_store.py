@@ -497,6 +497,40 @@ def test_memory_is_bounded(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.apply([Claim("large")])[0].result == b"x" * 2000
 
 
+def test_what_was_asked_for_is_known_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key was forgotten by the memory, or done before this process began."""
+    monkeypatch.setattr(sqlite_known, "MOST", 10)
+    store = make()
+    for number in range(95):
+        done(store, f"k/{number}")
+    assert store.recall("k/0") is None
+    [again] = store.apply([Claim("k/0")])
+    assert store.recall("k/0") == again
+    late = make()
+    late.apply([Claim("k/1")])  # it learns from where on it sees what others write
+    [again] = late.apply([Claim("k/1")])
+    assert late.recall("k/1") == again
+
+
+def test_another_writes_while_the_file_is_asked(make: Any, wire: Wire) -> None:
+    """What was done when it was read may not be any more: it is told, and not kept."""
+    store, other = make(), make()
+    token = done(other, "a")
+    done(store, "b")
+    read: list[str] = []
+
+    def fault(when: str, sql: str) -> None:
+        if when == "after" and sql.startswith("SELECT") and not read:
+            read.append(sql)
+            assert other.apply([Forget("a", token)]) == [Applied()]
+
+    wire.fault = fault
+    assert isinstance(store.apply([Claim("a")])[0], Done)
+    assert read
+    assert store.recall("a") is None
+    assert isinstance(store.apply([Claim("a")])[0], Claimed)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_histories_of_two_processes_and_handlers(make: Any, time: Time, seed: int) -> None:
     """Each answer is the one that the laws give over one table of entries, whoever knows what."""

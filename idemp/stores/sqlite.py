@@ -372,11 +372,23 @@ class _Session(Confirmed):
         else:
             if ops and known.version == _version(db):
                 return replies
-        if len(ops) == 1 and type(ops[0]) is Claim:
-            with suppress(StoreUnavailable):  # the writer will find out
-                if type(state := self._peek(ops[0].key)) is Done:
-                    return [state]
+        if len(ops) == 1 and type(ops[0]) is Claim and (entry := self._done(db, ops[0].key)) is not None:
+            return [view(entry, bool)]
         return None
+
+    def _done(self, db: sqlite3.Connection, key: str) -> Entry | None:
+        """What the reader finds done; known from then on, if nobody else wrote since the writer looked."""
+        try:
+            entry, _ = self._glimpse(key)
+        except StoreUnavailable:  # the writer will find out
+            return None
+        if entry is None or entry.state != DONE:
+            return None
+        if (version := _version(db)) == self._known.version:
+            self._known.keep(key, entry)
+        else:
+            self._known = Known(version)
+        return entry
 
     def _took_effect(self, db: sqlite3.Connection, batch: int) -> bool:
         row = db.execute("SELECT batch FROM idemp_session WHERE id = ?", (self._id,)).fetchone()
@@ -680,10 +692,14 @@ class _Session(Confirmed):
                 self._changed.wait(min(left, _POLL))
 
     def _peek(self, key: str) -> State:
+        entry, sessions = self._glimpse(key)
+        return view(entry, sessions.__contains__)
+
+    def _glimpse(self, key: str) -> tuple[Entry | None, dict[str, float]]:
+        """What the file says of ``key``, and which sessions live; beside the writer."""
         values = {"boot": self._boot, "now": self._clock.steady(), "keys": _json([_escape(key)])}
         row = self._read(_LOAD, values)[0]
-        entries = self._entries(row[2:], self._clock.wall())
-        return view(entries.get(key), _read(row[1]).__contains__)
+        return self._entries(row[2:], self._clock.wall()).get(key), _read(row[1])
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, State]]:
         """See `idemp.ports.Store`."""

@@ -801,6 +801,13 @@ MUTANTS = (
         unit("test_sqlite_store.py::test_another_writes_between_a_commit_and_the_look_behind_it"),
     ),
     Mutant(
+        "what was read while another wrote is not kept",
+        "stores/sqlite.py",
+        "        else:\n            self._known = Known(version)\n        return entry\n",
+        "        self._known = Known(version)\n        self._known.keep(key, entry)\n        return entry\n",
+        unit("test_sqlite_store.py::test_another_writes_while_the_file_is_asked"),
+    ),
+    Mutant(
         "a new connection knows nothing of the file",
         "stores/sqlite.py",
         "        self._known = Known()\n        try:\n",
