@@ -5,10 +5,12 @@ is faster than a Redis that keeps what it acknowledged; idemp on a store that do
 can reach at all where a call waits for two appends to etcd: the same without idemp's decisions and memory.
 And all again with every thread of this process on one core, the servers on all: no other thread runs Python
 at the same time anyway, and threads that hand over to one another on one core need not wake another.
+Last, ours with the tasks of an event loop instead of threads, for which Powertools has nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import statistics
 import threading
@@ -17,8 +19,9 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -31,46 +34,59 @@ from idemp.stores.group import GroupCommit
 from tests.servers import Redis
 
 THREADS = 32
+MANY = 500
+"""Tasks of an event loop, where a service has that many requests at a time."""
 BARE = "two bare appends, etcd"
+THEIRS = "powertools"
 
 Call = Callable[[str], Any]
+"""What it is called with is a new key, or always the same."""
+
+
+class Cell(NamedTuple):
+    """One figure.  ``over``: the cell that it is divided by.  run: calls a second, within so many seconds."""
+
+    name: str
+    over: str
+    run: Callable[[float], float]
 
 
 def measure(seconds: float, rounds: int) -> dict[str, Any]:
     """Alternating rounds of each; medians and their ratios."""
-    rates: dict[str, list[float]] = {}
-    with (
-        stack() as servers,
-        Redis(options={"appendonly": "no"}) as redis,
-        bar(rounds * (3 * 3 + 2), "decorators", least=1) as step,
-    ):
-        subjects = {
-            "powertools": powertools(redis.port),
-            "idemp, etcd": ours(servers, "etcd"),
-            "idemp, sqlite": ours(servers, "sqlite"),
-            BARE: bare(servers),
-        }
-        for _ in range(rounds):
-            for name, call in subjects.items():
-                call("warm")
-                if name != BARE:
-                    rates.setdefault(f"duplicate, 1 thread: {name}", []).append(
-                        rate(call, 1, seconds, ["warm"])
-                    )
+    with stack() as servers, Redis(options={"appendonly": "no"}) as redis:
+        chosen = list(cells(servers, redis.port))
+        rates: dict[str, list[float]] = {cell.name: [] for cell in chosen}
+        with bar(rounds * len(chosen), "decorators", least=1) as step:
+            for _ in range(rounds):
+                for cell in chosen:
+                    rates[cell.name].append(cell.run(seconds))
                     step(1)
-                rates.setdefault(f"fresh, {THREADS} threads: {name}", []).append(rate(call, THREADS, seconds))
-                step(1)
-                with one_core():
-                    held = rate(call, THREADS, seconds)
-                rates.setdefault(f"fresh, {THREADS} threads on one core: {name}", []).append(held)
-                step(1)
     found = {}
-    for name, each in rates.items():
-        base = rates[name.split(":")[0] + ": powertools"]
-        ratio = statistics.median(a / b for a, b in zip(each, base, strict=True))
+    for name, over, _ in chosen:
+        each = rates[name]
+        ratio = statistics.median(a / b for a, b in zip(each, rates[over], strict=True))
         found[name] = {"median": statistics.median(each), "low": min(each), "high": max(each), "ratio": ratio}
         click.echo(f"{name:54} {found[name]['median']:9.0f}/s  {ratio:6.2f} x powertools")
     return {"threads": THREADS, "calls": found}
+
+
+def cells(servers: Stack, redis: int) -> Iterator[Cell]:
+    """Theirs and ours, in turn; ``redis``: the port of theirs."""
+    subjects = {THEIRS: powertools(redis)}
+    subjects |= {f"idemp, {store}": ours(servers, store) for store in ("etcd", "sqlite")}
+    subjects[BARE] = bare(servers)
+    for name, call in subjects.items():
+        if name != BARE:
+            yield Cell(f"duplicate, 1 thread: {name}", f"duplicate, 1 thread: {THEIRS}", partial(again, call))
+        fresh = f"fresh, {THREADS} threads"
+        yield Cell(f"{fresh}: {name}", f"{fresh}: {THEIRS}", partial(rate, call, THREADS))
+        yield Cell(f"{fresh} on one core: {name}", f"{fresh} on one core: {THEIRS}", partial(held, call))
+    for store in ("etcd", "sqlite"):
+        for tasks in (THREADS, MANY):
+            run = partial(rate_of_tasks, ours_async(servers, store), tasks)
+            yield Cell(
+                f"fresh, {tasks} tasks of a loop: idemp, {store}", f"fresh, {THREADS} threads: {THEIRS}", run
+            )
 
 
 def rate(call: Call, threads: int, seconds: float, keys: list[str] | None = None) -> float:
@@ -94,6 +110,36 @@ def rate(call: Call, threads: int, seconds: float, keys: list[str] | None = None
     for worker in workers:
         worker.join()
     return sum(counts) / (time.perf_counter() - began)
+
+
+def again(call: Call, seconds: float) -> float:
+    """Calls a second of one thread with a key that is done."""
+    call("warm")
+    return rate(call, 1, seconds, ["warm"])
+
+
+def held(call: Call, seconds: float) -> float:
+    """`rate` with every thread of this process on one core."""
+    with one_core():
+        return rate(call, THREADS, seconds)
+
+
+def rate_of_tasks(call: Call, tasks: int, seconds: float) -> float:
+    """Calls a second of so many tasks of one event loop, a new key each."""
+    count = 0
+
+    async def work(end: float) -> None:
+        nonlocal count
+        while time.perf_counter() < end:
+            await call(uuid.uuid4().hex)
+            count += 1
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*[work(began + seconds) for _ in range(tasks)])
+
+    began = time.perf_counter()
+    asyncio.run(all_of_them())
+    return count / (time.perf_counter() - began)
 
 
 @contextmanager
@@ -122,6 +168,18 @@ def ours(servers: Stack, name: str) -> Call:
     def place(order: str) -> dict[str, str]:
         return {"order": order}
 
+    return place
+
+
+def ours_async(servers: Stack, name: str) -> Call:
+    """The same as `async def`."""
+    store = open_store(servers.store(name))
+
+    @idempotent(store, name="bench.place", key="order")
+    async def place(order: str) -> dict[str, str]:
+        return {"order": order}
+
+    asyncio.run(place("warm"))
     return place
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import msgspec
 
+from idemp import offloop
 from idemp.causality import current as tracked
 from idemp.errors import (
     ClaimLost,
@@ -36,20 +37,14 @@ from idemp.inbox import Also, Job, transact
 from idemp.message import Message, decode
 from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, is_async, make_policy
 from idemp.ports import (
-    Abandon,
     Busy,
-    Claim,
     Claimed,
     Clock,
     Done,
     Get,
     Inbox,
-    Op,
     Publication,
-    Release,
-    Reply,
     Store,
-    Takeover,
 )
 from idemp.protocol import (
     Ask,
@@ -472,7 +467,7 @@ async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, k
                 loop = asyncio.get_running_loop()
                 event = await loop.run_in_executor(_pools.waiters, patience.wait, busy.token)
             case _:
-                event = await _apply_async(policy.store, step)
+                event = await offloop.apply(policy.store, step)
 
 
 async def _call_async_in_transaction(
@@ -546,26 +541,6 @@ async def _ask_async(policy: Policy, current: Context, args: Any, kwargs: Any) -
         return Unknown("cancelled while asking the resolver")
     except Exception as error:
         return Raised(error)
-
-
-async def _apply_async(store: Store, op: Op) -> Reply:
-    """One operation off the loop.  A cancelled caller gives back a claim that it wins meanwhile."""
-    future = asyncio.get_running_loop().run_in_executor(None, lambda: store.apply([op])[0])
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        future.add_done_callback(lambda done: _give_back(store, op, done))
-        raise
-
-
-def _give_back(store: Store, op: Op, future: asyncio.Future[Reply]) -> None:
-    if future.cancelled() or future.exception() is not None:
-        return
-    match op, future.result():
-        case Claim(key), Claimed(token, attempt):
-            store.apply([Release(key, token, attempt - 1)])
-        case Takeover(key), Claimed(token):
-            store.apply([Abandon(key, token)])
 
 
 # ------------------------------------------------------------------ without a decorator

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import pika
@@ -126,8 +126,20 @@ S, B = "S", "B"
 ORDERS = Field("orders", "messages", S, 2, {B: 0}, bucket=10, settle=30.0, stale_after=100.0)  # type: ignore[dict-item]
 
 
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Every file that the test opened."""
+    yield
+    for two in Two.made:
+        for file in two.files.values():
+            file.close()
+    Two.made.clear()
+
+
 class Two:
     """A judge of two services, told by their own files, and their clock."""
+
+    made: ClassVar[list[Two]] = []
 
     def __init__(self, folder: Path, field: Field = ORDERS) -> None:
         self.now = 1000.0
@@ -136,6 +148,7 @@ class Two:
             who: Tallies(str(folder / who), length=10, wall=lambda: self.now) for who in field.holders()
         }
         self.started = dict.fromkeys(self.files, self.now)
+        self.made.append(self)
 
     def ran(self, who: str, *ids: str, at: float | None = None, **how: bool) -> None:
         at = self.now if at is None else at

@@ -13,12 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from idemp.errors import Closed
 from idemp.metrics import StatsdMeter
-from idemp.ports import Op, Reply
+from idemp.ports import Done, Op, Reply
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 
 ROOT = Path(__file__).parents[1]
+DONE = Done(1, None, None, 0.0, 1)
 
 
 class Presence:
@@ -32,6 +36,9 @@ class Presence:
 
     def _commit(self, ops: Sequence[Op]) -> list[Reply]:
         return []
+
+    def recall(self, key: str, since: float) -> Done:
+        return DONE
 
     def close(self) -> None:
         raise AssertionError("it is the parent's")
@@ -52,6 +59,20 @@ def test_threads_that_come_first_after_a_fork_share_a_session() -> None:
         os._exit(_race(stores, made))
     assert os.waitpid(child, 0)[1] == 0
     assert [len(each) for each in made] == [1] * len(stores)
+
+
+def test_what_is_remembered_opens_no_session() -> None:
+    """To open one may take long, and who asks for what is remembered may be an event loop."""
+    made: list[Any] = []
+    store = store_of(partial(Presence, made))
+    assert store.recall("a") is None
+    assert made == []
+    store.apply([])
+    assert store.recall("a") is DONE
+    store = store_of(partial(Presence, made))
+    store.close()
+    with pytest.raises(Closed):
+        store.recall("a")
 
 
 def _race(stores: Sequence[SessionStore], made: Sequence[Sequence[Any]]) -> int:

@@ -51,6 +51,7 @@ def until(what: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 def listening(store: Any) -> Any:
     """The store, once it hears everything."""
+    store.apply([])  # who asks what is remembered opens nothing
     store.recall("nothing")
     until(lambda: store._session._recall.follows)
     return store
@@ -386,6 +387,7 @@ def test_behind_a_pooler_nothing_is_remembered(postgresql: PostgreSQL) -> None:
         closing(open_store(pooler.through(postgresql.database()))) as opened,
     ):
         store: Any = opened
+        store.apply([])
         assert store.recall("key") is None
         store._session._threads[-1].join(20)
         done = finish(store, "key")

@@ -607,7 +607,7 @@ def test_space_is_bounded_by_rate_times_retention(make: Any, time: Time, tmp_pat
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             sizes.append((tmp_path / "seen.db").stat().st_size)
     assert max(sizes) <= max(sizes[:5]) * 1.2
-    with sqlite3.connect(tmp_path / "seen.db") as db:
+    with closing(sqlite3.connect(tmp_path / "seen.db")) as db:
         rows = sum(db.execute(f"SELECT count(*) FROM idemp_done_{n}").fetchone()[0] for n in range(3))
     assert rows <= 1.5 * 20 * 40 + 40
 
@@ -650,7 +650,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         open_store(f"sqlite:///{tmp_path}").apply([])
     newer = tmp_path / "newer.db"
-    with sqlite3.connect(newer) as db:
+    with closing(sqlite3.connect(newer)) as db:
         db.execute("CREATE TABLE idemp_layout AS SELECT 9 AS version")
     with pytest.raises(ConfigError, match="layout 9 of a newer idemp"):
         open_store(f"sqlite:///{newer}").apply([])

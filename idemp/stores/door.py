@@ -20,6 +20,9 @@ class Session(Protocol):
     retention: float
     group: GroupCommit
 
+    def recall(self, key: str, since: float) -> Done | None:
+        """See `idemp.ports.Store`."""
+
     def wait(self, key: str, token: int, timeout: float) -> None:
         """See `idemp.ports.Store`."""
 
@@ -80,7 +83,10 @@ class SessionStore:
         return self._mine().group.apply(ops)
 
     def recall(self, key: str, since: float = inf) -> Done | None:
-        """See `idemp.ports.Store`.  Nothing: most sessions remember nothing themselves."""
+        """See `idemp.ports.Store`.  Nothing before there is a session: to make one is to ask."""
+        session = self._session
+        if session is not None:
+            return session.recall(key, since)
         if self._closed:
             raise Closed("this store was closed")
         return None

@@ -18,7 +18,6 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import inf
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -126,12 +125,6 @@ class EtcdStore(SessionStore):
 
     def _tell(self, progress: Progress | None) -> None:
         self._progress = progress
-
-    def recall(self, key: str, since: float = inf) -> Done | None:
-        """See `idemp.ports.Store`.  Whatever is done anywhere is in this process's memory."""
-        session = self._mine()
-        assert isinstance(session, _Session)
-        return session.recall(key)
 
 
 class _Sent(NamedTuple):
@@ -292,8 +285,8 @@ class _Session:
 
     # ---------------------------------------------------------------- a batch
 
-    def recall(self, key: str) -> Done | None:
-        """What memory knows to be done; a done is true by itself."""
+    def recall(self, key: str, since: float) -> Done | None:
+        """See `idemp.ports.Store`.  Whatever is done anywhere is in this memory, and true by itself."""
         if self._ended.is_set():
             raise Closed("this store was closed")
         replica = self._replica

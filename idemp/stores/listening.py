@@ -37,7 +37,7 @@ class Listening(Confirmed):
     def _await(self, key: str, token: int) -> None:
         """Leave word that the key is awaited, if it is busy with ``token``."""
 
-    def recall(self, key: str) -> Done | None:
+    def recall(self, key: str, since: float) -> Done | None:
         """See `idemp.ports.Store`.  From the first time on this process listens."""
         if self._ended.is_set():
             raise Closed("this store was closed")

@@ -26,7 +26,6 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import inf
 from typing import Any, NamedTuple, TypeVar, cast
 
 from idemp.errors import (
@@ -39,7 +38,7 @@ from idemp.errors import (
     StoreUnavailable,
 )
 from idemp.laws import undoing, view
-from idemp.ports import Backlog, Clock, Done, Get, Letter, Op, Reply, State, Transaction
+from idemp.ports import Backlog, Clock, Get, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import SessionStore
 from idemp.stores.group import GroupCommit
 from idemp.stores.listening import Listening
@@ -122,10 +121,6 @@ class PostgresqlStore(SessionStore):
         for op in ops:
             _check_key(op.key)
         return super().apply(ops)
-
-    def recall(self, key: str, since: float = inf) -> Done | None:
-        """See `idemp.ports.Store`.  What this process did, or was told of, while it listened."""
-        return self._session_here().recall(key)
 
     def transact(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
         """Apply ``ops`` in the transaction that is open on ``connection``: they commit with it or not at all.

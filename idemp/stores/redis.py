@@ -17,7 +17,6 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,12 +86,6 @@ class RedisStore(SessionStore):
             except UnicodeEncodeError:
                 raise BadMessage(f"the key {op.key!r} is not valid Unicode") from None
         return super().apply(ops)
-
-    def recall(self, key: str, since: float = inf) -> Done | None:
-        """See `idemp.ports.Store`.  What this process or another one did while this one listened."""
-        session = self._mine()
-        assert isinstance(session, _Session)
-        return session.recall(key)
 
 
 # ------------------------------------------------------------------ operations and answers as Redis has them

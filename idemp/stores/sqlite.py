@@ -22,7 +22,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -188,10 +187,6 @@ class SqliteStore(SessionStore):
         make = partial(_Session, path, retention, session_ttl, clock or Clock(), connect)
         super().__init__(make, retention)
 
-    def recall(self, key: str, since: float = inf) -> Done | None:
-        """See `idemp.ports.Store`.  What this process did or saw, while no other wrote to the file."""
-        return self._session_here().recall(key, since)
-
     def transaction(self, work: Callable[[Transaction], T], wait: float, *, divisible: bool = False) -> T:
         """See `idemp.ports.Inbox`.  One at a time: whoever writes to the file waits meanwhile."""
         return self._session_here().transaction(work, wait)
@@ -281,24 +276,28 @@ class _Session(Confirmed):
             connection = self._connect(
                 self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False, **options
             )
-            for setting in _SETTINGS:
-                connection.execute(f"PRAGMA {setting}")
-            check_durable(self._path, connection.execute)
-            layout = layout_of(connection)
-            if layout > LAYOUT:
-                raise ConfigError(
-                    f"{self._path} has layout {layout} of a newer idemp; upgrade idemp or name another file"
-                )
-            if layout < LAYOUT:
-                _make(connection)
+            try:
+                self._set_up(connection)
+            except BaseException:
+                sqlite3.Connection.close(connection)
+                raise
         except sqlite3.OperationalError as error:
             raise self._cannot_open(error) from None
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{self._path} is no SQLite file ({error}); name another file") from None
-        except ConfigError:
-            sqlite3.Connection.close(connection)
-            raise
         return connection
+
+    def _set_up(self, connection: sqlite3.Connection) -> None:
+        for setting in _SETTINGS:
+            connection.execute(f"PRAGMA {setting}")
+        check_durable(self._path, connection.execute)
+        layout = layout_of(connection)
+        if layout > LAYOUT:
+            raise ConfigError(
+                f"{self._path} has layout {layout} of a newer idemp; upgrade idemp or name another file"
+            )
+        if layout < LAYOUT:
+            _make(connection)
 
     def _cannot_open(self, error: sqlite3.OperationalError) -> Exception:
         folder = Path(self._path).resolve().parent

@@ -287,12 +287,11 @@ MUTANTS = (
     ),
     Mutant(
         "a cancelled caller gives back the claim that it wins meanwhile",
-        "once.py",
-        "        future.add_done_callback(lambda done: _give_back(store, op, done))\n",
-        "",
+        "offloop.py",
+        "                unheard += undoing([asked.op], [reply])",
+        "                pass",
         unit("test_once.py::test_cancelled_while_claiming_gives_the_claim_back"),
     ),
-    # ---------------------------------------------------------------- inbox.py
     Mutant(
         "what may have killed its process is counted before it begins",
         "inbox.py",
@@ -799,6 +798,20 @@ MUTANTS = (
         "if _version(self._writer) == self._known.version:",
         "if self._known.version:",
         unit("test_sqlite_store.py::test_another_writes_between_a_commit_and_the_look_behind_it"),
+    ),
+    Mutant(
+        "what a loop's tasks ask after an answer goes along with the next batch",
+        "offloop.py",
+        "    loop.call_soon(_carry, loop, store, gathered)\n\n\ndef _fail",
+        "    _carry(loop, store, gathered)\n\n\ndef _fail",
+        unit("test_offloop.py::test_the_tasks_of_a_loop_go_together"),
+    ),
+    Mutant(
+        "a store is opened by who asks it, not by who asks what is remembered",
+        "stores/door.py",
+        "session = self._session\n        if session is not None:\n            return session.recall",
+        "session = self._mine()\n        if session is not None:\n            return session.recall",
+        unit("test_door.py::test_what_is_remembered_opens_no_session"),
     ),
     Mutant(
         "what was read while another wrote is not kept",

@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import Enum
 from functools import partial
 from itertools import count, islice
@@ -32,6 +32,7 @@ from idemp.ports import (
     Sent,
     Transport,
 )
+from tests.pair import until
 from tests.power.disk import Disk
 from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis
 
@@ -292,7 +293,7 @@ class RabbitMQSubject(BrokerSubject):
     def __init__(self, folder: Path, kind: str, *, young: bool = False, lying_disk: bool = False) -> None:
         with _writing_to(folder):
             self._server = RabbitMQ()
-        self._kind, self._young, self._lying_disk = kind, young, lying_disk
+        self._folder, self._kind, self._young, self._lying_disk = folder, kind, young, lying_disk
         super().__init__(self._server.url)
 
     def start(self) -> None:
@@ -305,8 +306,17 @@ class RabbitMQSubject(BrokerSubject):
             child = in_child(lambda: self._declare(open_transport(self._url)))
             if os.waitpid(child, 0)[1]:
                 raise RuntimeError("the queue was not declared")
+            until(self._handed_over, "RabbitMQ keeps the new queue to itself")
         time.sleep(RABBITMQ_SAVES)
         disk.flush()
+
+    def _handed_over(self) -> bool:
+        """Whether the system has the queue's name, on a busy machine too."""
+        for file in [*self._folder.rglob("LATEST.LOG"), *self._folder.rglob("rabbit_durable_queue.*")]:
+            with suppress(FileNotFoundError):  # the log becomes a table meanwhile
+                if self.QUEUE.encode() in file.read_bytes():
+                    return True
+        return False
 
     def kill(self) -> None:
         """At once."""

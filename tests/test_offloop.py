@@ -1,0 +1,231 @@
+"""Calls from an event loop: those of all its tasks go to the store together, and off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from idemp import idempotent, open_store
+from idemp.errors import StoreUnavailable
+from idemp.ports import Claim, Complete, Done, Free, Get, Op, Release, Reply, Store
+from tests.pair import until
+
+
+class Noted:
+    """A store, whose batches are noted; ``before`` and ``after`` are called around each, in its thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.batches: list[Sequence[Op]] = []
+        self.before: Callable[[Sequence[Op]], None] = lambda ops: None
+        self.after: Callable[[Sequence[Op]], None] = lambda ops: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def apply(self, ops: Sequence[Op]) -> list[Reply]:
+        self.batches.append(ops)
+        self.before(ops)
+        replies = self._store.apply(ops)
+        self.after(ops)
+        return replies
+
+    def fail(self, kind: type[Op]) -> None:
+        """Each batch with such an operation in it."""
+
+        def fail(ops: Sequence[Op]) -> None:
+            if kind in map(type, ops):
+                raise StoreUnavailable("it is away")
+
+        self.before = fail
+
+
+@pytest.fixture(params=["memory://", "sqlite:///{}/seen.db"])
+def noted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Noted]:
+    """Each embedded store."""
+    store = open_store(request.param.format(tmp_path))
+    store.apply([])
+    yield Noted(store)
+    store.close()
+
+
+def state(noted: Noted, key: str) -> Reply:
+    return noted._store.apply([Get(key)])[0]
+
+
+def cancelled_while_claiming(noted: Noted, call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """A task for it, in which it is cancelled after its claim was won and before it hears of that."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(call)
+
+    def cancel(ops: Sequence[Op]) -> None:
+        loop.call_soon_threadsafe(task.cancel)
+        until(task.done)
+        noted.after = lambda ops: None
+
+    noted.after = cancel
+    return task
+
+
+def test_the_tasks_of_a_loop_go_together(noted: Noted) -> None:
+    """Their claims are one batch and their completions another; what comes meanwhile is the next."""
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> str:
+        return k
+
+    async def main() -> None:
+        assert await asyncio.gather(*[handler(f"{number}") for number in range(100)]) == [
+            f"{number}" for number in range(100)
+        ]
+        assert [len(batch) for batch in noted.batches] == [100, 100]
+        noted.batches.clear()
+        queued: list[int] = []
+        noted.after = lambda ops: until(lambda: queued)  # so long the first is under way
+        first = asyncio.create_task(handler("first"))
+        await asyncio.to_thread(until, lambda: noted.batches)
+        late = [asyncio.create_task(handler(f"late {number}")) for number in range(10)]
+        await asyncio.sleep(0)  # each has asked
+        queued.append(10)
+        await asyncio.gather(first, *late)
+        assert [len(batch) for batch in noted.batches] == [1, 11, 10]
+
+    asyncio.run(main())
+
+
+def test_loops_in_threads_share_a_store(noted: Noted) -> None:
+    """Each gathers its own; one key runs once over all."""
+    runs = []
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> str:
+        runs.append(k)
+        await asyncio.sleep(0)
+        return k
+
+    async def main() -> None:
+        for _ in range(5):
+            await asyncio.gather(*[handler(f"{number}") for number in range(50)])
+
+    threads = [threading.Thread(target=asyncio.run, args=(main(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(runs) == sorted(f"{number}" for number in range(50))
+
+
+def test_a_failure_is_each_callers(noted: Noted) -> None:
+    """And the next batch goes again."""
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> str:
+        return k
+
+    async def main() -> None:
+        noted.fail(Claim)
+        found = await asyncio.gather(*[handler(f"{number}") for number in range(3)], return_exceptions=True)
+        assert [type(each) for each in found] == [StoreUnavailable] * 3
+        noted.before = lambda ops: None
+        assert await handler("0") == "0"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("when", ["before it is sent", "under way"])
+def test_what_is_done_is_completed_though_its_caller_is_cancelled(noted: Noted, when: str) -> None:
+    """The effect has happened."""
+    tasks: list[asyncio.Task[None]] = []
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        if when == "before it is sent":
+            asyncio.get_running_loop().call_soon(tasks[0].cancel)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def cancel(ops: Sequence[Op]) -> None:
+            if Complete in map(type, ops):
+                loop.call_soon_threadsafe(tasks[0].cancel)
+                until(tasks[0].done)
+
+        noted.before = cancel
+        tasks.append(asyncio.create_task(handler("a")))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    asyncio.run(main())
+    assert isinstance(state(noted, "n/a"), Done)
+
+
+def test_the_loop_goes_on_while_a_claim_is_given_back(noted: Noted) -> None:
+    """However long that takes."""
+    turns: list[str] = []
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        raise AssertionError(k)
+
+    async def main() -> None:
+        noted.before = lambda ops: until(lambda: type(ops[0]) is Claim or turns)
+        cancelled_while_claiming(noted, handler("a"))
+        await asyncio.to_thread(until, lambda: len(noted.batches) == 2)
+        turns.append("the loop's")
+
+    asyncio.run(main())
+    assert [type(op) for batch in noted.batches for op in batch] == [Claim, Release]
+    assert state(noted, "n/a") == Free(0)
+
+
+def test_a_claim_is_given_back_when_its_loop_ends(noted: Noted) -> None:
+    """The one who asked for it was cancelled with the loop, before the answer came."""
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        raise AssertionError(k)
+
+    async def main() -> None:
+        task = asyncio.create_task(handler("a"))
+        noted.after = lambda ops: until(task.done)
+        await asyncio.to_thread(until, lambda: noted.batches)
+
+    asyncio.run(main())
+    assert state(noted, "n/a") == Free(0)
+
+
+def test_a_claim_that_cannot_be_given_back_is_named(noted: Noted, caplog: pytest.LogCaptureFixture) -> None:
+    """It stays with this process until its session ends."""
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        raise AssertionError(k)
+
+    async def main() -> None:
+        cancelled_while_claiming(noted, handler("a"))
+        noted.fail(Release)
+        await asyncio.to_thread(until, lambda: caplog.text)
+
+    asyncio.run(main())
+    assert "'n/a': it is away" in caplog.text
+
+
+def test_a_loop_that_is_shut_down_takes_no_more(noted: Noted) -> None:
+    """It says so to each who asks, every time."""
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        raise AssertionError(k)
+
+    async def main() -> None:
+        await asyncio.get_running_loop().shutdown_default_executor()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="shut"):
+                await handler("a")
+
+    asyncio.run(main())
+    assert noted.batches == []
