@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,8 @@ import pytest
 
 from idemp import idempotent, open_store
 from idemp.errors import StoreUnavailable
-from idemp.ports import Claim, Complete, Done, Free, Get, Op, Release, Reply, Store
-from tests.pair import until
+from idemp.ports import Busy, Claim, Complete, Done, Doubt, Free, Get, Op, Release, Reply, Store
+from tests.pair import ROOT, until
 
 
 class Noted:
@@ -229,3 +233,43 @@ def test_a_loop_that_is_shut_down_takes_no_more(noted: Noted) -> None:
 
     asyncio.run(main())
     assert noted.batches == []
+
+
+KILLED = """
+import asyncio, os, sys
+from idemp import idempotent, open_store
+
+store = open_store(sys.argv[1])
+effects = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+@idempotent(store, name="n", key="k", in_doubt="park")
+async def handler(k: str) -> None:
+    os.write(effects, f"{k}\\n".encode())
+    await asyncio.sleep(0)
+
+async def main() -> None:
+    for turn in range(1000):
+        await asyncio.gather(*[handler(f"{turn}-{number}") for number in range(100)])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("effects", [1, 150, 730])
+def test_what_is_killed_is_once_or_named(tmp_path: Path, effects: int) -> None:
+    """A hundred tasks at a time, and kill -9: no effect without its key done or in doubt, and none twice."""
+    url, file = f"sqlite:///{tmp_path}/seen.db?session=1s", tmp_path / "effects"
+    with subprocess.Popen([sys.executable, "-c", KILLED, url, str(file)], cwd=ROOT) as child:
+        until(lambda: file.exists() and file.read_bytes().count(b"\n") >= effects)
+        child.kill()
+    happened = Counter(file.read_text().split())
+    assert max(happened.values()) == 1
+    with closing(open_store(url)) as store:
+
+        def states() -> list[Reply]:
+            return store.apply([Get(f"n/{key}") for key in happened])
+
+        until(lambda: not any(type(state) is Busy for state in states()))
+        assert {type(state) for state in states()} <= {Done, Doubt}
+        done = {key for key, state in store.scan("n/", limit=100_000) if type(state) is Done}
+        assert done <= {f"n/{key}" for key in happened}
