@@ -31,6 +31,7 @@ FLOORS = {
         "idemp.protocol",
         "idemp.inbox",
         "idemp.relay",
+        "idemp.offloop",
         "idemp.once",
         "idemp.pipeline",
         "idemp.consumer",
