@@ -41,7 +41,7 @@ class _Gathered:
 _gathered: WeakKeyDictionary[AbstractEventLoop, WeakKeyDictionary[Store, _Gathered]] = WeakKeyDictionary()
 
 
-async def apply(store: Store, op: Op) -> Reply:
+async def apply_async(store: Store, op: Op) -> Reply:
     """The reply to ``op``.  If the caller is cancelled it is applied all the same; a claim is given back."""
     loop = asyncio.get_running_loop()
     gathered = _gathered.setdefault(loop, WeakKeyDictionary()).setdefault(store, _Gathered())

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import msgspec
 
-from idemp import offloop
 from idemp.causality import current as tracked
 from idemp.errors import (
     ClaimLost,
@@ -35,6 +34,7 @@ from idemp.errors import (
 )
 from idemp.inbox import Also, Job, transact
 from idemp.message import Message, decode
+from idemp.offloop import apply_async
 from idemp.policy import JSON, Codec, InDoubtPolicy, Policy, Unknown, is_async, make_policy
 from idemp.ports import (
     Busy,
@@ -467,7 +467,7 @@ async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, k
                 loop = asyncio.get_running_loop()
                 event = await loop.run_in_executor(_pools.waiters, patience.wait, busy.token)
             case _:
-                event = await offloop.apply(policy.store, step)
+                event = await apply_async(policy.store, step)
 
 
 async def _call_async_in_transaction(
