@@ -9,31 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import AbstractEventLoop, Future
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from idemp.laws import undoing
-from idemp.ports import Op, Reply, Store
+from idemp.ports import Claim, Get, Op, Reply, Store, Takeover
 
 log = logging.getLogger(__name__)
-
-
-class _Asked(NamedTuple):
-    """One task's operation, and where it waits for the reply."""
-
-    op: Op
-    future: Future[Reply]
 
 
 class _Gathered:
     """What a loop's tasks ask of a store.  under_way: a batch is, or will be after the tasks' turn."""
 
-    __slots__ = ("__weakref__", "under_way", "waiting")
+    __slots__ = ("under_way", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: list[_Asked] = []
+        self.waiting: dict[Future[Reply], Op] = {}
         self.under_way = False
 
 
@@ -42,25 +34,31 @@ _gathered: WeakKeyDictionary[AbstractEventLoop, WeakKeyDictionary[Store, _Gather
 
 
 async def apply_async(store: Store, op: Op) -> Reply:
-    """The reply to ``op``.  If the caller is cancelled it is applied all the same; a claim is given back."""
+    """The reply to ``op``.  If the caller is cancelled a claim is given back, and all else is applied."""
     loop = asyncio.get_running_loop()
     gathered = _gathered.setdefault(loop, WeakKeyDictionary()).setdefault(store, _Gathered())
-    asked = _Asked(op, loop.create_future())
-    gathered.waiting.append(asked)
+    future: Future[Reply] = loop.create_future()
+    gathered.waiting[future] = op
     if not gathered.under_way:
         gathered.under_way = True
         loop.call_soon(_carry, loop, store, gathered)
-    return await asked.future
+    try:
+        return await future
+    except asyncio.CancelledError:
+        # At once: a loop that ends cancels its tasks, and then has no time for another batch.
+        if gathered.waiting.pop(future, None) is not None and not isinstance(op, Claim | Takeover | Get):
+            _tell(loop, store, [op])
+        raise
 
 
 def _carry(loop: AbstractEventLoop, store: Store, gathered: _Gathered) -> None:
     """Send off what waits."""
-    batch, gathered.waiting = gathered.waiting, []
+    batch, gathered.waiting = gathered.waiting, {}
     gathered.under_way = bool(batch)
     if not batch:
         return
     try:
-        replies = loop.run_in_executor(None, store.apply, [asked.op for asked in batch])
+        replies = loop.run_in_executor(None, store.apply, list(batch.values()))
     except RuntimeError as error:  # the loop is being shut down
         gathered.under_way = False
         _fail(batch, error)
@@ -72,38 +70,41 @@ def _deliver(
     loop: AbstractEventLoop,
     store: Store,
     gathered: _Gathered,
-    batch: Sequence[_Asked],
+    batch: Mapping[Future[Reply], Op],
     replies: Future[list[Reply]],
 ) -> None:
     if (error := replies.exception()) is not None:
         _fail(batch, error)
     else:
         unheard = []
-        for asked, reply in zip(batch, replies.result(), strict=True):
-            if asked.future.cancelled():
-                unheard += undoing([asked.op], [reply])
+        for (future, op), reply in zip(batch.items(), replies.result(), strict=True):
+            if future.cancelled():
+                unheard += undoing([op], [reply])
             else:
-                asked.future.set_result(reply)
+                future.set_result(reply)
         if unheard:
-            try:
-                loop.run_in_executor(None, _give_back, store, unheard)
-            except RuntimeError:  # the loop is being shut down: it has nothing else to do
-                _give_back(store, unheard)
+            _tell(loop, store, unheard)
     # Behind the tasks that wake now: what they ask next goes along.
     loop.call_soon(_carry, loop, store, gathered)
 
 
-def _fail(batch: Sequence[_Asked], error: BaseException) -> None:
-    for asked in batch:
-        if not asked.future.cancelled():
-            asked.future.set_exception(error)
+def _fail(futures: Iterable[Future[Reply]], error: BaseException) -> None:
+    for future in futures:
+        if not future.cancelled():
+            future.set_exception(error)
 
 
-def _give_back(store: Store, claims: Sequence[Op]) -> None:
+def _tell(loop: AbstractEventLoop, store: Store, ops: Sequence[Op]) -> None:
+    """Apply what nobody waits for."""
     try:
-        store.apply(claims)
+        loop.run_in_executor(None, _apply, store, ops)
+    except RuntimeError:  # the loop is being shut down: it has nothing else to do
+        _apply(store, ops)
+
+
+def _apply(store: Store, ops: Sequence[Op]) -> None:
+    try:
+        store.apply(ops)
     except Exception as error:
-        keys = ", ".join(repr(op.key) for op in claims)
-        log.warning(
-            "claimed for callers that were cancelled, and could not be given back: %s: %s", keys, error
-        )
+        keys = ", ".join(repr(op.key) for op in ops)
+        log.warning("the last word of calls that were cancelled was not taken: %s: %s", keys, error)

@@ -167,6 +167,35 @@ def test_what_is_done_is_completed_though_its_caller_is_cancelled(noted: Noted, 
     assert isinstance(state(noted, "n/a"), Done)
 
 
+def test_what_waits_to_be_completed_is_when_its_loop_ends(noted: Noted) -> None:
+    """Behind a batch that takes longer than the loop; what is not claimed yet is not claimed any more."""
+    ran: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        ran.append(k)
+        if k == "done":
+            await asyncio.to_thread(until, lambda: len(noted.batches) == 2)  # the other's claim is under way
+            ran.append("over")
+
+    async def main() -> None:
+        tasks.append(asyncio.create_task(handler("done")))
+        await asyncio.to_thread(until, lambda: ran)
+        noted.after = lambda ops: until(lambda: all(task.done() for task in tasks))
+        tasks.append(asyncio.create_task(handler("under way")))
+        await asyncio.to_thread(until, lambda: len(noted.batches) == 2)
+        tasks.append(asyncio.create_task(handler("waits")))
+        await asyncio.to_thread(until, lambda: "over" in ran)  # and by the next turn it has asked
+
+    asyncio.run(main())
+    assert ran == ["done", "over"]
+    assert isinstance(state(noted, "n/done"), Done)
+    assert (state(noted, "n/under way"), state(noted, "n/waits")) == (Free(0), Free(0))
+    asked = [op.key for batch in noted.batches for op in batch if type(op) is Claim]
+    assert asked == ["n/done", "n/under way"]
+
+
 def test_the_loop_goes_on_while_a_claim_is_given_back(noted: Noted) -> None:
     """However long that takes."""
     turns: list[str] = []

@@ -288,7 +288,7 @@ MUTANTS = (
     Mutant(
         "a cancelled caller gives back the claim that it wins meanwhile",
         "offloop.py",
-        "                unheard += undoing([asked.op], [reply])",
+        "                unheard += undoing([op], [reply])",
         "                pass",
         unit("test_once.py::test_cancelled_while_claiming_gives_the_claim_back"),
     ),
