@@ -800,6 +800,13 @@ MUTANTS = (
         unit("test_sqlite_store.py::test_another_writes_between_a_commit_and_the_look_behind_it"),
     ),
     Mutant(
+        "what was done is completed though its caller was cancelled before it was sent",
+        "offloop.py",
+        "            _tell(loop, store, [op])\n",
+        "            pass\n",
+        unit("test_offloop.py::test_what_waits_to_be_completed_is_when_its_loop_ends"),
+    ),
+    Mutant(
         "what a loop's tasks ask after an answer goes along with the next batch",
         "offloop.py",
         "    loop.call_soon(_carry, loop, store, gathered)\n\n\ndef _fail",
