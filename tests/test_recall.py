@@ -298,6 +298,7 @@ def test_a_server_that_became_a_replica_is_left(own_redis: Redis, monkeypatch: p
         until(lambda: here.recall("key") is None, 10.0)
         with pytest.raises(StoreUnavailable, match="a read-only replica now"):
             here.apply([Claim("key")])
+        assert here.recall("key") is None  # nor again, once whoever listens has time
 
         proxy.move(other.port)
         assert isinstance(one(here, Claim("key")), Claimed)
