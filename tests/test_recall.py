@@ -278,6 +278,22 @@ def test_another_server_takes_over(own_redis: Redis) -> None:
         assert isinstance(one(here, Claim("key")), Claimed)
 
 
+def test_a_first_replica_comes(own_redis: Redis) -> None:
+    """The server names itself anew then, and ends no connection: those that ask are older than the news."""
+    need("redis")
+    with closing(open_store(own_redis.url)) as here:
+        done = finish(here, "key")
+        before = own_redis.call("INFO", "replication")
+        with Redis(options={"replicaof": f"127.0.0.1 {own_redis.port}"}):
+            until(lambda: _name(own_redis.call("INFO", "replication")) != _name(before))
+            listening(here)
+            assert one(here, Claim("key")) == done == here.recall("key")
+
+
+def _name(replication: str) -> str:
+    return next(line for line in replication.splitlines() if line.startswith("master_replid:"))
+
+
 def test_a_server_that_became_a_replica_is_left(own_redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps its connections, refuses to write, and hears of a forget late or never."""
     need("redis")

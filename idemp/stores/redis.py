@@ -16,11 +16,12 @@ import heapq
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from idemp.errors import BadMessage, Closed, ConfigError, MissingExtra, StoreUnavailable
+from idemp.errors import BadMessage, Closed, ConfigError, IdempError, MissingExtra, StoreUnavailable
 from idemp.laws import Entry, undoing, view
 from idemp.ports import (
     Abandon,
@@ -193,7 +194,7 @@ class _Restarted(Exception):
     """The server is another than the one that this session began with, or began anew."""
 
     def __init__(self, epoch: str) -> None:
-        super().__init__(epoch)
+        super().__init__("it began anew, or is another")
         self.epoch = epoch
 
 
@@ -497,9 +498,17 @@ class _Session(Listening):
                     self._hear_on(line)
             except (RedisError, _Restarted, ConfigError) as error:
                 log.info("%s: not listening: %s", self._at.shown, error)
+                if isinstance(error, _Restarted):
+                    self._find_out()
                 self._ended.wait(1.0)
             self._listens = False
             self._recall.lose()
+
+    def _find_out(self) -> None:
+        """That it is another is seen on a new connection only, and those of who asks are perhaps older."""
+        self._client.connection_pool.disconnect(inuse_connections=False)
+        with suppress(IdempError):  # the next attempt to listen says so
+            self.group.apply([])
 
     def _hear_on(self, line: Any) -> None:
         """Until something may go unheard.  The answer to a ping comes behind all that was told before."""

@@ -652,6 +652,13 @@ MUTANTS = (
         unit("test_recall.py::test_a_server_that_became_a_replica_is_left"),
     ),
     Mutant(
+        "a server that names itself anew is met with new connections",
+        "stores/redis.py",
+        "        self._client.connection_pool.disconnect(inuse_connections=False)\n        with suppress",
+        "        with suppress",
+        unit("test_recall.py::test_a_first_replica_comes"),
+    ),
+    Mutant(
         "nothing is recalled when the fate of a batch is not known, nor who will answer the next",
         "stores/postgresql.py",
         "            self._recall.lose()\n            if isinstance(failed",
