@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import AbstractEventLoop, Future
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,9 @@ from idemp.laws import undoing
 from idemp.ports import Claim, Get, Op, Reply, Store, Takeover
 
 log = logging.getLogger(__name__)
+
+_ASKING = (Claim, Takeover, Get)
+"""What need not be sent any more when who asks is gone."""
 
 
 class _Gathered:
@@ -30,13 +33,13 @@ class _Gathered:
 
 
 # It refers to neither, so that both can go.
-_gathered: WeakKeyDictionary[AbstractEventLoop, WeakKeyDictionary[Store, _Gathered]] = WeakKeyDictionary()
+_loops: WeakKeyDictionary[AbstractEventLoop, WeakKeyDictionary[Store, _Gathered]] = WeakKeyDictionary()
 
 
 async def apply_async(store: Store, op: Op) -> Reply:
     """The reply to ``op``.  If the caller is cancelled a claim is given back, and all else is applied."""
     loop = asyncio.get_running_loop()
-    gathered = _gathered.setdefault(loop, WeakKeyDictionary()).setdefault(store, _Gathered())
+    gathered = _of(loop, store)
     future: Future[Reply] = loop.create_future()
     gathered.waiting[future] = op
     if not gathered.under_way:
@@ -46,9 +49,19 @@ async def apply_async(store: Store, op: Op) -> Reply:
         return await future
     except asyncio.CancelledError:
         # At once: a loop that ends cancels its tasks, and then has no time for another batch.
-        if gathered.waiting.pop(future, None) is not None and not isinstance(op, Claim | Takeover | Get):
+        if gathered.waiting.pop(future, None) is not None and not isinstance(op, _ASKING):
             _tell(loop, store, [op])
         raise
+
+
+def _of(loop: AbstractEventLoop, store: Store) -> _Gathered:
+    stores = _loops.get(loop)
+    if stores is None:
+        stores = _loops[loop] = WeakKeyDictionary()
+    gathered = stores.get(store)
+    if gathered is None:
+        gathered = stores[store] = _Gathered()
+    return gathered
 
 
 def _carry(loop: AbstractEventLoop, store: Store, gathered: _Gathered) -> None:
@@ -88,10 +101,12 @@ def _deliver(
     loop.call_soon(_carry, loop, store, gathered)
 
 
-def _fail(futures: Iterable[Future[Reply]], error: BaseException) -> None:
-    for future in futures:
+def _fail(batch: Mapping[Future[Reply], Op], error: BaseException) -> None:
+    for future in batch:
         if not future.cancelled():
             future.set_exception(error)
+    if unheard := [op for future, op in batch.items() if future.cancelled() and not isinstance(op, _ASKING)]:
+        _warn(unheard, error)
 
 
 def _tell(loop: AbstractEventLoop, store: Store, ops: Sequence[Op]) -> None:
@@ -106,5 +121,9 @@ def _apply(store: Store, ops: Sequence[Op]) -> None:
     try:
         store.apply(ops)
     except Exception as error:
-        keys = ", ".join(repr(op.key) for op in ops)
-        log.warning("the last word of calls that were cancelled was not taken: %s: %s", keys, error)
+        _warn(ops, error)
+
+
+def _warn(ops: Sequence[Op], error: BaseException) -> None:
+    keys = ", ".join(repr(op.key) for op in ops)
+    log.warning("the last word of calls that were cancelled was perhaps not taken: %s: %s", keys, error)

@@ -292,10 +292,21 @@ class _Patience:
 
     def wait(self, token: int) -> bool:
         """Whether to look again at the key that is busy with ``token``."""
-        left: float = self._end - self._clock.steady()
+        left = self._left()
         if left > 0:
-            self._store.wait(self._key, token, min(left, 1.0))
+            self._store.wait(self._key, token, left)
         return left > 0
+
+    async def wait_async(self, token: int) -> bool:
+        """`wait`, beside the event loop.  Who has stood in line for a thread looks again all the same."""
+        left, loop = self._left(), asyncio.get_running_loop()
+        if left > 0:
+            await loop.run_in_executor(_pools.waiters, self._store.wait, self._key, token, left)
+        return left > 0
+
+    def _left(self) -> float:
+        left: float = self._end - self._clock.steady()
+        return min(left, 1.0)
 
 
 def _call(function: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
@@ -464,8 +475,7 @@ async def _call_async(function: Callable[..., Any], policy: Policy, args: Any, k
             case Ask(claim):
                 event = await _ask_async(policy, Context(key, claim.token, claim.attempt), args, kwargs)
             case Await(busy):
-                loop = asyncio.get_running_loop()
-                event = await loop.run_in_executor(_pools.waiters, patience.wait, busy.token)
+                event = await patience.wait_async(busy.token)
             case _:
                 event = await apply_async(policy.store, step)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import pytest
 
 from idemp import idempotent, open_store
-from idemp.errors import StoreUnavailable
-from idemp.ports import Busy, Claim, Complete, Done, Doubt, Free, Get, Op, Release, Reply, Store
+from idemp.errors import KeyBusy, StoreUnavailable
+from idemp.once import _Pools
+from idemp.ports import Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Op, Release, Reply, Store
 from tests.pair import ROOT, until
 
 
@@ -140,6 +143,30 @@ def test_a_failure_is_each_callers(noted: Noted) -> None:
     asyncio.run(main())
 
 
+def test_a_completion_whose_answer_is_lost_stands(noted: Noted) -> None:
+    """Its caller is told that it is not known; the next one gets the first answer."""
+    runs = []
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> str:
+        runs.append(k)
+        return k
+
+    def lose(ops: Sequence[Op]) -> None:
+        if Complete in map(type, ops):
+            raise StoreUnavailable("it was applied, but who knows that")
+
+    async def main() -> None:
+        noted.after = lose
+        found = await asyncio.gather(*[handler(f"{number}") for number in range(3)], return_exceptions=True)
+        assert [type(each) for each in found] == [StoreUnavailable] * 3
+        noted.after = lambda ops: None
+        assert await asyncio.gather(*[handler(f"{number}") for number in range(3)]) == ["0", "1", "2"]
+
+    asyncio.run(main())
+    assert runs == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("when", ["before it is sent", "under way"])
 def test_what_is_done_is_completed_though_its_caller_is_cancelled(noted: Noted, when: str) -> None:
     """The effect has happened."""
@@ -247,6 +274,62 @@ def test_a_claim_that_cannot_be_given_back_is_named(noted: Noted, caplog: pytest
     assert "'n/a': it is away" in caplog.text
 
 
+def test_a_completion_that_fails_after_its_caller_is_cancelled_is_named(
+    noted: Noted, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else would be told.  A claim is not named: who asked for it did nothing."""
+
+    @idempotent(noted, name="n", key="k")
+    async def handler(k: str) -> None:
+        pass
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        for kind, key in ((Claim, "claimed"), (Complete, "completed")):
+            task = asyncio.create_task(handler(key))
+
+            def fail(ops: Sequence[Op], kind: type[Op] = kind, task: asyncio.Task[None] = task) -> None:
+                if kind in map(type, ops):
+                    loop.call_soon_threadsafe(task.cancel)
+                    until(task.done)
+                    raise StoreUnavailable("it is away")
+
+            noted.before = fail
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(until, lambda: caplog.text)
+
+    asyncio.run(main())
+    assert "'n/completed': it is away" in caplog.text
+    assert "n/claimed" not in caplog.text
+
+
+def test_who_stands_in_line_to_wait_looks_again(noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that took: the key may be done by then."""
+    monkeypatch.setattr(
+        sys.modules["idemp.once"], "_pools", _Pools(ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+    )
+    [claim] = noted.apply([Claim("n/short")])
+    noted.apply([Claim("n/long")])
+    assert isinstance(claim, Claimed)
+
+    async def handler(k: str) -> int:
+        raise AssertionError(k)
+
+    async def main() -> None:
+        long = idempotent(noted, name="n", key="k", wait=0.6)(handler)("long")
+        short = idempotent(noted, name="n", key="k", wait=0.2)(handler)("short")
+        waits = [asyncio.create_task(long), asyncio.create_task(short)]
+        await asyncio.to_thread(until, lambda: len(noted.batches) == 3)
+        noted.apply([Complete("n/short", claim.token, b"7")])
+        assert await waits[1] == 7
+        with pytest.raises(KeyBusy):
+            await waits[0]
+
+    asyncio.run(main())
+
+
 def test_a_loop_that_is_shut_down_takes_no_more(noted: Noted) -> None:
     """It says so to each who asks, every time."""
 
@@ -302,3 +385,58 @@ def test_what_is_killed_is_once_or_named(tmp_path: Path, effects: int) -> None:
         assert {type(state) for state in states()} <= {Done, Doubt}
         done = {key for key, state in store.scan("n/", limit=100_000) if type(state) is Done}
         assert done <= {f"n/{key}" for key in happened}
+
+
+KILLS_ITSELF = """
+import asyncio, os, signal, sys
+from idemp import idempotent, open_store
+
+store = open_store(sys.argv[1])
+effects = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+when, kind = sys.argv[3:]
+apply = store.apply
+
+def killed(ops):
+    mine = kind in [type(op).__name__ for op in ops]
+    if mine and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replies = apply(ops)
+    if mine:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replies
+
+store.apply = killed
+
+@idempotent(store, name="n", key="k", in_doubt="park")
+async def handler(k: str) -> None:
+    os.write(effects, b"x")
+
+async def main() -> None:
+    await asyncio.gather(*[handler(f"{number}") for number in range(20)])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "kind", "left", "happened"),
+    [
+        ("before", "Claim", Free, 0),
+        ("after", "Claim", Doubt, 0),
+        ("before", "Complete", Doubt, 20),
+        ("after", "Complete", Done, 20),
+    ],
+)
+def test_killed_at_a_batch(tmp_path: Path, when: str, kind: str, left: type[Reply], happened: int) -> None:
+    """Right before it is applied, and right after, when nobody has heard of it."""
+    url, file = f"sqlite:///{tmp_path}/seen.db?session=1s", tmp_path / "effects"
+    command = [sys.executable, "-c", KILLS_ITSELF, url, str(file), when, kind]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert len(file.read_bytes()) == happened
+    with closing(open_store(url)) as store:
+
+        def states() -> list[Reply]:
+            return store.apply([Get(f"n/{number}") for number in range(20)])
+
+        until(lambda: not any(type(state) is Busy for state in states()))
+        assert {type(state) for state in states()} == {left}
