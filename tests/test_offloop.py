@@ -429,7 +429,7 @@ asyncio.run(main())
 )
 def test_killed_at_a_batch(tmp_path: Path, when: str, kind: str, left: type[Reply], happened: int) -> None:
     """Right before it is applied, and right after, when nobody has heard of it."""
-    url, file = f"sqlite:///{tmp_path}/seen.db?session=1s", tmp_path / "effects"
+    url, file = f"sqlite:///{tmp_path}/seen.db?session=3s", tmp_path / "effects"
     command = [sys.executable, "-c", KILLS_ITSELF, url, str(file), when, kind]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
     assert len(file.read_bytes()) == happened
