@@ -431,6 +431,10 @@ class Transport(Protocol):
         """Messages in ``queue`` that are ready for delivery; 0 if there is no such queue."""
         ...
 
+    def taken(self, queue: str) -> bool:
+        """Whether messages of ``queue`` may be out: delivered, and neither acknowledged nor given back."""
+        ...
+
     def wake(self) -> None:
         """From any thread: let `poll` return."""
         ...

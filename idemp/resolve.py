@@ -104,9 +104,12 @@ def _applied(
     return before
 
 
-def set_all_free(store: Store, keys: Iterable[str], book: Book) -> int:
+def set_all_free(
+    store: Store, keys: Iterable[str], book: Book, tokens: Mapping[str, int] | None = None
+) -> int:
     """Let those of ``keys`` run again that are in doubt or parked, and that nobody else takes; how many.
 
+    tokens: of the states that were looked at; a key that has another by now is left as it is.
     What is parked goes free in one step.  What is in doubt is taken over first: who is killed in between
     leaves it in doubt.
     """
@@ -115,6 +118,7 @@ def set_all_free(store: Store, keys: Iterable[str], book: Book) -> int:
         some = asked[start : start + TOGETHER]
         states = zip(some, store.apply([Get(key) for key in some]), strict=True)
         known = [(key, state) for key, state in states if isinstance(state, Doubt | Parked)]
+        known = [(key, state) for key, state in known if tokens is None or tokens[key] == state.token]
         doubts = [(key, state) for key, state in known if isinstance(state, Doubt)]
         taken = store.apply([Takeover(key, state.token) for key, state in doubts]) if doubts else []
         changes = [

@@ -30,9 +30,24 @@ from idemp import (
 from idemp.cli.options import store_at
 from idemp.deeds import read
 from idemp.message import Properties
-from idemp.ports import Abandon, Claim, Claimed, Complete, Delivery, Park, Publication, Query, Store
+from idemp.ports import (
+    Abandon,
+    Batch,
+    Claim,
+    Claimed,
+    Complete,
+    Delivery,
+    Event,
+    Free,
+    Get,
+    Park,
+    Parked,
+    Publication,
+    Query,
+    Store,
+)
 from idemp.tracking import replay
-from idemp.tracking.tracker import tracking
+from idemp.tracking.tracker import pack, tracking
 from tests.service import ROOT, Stand, environment, finished, stand, until
 from tests.test_tracking import service, to
 
@@ -331,7 +346,7 @@ def test_the_receiver_enforces_who_may_be_replayed(
     ]
     with closing(open_store("memory://")) as empty:
         [planned] = replay.plan(
-            found, lambda _: empty, time.time(), policies=consumer.policies(), confirmed=confirmed
+            found, lambda _: empty, time.time(), handlers={unique: consumer.policies()}, confirmed=confirmed
         )
     assert (planned.verdict in replay.SENDS) == bool(runs), planned
 
@@ -352,7 +367,7 @@ def test_a_plan_says_what_the_store_says() -> None:
         store.apply([Abandon("s.t/doubt", hold(store, "s.t/doubt"))])
         store.apply([Park("s.t/parked", hold(store, "s.t/parked"), "broken")])
         hold(store, "s.t/busy")
-        names = replay.names_of(None)
+        names = replay.names_of({})
         made = [
             replay.item(Message(id, "t").encode(), Properties(timestamp=at), "s", names)
             for id, at in (
@@ -383,6 +398,109 @@ def test_a_plan_says_what_the_store_says() -> None:
         "gone": "no body",
     }
     assert forced == {**planned, "old": "run"}
+
+
+def test_what_was_done_is_as_old_as_it_is(tmp_path: Path) -> None:
+    """Its record may be gone when its copy comes, which is not younger for having been replayed."""
+    url = f"sqlite:///{tmp_path}/queues.db"
+    ran: list[str] = []
+    with closing(open_store("memory://?retention=2s")) as store, closing(open_transport(url)) as broker:
+        consumer = Consumer(open_transport(url), service="s")
+
+        @consumer.on("t")
+        @idempotent(store, name="s.t")
+        def handle(message: Message) -> None:
+            ran.append(message.id)
+
+        broker.declare("s-queue")
+        store.apply([Complete("s.t/done", hold(store, "s.t/done"))])
+        made = [
+            replay.item(Message(id, "t").encode(), Properties(timestamp=at), "s", replay.names_of({}))
+            for id, at in (("done", time.time()), ("new", time.time()))
+        ]
+        now = time.time()
+        planned = replay.plan(made, lambda _: store, now)
+        assert [each.verdict for each in planned] == ["done", "run"]
+        replay_desk = replay.Desk(broker)
+        replay.stage(replay_desk, planned, replay.Mark("r", "", now + 3600))
+        assert replay.release(replay_desk, "r") == 2
+        until(lambda: isinstance(store.apply([Get("s.t/done")])[0], Free), lambda: "it is kept")
+        until(lambda: time.time() > now + 3, lambda: "")
+        thread = threading.Thread(target=consumer.run)
+        thread.start()
+        until(lambda: len(ran) + broker.depth("s-queue.dead") == 2, lambda: ran)
+        consumer.stop()
+        thread.join(30)
+        parked = store.apply([Get("s.t/done")])[0]
+        assert isinstance(parked, Parked)
+        assert "older than the retention" in parked.reason
+    assert ran == ["new"]
+
+
+def test_who_is_known_speaks_for_itself_only() -> None:
+    """Keys and refusals of one receiver are not those of another that takes the same type."""
+    log_of = {"notify": Message("1", "t"), "orders": Message("1", "t")}
+    with closing(open_store("memory://")) as store:
+        consumer = Consumer(open_transport("memory://nobody"), service="orders")
+
+        @consumer.on("t")
+        @idempotent(store, name="orders.by_number", key="message.id", replay="never")
+        def handle(message: Message) -> None:
+            raise AssertionError(message)
+
+        handlers = {"orders": consumer.policies()}
+        names = replay.names_of(handlers)
+        made = [replay.item(each.encode(), Properties(), service, names) for service, each in log_of.items()]
+        assert [each.key for each in made] == ["notify.t/1", "orders.by_number/1"]
+        verdicts = {
+            each.item.service: each.verdict
+            for each in replay.plan(made, lambda _: store, 0.0, handlers=handlers)
+        }
+    assert verdicts == {"notify": "run", "orders": "never"}
+
+
+def event(uuid: str, kind: str, service: str, at: float, **more: Any) -> Event:
+    stored = pack(Properties(uuid, "t"), "", more.get("queue", ""))
+    return Event(uuid, kind, service, at, type="t", properties=stored, **more)
+
+
+def test_a_message_goes_to_whom_it_was_sent(tmp_path: Path) -> None:
+    """Not to all who take its type, also where only what was sent is chosen."""
+    with closing(open_event_log(f"sqlite:///{tmp_path}/events.db")) as log:
+        now = time.time()
+        sent = (("A", "eu-queue"), ("B", "us-queue"), ("C", "us-queue"), ("D", ""))
+        told = [event(id, "sent", "shop", now, role="sender", queue=queue, body="{}") for id, queue in sent]
+        took = (("A", "eu"), ("B", "us"))
+        told += [event(id, "ok", name, now + 1, role="receiver", body="{}") for id, name in took]
+        log.append(Batch("w", 1, told))
+        query = Query(service="shop")
+        found = replay.from_events(log, query, (), replay.names_of({}), most=100)
+    assert [(each.uuid, each.service) for each in found] == [
+        ("A", "eu"),
+        ("B", "us"),
+        ("C", "us"),
+        ("D", "eu"),
+        ("D", "us"),
+    ]
+
+
+def test_what_came_in_conflict_is_not_the_message(tmp_path: Path) -> None:
+    """Of two bodies with one id it is the one that took effect, whatever was chosen."""
+    good, bad = '{"cents": 500}', '{"cents": 999}'
+    with closing(open_event_log(f"sqlite:///{tmp_path}/events.db")) as log:
+        now = time.time()
+        told = [
+            event("1", "ok", "pay", now, role="receiver", body=good),
+            event("1", "conflict", "pay", now + 1, role="receiver", body=bad),
+            event("1", "skipped", "pay", now + 2, role="receiver"),
+            event("2", "conflict", "pay", now + 3, role="receiver", body=bad),
+        ]
+        log.append(Batch("w", 1, told))
+        names = replay.names_of({})
+        for kinds in ((), ("skipped",), ("conflict",)):
+            found = replay.from_events(log, Query(service="pay", kinds=kinds), (), names, most=100)
+            assert {each.uuid: each.body for each in found}.get("1", good.encode()) == good.encode()
+            assert {each.uuid: each.body for each in found}.get("2") is None
 
 
 @pytest.mark.parametrize(

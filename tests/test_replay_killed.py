@@ -25,6 +25,7 @@ from idemp import Message, open_event_log, open_store, open_transport, publish
 from idemp.deeds import HOLDS, read
 from idemp.message import Properties
 from idemp.ports import Claim, Claimed, Clock, Complete, Park, Publication, Query, Release, Store, Transport
+from idemp.resolve import set_free
 from idemp.tracking import pace, replay
 from idemp.tracking.hold import ReplayHeld, holding
 from idemp.tracking.pace import Pace
@@ -196,6 +197,61 @@ def _is_gone(case: Case, name: str) -> bool:
             broker.consumers(queue) is None  # type: ignore[attr-defined]
             for queue in (staging(name), f"{staging(name)}.plan")
         )
+
+
+@pytest.mark.parametrize("broker", ["sqlite", "redis"])
+def test_what_a_killed_replay_had_taken_is_waited_for(
+    request: pytest.FixtureRequest, tmp_path: Path, unique: str, broker: str
+) -> None:
+    """Where a broker gives back only after a while: by whoever goes on, and by whoever gives it up."""
+    if broker == "redis":
+        url = f"{request.getfixturevalue('redis').database()}?idle=3s"
+    else:
+        url = f"sqlite:///{tmp_path}/queues.db?visibility=3s"
+
+    def killed(name: str) -> Case:
+        """After the first of its messages went."""
+        case = Case(url, tmp_path, name, "dead")
+        case.add(*map(str, range(N)))
+        slow = [*case.arguments, "--yes", "--rate", "0.0001"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "idemp", "replay", *slow], cwd=ROOT, env=environment(case.settings)
+        ) as process:
+            until(lambda: case.waiting() == 1, lambda: "nothing was sent")
+            process.kill()
+        return case
+
+    gone_on, given_up = killed(f"{unique}-on"), killed(f"{unique}-up")
+    with gone_on.receiver() as ran:
+        code, rows, err = told(gone_on, "--resume", gone_on.began())
+        assert (code, rows[-1]["sent"], rows[-1]["left"]) == (0, N - 1, 0), err
+        until(lambda: len(ran) == N, lambda: ran)
+    _, rows, err = told(given_up, "--cancel", given_up.began())
+    assert rows[-1]["back_to_dead"] == N - 1, err
+
+
+def test_what_somebody_decided_meanwhile_stands(amqp_url: str, tmp_path: Path, unique: str) -> None:
+    """A key that is parked for another reason by now is not set free; its message says so."""
+    case = Case(amqp_url, tmp_path, unique, "dead")
+    case.add("0", "1")
+    key = f"{unique}.order/1"
+    with subprocess.Popen(
+        [sys.executable, "-m", "idemp", "replay", *case.arguments, "--yes", "--rate", "0.0001"],
+        cwd=ROOT,
+        env=environment(case.settings),
+    ) as process:
+        until(lambda: case.waiting() == 1, lambda: "nothing was sent")
+        process.kill()
+    with closing(open_store(case.store)) as store:
+        set_free(store, key)
+        [claim] = store.apply([Claim(key)])
+        assert isinstance(claim, Claimed)
+        store.apply([Park(key, claim.token, "in doubt: attempt 1 may have taken effect")])
+    with case.receiver() as ran:
+        code, _, err = told(case, "--resume", case.began())
+        until(lambda: case.waiting(f"{case.queue}.dead") == 1, lambda: ran)
+    assert code == 1, err
+    assert ran == {"0": 1}
 
 
 # ------------------------------------------------------------------ two at once
@@ -399,7 +455,7 @@ def test_a_person_sees_the_plan_is_asked_and_sees_bars(amqp_url: str, tmp_path: 
 def begun(case: Case, name: str, file: Path) -> None:
     """A replay that was killed before the first message was staged."""
     items = [
-        replay.item(Message(str(n), "order").encode(), Properties(), case.name, replay.names_of(None))
+        replay.item(Message(str(n), "order").encode(), Properties(), case.name, replay.names_of({}))
         for n in range(N)
     ]
     selection: dict[str, Any] = {"ids": [], "outcomes": [], "kind": "", "service": "", "conversation": ""}

@@ -32,14 +32,13 @@ from idemp.consumer import Consumer
 from idemp.deeds import Book
 from idemp.errors import ConfigError, IdempError, Unavailable, Unroutable
 from idemp.message import Properties
-from idemp.policy import Policy
 from idemp.ports import Query, Store
 from idemp.resolve import set_all_free
 from idemp.tracking import replay as replays
 from idemp.tracking.hold import check, holding
 from idemp.tracking.pace import Pace
 from idemp.tracking.plan_queue import Kept, PlanQueue, name_of
-from idemp.tracking.replay import Desk, Item, Mark, Planned, Released
+from idemp.tracking.replay import Desk, Handlers, Item, Mark, Planned, Released
 
 MOST = 1_000_000
 """Events that are looked at."""
@@ -145,16 +144,18 @@ class _Run:
         self._stack, self._desk, self._stores = stack, desk, stores
         self._transport, self._tracking, self._given, self._as_json = transport, tracking, given, as_json
         self._holds: list[Callable[[], bool]] = []
+        self._asked = 0.0
 
     def plan(self) -> list[Planned]:
         """What would become of what was chosen."""
         given = self._given
-        policies = _policies(given["consumer"])
+        handlers = _handlers(given["consumer"])
+        self._asked = time.time()
         return replays.plan(
-            _items(self._desk, self._tracking, policies, given),
+            _items(self._desk, self._tracking, handlers, given),
             self._stores,
-            time.time(),
-            policies=policies,
+            self._asked,
+            handlers=handlers,
             force=given["force"],
             confirmed=given["confirm"],
         )
@@ -163,7 +164,7 @@ class _Run:
         """Stage these and release them."""
         given, name = self._given, replays.new_id()
         origin = f"{given['dead'].removesuffix('.dead')}.dead" if given["dead"] else ""
-        mark = Mark(name, given["who"] if given["confirm"] else "", time.time(), origin)
+        mark = Mark(name, given["who"] if given["confirm"] else "", self._asked, origin)
         self._hold(name, Counter(each.item.service for each in chosen), 0.0)
         kept = PlanQueue(self._desk, name)
         kept.keep(chosen, mark, _selection(given))
@@ -173,6 +174,7 @@ class _Run:
         """Go on where it was cut short."""
         plan = self._kept(name)
         self._hold(name, Counter(service for service, _ in plan.names), DEAD)
+        _await(self._desk, name)
         plan = self._kept(name)  # as whoever had it left it
         missing = 0
         if not plan.released and (plan.staged < len(plan.names) or plan.mark.origin):
@@ -181,6 +183,8 @@ class _Run:
                 raise ConfigError(
                     f"--resume {name}: its messages were in {self._given['file']}, which is gone"
                 )
+            if plan.mark.origin:
+                _wait_for(self._desk, plan.mark.origin)  # also the letters that it had
             rest = self._rest(plan)
             missing = len(plan.names) - plan.staged - len(rest)
             kept = PlanQueue(self._desk, name)
@@ -194,6 +198,7 @@ class _Run:
 
     def _kept(self, name: str) -> Kept:
         """Its plan, read on a connection of its own, which gives it back."""
+        _wait_for(self._desk, PlanQueue(self._desk, name).queue)
         with broker_at(self._transport) as other:
             plan = PlanQueue(Desk(other), name).read()
         if plan is not None:
@@ -271,22 +276,20 @@ class _Stores:
         return self._open[url]
 
 
-def _policies(target: str | None) -> Mapping[str, Policy | None] | None:
+def _handlers(target: str | None) -> Handlers:
     if target is None:
-        return None
+        return {}
     found = load(target)
     if not isinstance(found, Consumer):
         raise ConfigError(f"--consumer: {target} is no Consumer")
-    return found.policies()
+    return {found.service: found.policies()}
 
 
 # ------------------------------------------------------------------ which
 
 
-def _items(
-    desk: Desk, tracking: str | None, policies: Mapping[str, Policy | None] | None, given: Mapping[str, Any]
-) -> list[Item]:
-    names = replays.names_of(policies)
+def _items(desk: Desk, tracking: str | None, handlers: Handlers, given: Mapping[str, Any]) -> list[Item]:
+    names = replays.names_of(handlers)
     if given["dead"]:
         found = replays.from_dead(desk, given["dead"].removesuffix(".dead"))
         return [each for each in found if _chosen(each, given)]
@@ -357,7 +360,24 @@ def _record(each: Planned) -> dict[str, Any]:
 # ------------------------------------------------------------------ the messages
 
 
+def _wait_for(desk: Desk, queue: str) -> bool:
+    """Whether all that a killed process had of ``queue`` is there again."""
+    with watching(f"waiting for what a process that was killed had of {queue}", lambda: None):
+        return replays.given_back(desk, queue)
+
+
+def _await(desk: Desk, name: str) -> None:
+    """All of the replay's messages.  Raises `IdempError` if some are still out."""
+    for queue in (replays.staging(name), PlanQueue(desk, name).queue):
+        if not _wait_for(desk, queue):
+            raise IdempError(
+                f"replay {name}: messages of {queue} are out with a process that lives, or was lost just now;"
+                " end it, or try again later"
+            )
+
+
 def _cancel(desk: Desk, name: str, as_json: bool) -> int:
+    _await(desk, name)
     back, gone = replays.cancel(desk, name)
     PlanQueue(desk, name).drop()
     replays.leave(desk, name)
@@ -388,8 +408,8 @@ def _release(
                 books[service] = Book(stores(service), given["who"], given["reason"], of=of)
                 if given["resume"]:
                     books[service].note("replay resumed", replay=name, service=service, messages=staged)
-            keys = [one.key for one in some if one.service == service]
-            set_all_free(stores(service), keys, books[service])
+            tokens = {one.key: one.token for one in some if one.service == service}
+            set_all_free(stores(service), tokens, books[service], tokens)
 
     with _until_interrupted() as goes_on:
 

@@ -42,14 +42,14 @@ class PlanQueue:
     """The plan of ``replay``."""
 
     def __init__(self, desk: Desk, replay: str) -> None:
-        self._desk, self._queue = desk, f"{staging(replay)}.plan"
+        self._desk, self.queue = desk, f"{staging(replay)}.plan"
         self._places: dict[Name, int] = {}
 
     def keep(self, planned: Sequence[Planned], mark: Mark, selection: Mapping[str, Any]) -> None:
         """Write what is to be sent; the last line makes it a plan.  Raises `TransportUnavailable`."""
         names = [name_of(each.item) for each in planned]
         self.number(names)
-        self._desk.transport.declare(self._queue)
+        self._desk.transport.declare(self.queue)
         for start in range(0, len(names), TOGETHER):
             self._write(first=start, names=names[start : start + TOGETHER])
         self._write(names_in_all=len(names), mark=mark._asdict(), selection=selection)
@@ -84,14 +84,14 @@ class PlanQueue:
 
     def _write(self, **line: Any) -> None:
         about = Properties(type="idemp.replay", content_type="application/json")
-        self._desk.send([Publication(msgspec.json.encode(line), about, "", self._queue)])
+        self._desk.send([Publication(msgspec.json.encode(line), about, "", self.queue)])
 
     def _read(self) -> list[tuple[int, dict[str, Any]]]:
         """All lines with their tags; they stay unless they are settled."""
-        left = min(self._desk.transport.depth(self._queue), MOST)
+        left = min(self._desk.transport.depth(self.queue), MOST)
         lines: list[tuple[int, dict[str, Any]]] = []
         if left:
-            self._desk.consume(self._queue, left)
+            self._desk.consume(self.queue, left)
         while len(lines) < left and (came := self._desk.take()):
             lines += [(delivery.tag, msgspec.json.decode(delivery.body)) for delivery in came]
         return lines

@@ -11,6 +11,7 @@ from __future__ import annotations
 import uuid as uuids
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -41,6 +42,8 @@ from idemp.tracking.tracker import body_of, unpack
 SENDS = ("run", "doubt", "parked", "busy", "done")
 """Verdicts of what is sent; the others are left out."""
 VERDICTS = (*SENDS, "expired", "confirm", "never", "unknown", "no body")
+BACK = 120.0
+"""Seconds to wait for what a killed process had: more than a broker leaves it that by itself."""
 TOGETHER = 500
 """Keys, or messages, at a time."""
 _TO, _KEY, _TOKEN, _PLAN, _FROM = (
@@ -147,15 +150,17 @@ def staging(replay: str) -> str:
 
 Names = Callable[[str, Message], str]
 """The key that a receiver has for a message."""
+Handlers = Mapping[str, Mapping[str, Policy | None]]
+"""Of services that are known: the policy of each type's handler, None where it runs at least once."""
 
 
-def names_of(policies: Mapping[str, Policy | None] | None) -> Names:
+def names_of(handlers: Handlers) -> Names:
     """Keys by the handlers themselves, or as the sample service names them: ``<service>.<type>/<id>``."""
 
     def name(service: str, message: Message) -> str:
-        policy = None if policies is None else policies.get(message.type)
-        if policies is None:
+        if service not in handlers:
             return f"{service}.{message.type}/{message.id}"
+        policy = handlers[service].get(message.type)
         return "" if policy is None else policy.key((message,), {})
 
     return name
@@ -174,16 +179,29 @@ def from_events(log: EventLog, query: Query, to: Sequence[str], names: Names, *,
             takers.setdefault(edge.type, set()).add(edge.service)
     items = []
     for uuid, some in events.items():
-        told = some if _kept(some) is not None else log.find(Query(uuid=uuid), limit=1000)
-        receivers = set(to) or {each.service for each in some if each.role == "receiver"}
-        receivers = receivers or {each.service for each in told if each.role == "receiver"}
-        services = sorted(receivers or takers.get(some[0].type, set()))
-        items += [_from_event(uuid, service, _kept(told), some[0], names) for service in services]
+        receivers, kept = set(to) or _receivers(some), _kept(some)
+        told = some if receivers and kept else log.find(Query(uuid=uuid), limit=1000, newest=False)
+        services = sorted(
+            receivers or _receivers(told) or _addressed(told) or takers.get(some[0].type, set())
+        )
+        items += [_from_event(uuid, service, kept or _kept(told), some[0], names) for service in services]
     return items
 
 
+def _receivers(events: Sequence[Event]) -> set[str]:
+    return {each.service for each in events if each.role == "receiver"}
+
+
+def _addressed(events: Sequence[Event]) -> set[str]:
+    """Whose queue it was sent to, where it was sent to one."""
+    return {each.queue.removesuffix("-queue") for each in events if each.kind == "sent" and each.queue}
+
+
 def _kept(events: Sequence[Event]) -> Event | None:
-    return next((event for event in events if event.body is not None and event.properties), None)
+    """Who has its body, the earliest first.  What came in conflict with it is another message's."""
+    having = [each for each in events if each.body is not None and each.properties]
+    good = [each for each in having if each.kind not in ("conflict", "rejected")]
+    return next((each for each in (*good, *having) if each.kind != "conflict"), None)
 
 
 def _from_event(uuid: str, service: str, kept: Event | None, event: Event, names: Names) -> Item:
@@ -243,7 +261,7 @@ def plan(
     stores: Callable[[str], Store],
     now: float,
     *,
-    policies: Mapping[str, Policy | None] | None = None,
+    handlers: Handlers = MappingProxyType({}),
     force: bool = False,
     confirmed: bool = False,
 ) -> list[Planned]:
@@ -257,7 +275,7 @@ def plan(
         some = once[start : start + TOGETHER]
         for service in dict.fromkeys(each.service for each in some):
             mine = [each for each in some if each.service == service]
-            planned += _judged(mine, stores(service), now, policies, force, confirmed)
+            planned += _judged(mine, stores(service), now, handlers.get(service), force, confirmed)
     return planned
 
 
@@ -335,7 +353,10 @@ def counts(planned: Sequence[Planned]) -> dict[str, Counter[str]]:
 
 
 class Mark(NamedTuple):
-    """What a replayed message carries.  ``confirmed``: who said so, "" if nobody did."""
+    """What a replayed message carries.  ``confirmed``: who said so, "" if nobody did.
+
+    at: from when its age is counted, if it was not done then: before the stores were asked.
+    """
 
     replay: str
     confirmed: str
@@ -388,8 +409,9 @@ def _staged(planned: Planned, mark: Mark) -> Publication:
         _PLAN: planned.verdict,
         _FROM: mark.origin,
         "idemp-retry": mark.replay,
-        "idemp-retried-at": int(mark.at),
     }
+    if planned.verdict != "done":  # which may have expired when it comes: then it is as old as it is
+        headers["idemp-retried-at"] = int(mark.at)
     if mark.confirmed:
         headers[CONFIRMED] = mark.confirmed
     properties = replace(each.properties, headers=headers)
@@ -448,6 +470,16 @@ def _onward(delivery: Delivery) -> Publication:
         if not str(name).startswith("x-replay-") or name in (REPLAY, CONFIRMED)
     }
     return Publication(delivery.body, replace(properties, headers=kept), "", str(properties.headers[_TO]))
+
+
+def given_back(desk: Desk, queue: str, patience: float = BACK) -> bool:
+    """Wait until all that a killed process had of ``queue`` is ready again; whether it is."""
+    end = desk.clock.steady() + patience
+    while desk.transport.taken(queue):
+        if desk.clock.steady() > end:
+            return False
+        desk.clock.sleep(QUIET)
+    return True
 
 
 def leave(desk: Desk, replay: str) -> None:

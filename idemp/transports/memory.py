@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import count
@@ -32,6 +33,7 @@ class _Broker:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.queues: dict[str, list[_Waiting]] = {}  # heaps
+        self.out: Counter[str] = Counter()
         self.bindings: dict[str, set[tuple[str, str]]] = {}
         self._delayed: list[tuple[float, _Waiting]] = []
         self._orders = count()
@@ -104,6 +106,7 @@ class MemoryTransport:
     def _give_back(self, broker: _Broker) -> None:
         with broker.changed:
             for queue, waiting in self._out.values():
+                broker.out[queue] -= 1
                 heappush(broker.queues[queue], waiting._replace(redelivered=True))
             broker.changed.notify_all()
         self._forget()
@@ -163,15 +166,18 @@ class MemoryTransport:
             waiting = heappop(ready)
             tag = next(self._tags)
             self._out[tag] = self._queue, waiting
+            broker.out[self._queue] += 1
             body, properties, exchange, key, _ = waiting.publication
             taken.append(Delivery(tag, body, properties, exchange, key, waiting.redelivered))
         return taken
 
     def ack(self, tags: Iterable[int]) -> None:
         """Acknowledge deliveries."""
-        self._open()
-        for tag in tags:
-            self._out.pop(tag, None)
+        broker = self._open()
+        with broker.changed:
+            for tag in tags:
+                if (delivered := self._out.pop(tag, None)) is not None:
+                    broker.out[delivered[0]] -= 1
 
     def send(self, publications: Sequence[Publication]) -> list[int]:
         """Publish; each is in its queues at once."""
@@ -194,6 +200,12 @@ class MemoryTransport:
         with broker.changed:
             broker.ripen(self._clock.steady())
             return len(broker.queues.get(queue, ()))
+
+    def taken(self, queue: str) -> bool:
+        """Whether messages of ``queue`` are out."""
+        broker = self._open()
+        with broker.changed:
+            return broker.out[queue] > 0
 
     def wake(self) -> None:
         """From any thread: let `poll` return."""

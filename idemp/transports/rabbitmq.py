@@ -148,6 +148,10 @@ class RabbitMQTransport:
             found = link.depth(queue)
         return found or 0
 
+    def taken(self, queue: str) -> bool:
+        """Whether somebody consumes ``queue``: who does may have taken of it."""
+        return bool(self.consumers(queue))
+
     def consumers(self, queue: str) -> int | None:
         """How many consume ``queue``; None if there is no such queue."""
         found: tuple[int, int] | None = None

@@ -179,6 +179,11 @@ class RedisStreamsTransport:
         found = self.look(queue)
         return found.ready if found else 0
 
+    def taken(self, queue: str) -> bool:
+        """Whether messages of ``queue`` are out with consumers that live, or did in the last idle time."""
+        found = self.look(queue)
+        return found is not None and found.out > 0
+
     def look(self, queue: str) -> Waiting | None:
         """What waits in ``queue``, with the lag of the streams that it follows; None if there is none."""
         return self._connected().look(queue)

@@ -102,7 +102,11 @@ _FRONT = (
 _TAKE = "UPDATE message SET consumer = :me, redelivered = 1 WHERE id IN (SELECT value FROM json_each(:ids))"
 # The consumer is named because what it lost to another is not its own to acknowledge.
 _ACKNOWLEDGE = "DELETE FROM message WHERE consumer = :me AND id IN (SELECT value FROM json_each(:ids))"
-_DEPTH = "SELECT count(*) FROM message WHERE consumer = 0 AND queue = (SELECT id FROM queue WHERE name = ?)"
+_COUNT = (
+    "WITH it AS (SELECT id FROM queue WHERE name = ?)"
+    " SELECT (SELECT count(*) FROM message WHERE consumer = 0 AND queue = (SELECT id FROM it)),"
+    " (SELECT count(*) FROM message WHERE consumer <> 0 AND queue = (SELECT id FROM it))"
+)
 
 
 def exists(path: str) -> bool:
@@ -204,7 +208,11 @@ class SqliteTransport:
 
     def depth(self, queue: str) -> int:
         """Messages in ``queue`` that are ready for delivery."""
-        return self._connected().depth(queue)
+        return self._connected().look(queue)[0]
+
+    def taken(self, queue: str) -> bool:
+        """Whether messages of ``queue`` are out."""
+        return self._connected().look(queue)[1] > 0
 
     def wake(self) -> None:
         """From any thread; free until the next `poll` has returned."""
@@ -356,12 +364,13 @@ class _Link:
                 bindings[exchange].append((pattern, queue))
             self._topology = _Topology(version, queues, dict(bindings))
 
-    def depth(self, queue: str) -> int:
-        """Including what has become ready by time alone."""
+    def look(self, queue: str) -> tuple[int, int]:
+        """How many are ready, also by time alone, and out."""
         with self._transaction(durable=bool(self._settled or self.unsent)) as db:
             self._catch_up(db)
             self._version = -1
-            return int(db.execute(_DEPTH, (queue,)).fetchone()[0])
+            ready, out = db.execute(_COUNT, (queue,)).fetchone()
+            return ready, out
 
     # ---------------------------------------------------------------- consuming
 

@@ -20,6 +20,7 @@ from idemp.message import Properties
 from idemp.ports import Delivery, Publication, Sent, Transport
 from idemp.transports import open_transport, publish
 from tests.contract.brokers import BROKERS, FEATURES, OWN_SERVERS, Broker
+from tests.pair import until
 
 SPAWN = multiprocessing.get_context("spawn")
 SECONDS = 30.0
@@ -502,6 +503,26 @@ def test_depth_counts_what_is_ready(transport: Transport, unique: str) -> None:
     transport.consume(unique, 2)
     take(transport, 2)
     assert transport.depth(unique) == 3
+
+
+def test_what_is_out_is_taken(opened: Open, unique: str) -> None:
+    """Whoever has it; until it is settled, or given back by whoever ends."""
+    first, second = opened(), opened()
+    assert not first.taken(f"{unique}-nobody")
+    first.declare(unique)
+    publish(first, [to(unique, "0"), to(unique, "1")])
+    assert not first.taken(unique)
+    second.consume(unique, 1)
+    take(second, 1)
+    assert first.taken(unique)
+    second.close()
+    until(lambda: not first.taken(unique))
+    assert first.depth(unique) == 2
+    first.consume(unique, 2)
+    first.ack([delivery.tag for delivery in take(first, 2)])
+    assert first.poll(0.0) == []
+    first.connect()
+    assert (first.taken(unique), first.depth(unique)) == (False, 0)
 
 
 def test_declaring_is_repeatable(opened: Open, unique: str) -> None:

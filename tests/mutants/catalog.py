@@ -956,4 +956,40 @@ MUTANTS = (
         "",
         unit("test_inbox_consumer.py::test_a_database_that_lets_nothing_through_is_waited_for"),
     ),
+    # ---------------------------------------------------------------- tracking/replay.py
+    Mutant(
+        "a copy of what was done is not younger than the message",
+        "tracking/replay.py",
+        'if planned.verdict != "done":',
+        "if True:",
+        unit("test_replay.py::test_what_was_done_is_as_old_as_it_is"),
+    ),
+    Mutant(
+        "a message goes to whom it was sent",
+        "tracking/replay.py",
+        "_receivers(told) or _addressed(told) or",
+        "_receivers(told) or",
+        unit("test_replay.py::test_a_message_goes_to_whom_it_was_sent"),
+    ),
+    Mutant(
+        "what came in conflict is not the message",
+        "tracking/replay.py",
+        'for each in (*good, *having) if each.kind != "conflict")',
+        "for each in (*good, *having))",
+        unit("test_replay.py::test_what_came_in_conflict_is_not_the_message"),
+    ),
+    Mutant(
+        "what is parked anew is not set free by an older plan",
+        "resolve.py",
+        "if tokens is None or tokens[key] == state.token]",
+        "]",
+        unit("test_replay_killed.py::test_what_somebody_decided_meanwhile_stands"),
+    ),
+    Mutant(
+        "whoever goes on with a replay waits for what a killed one had taken",
+        "cli/replay.py",
+        "        _await(self._desk, name)\n",
+        "",
+        unit("test_replay_killed.py::test_what_a_killed_replay_had_taken_is_waited_for"),
+    ),
 )

@@ -272,6 +272,10 @@ class WitnessedTransport:
         """See `Transport`."""
         return self._inner.depth(queue)
 
+    def taken(self, queue: str) -> bool:
+        """See `Transport`."""
+        return self._inner.taken(queue)
+
     def wake(self) -> None:
         """See `Transport`."""
         self._inner.wake()
