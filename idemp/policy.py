@@ -33,6 +33,7 @@ RESERVED = "idemp.deeds"
 """The name under which a store keeps what people changed in it: see deeds.py."""
 REPLAYS = ("safe", "confirm", "never")
 """Whether a message may be brought back to a handler; ``confirm``: if a person said so."""
+_MAX_BITS = 3400  # a number of `MAX_ID` digits
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
@@ -295,7 +296,11 @@ def _follow(value: Any, path: list[str], spec: str) -> Any:
 def _identity(name: str, value: Any) -> str:
     if isinstance(value, str) and value.isascii() and 0 < len(value) <= MAX_ID:
         return value
-    if isinstance(value, int | uuid.UUID) and not isinstance(value, bool):
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > _MAX_BITS:
+            raise BadMessage(f"the key of {name} is a number of more than {MAX_ID} digits")
         return str(value)
     if not isinstance(value, str):
         raise BadMessage(f"the key of {name} must be a string, not {type(value).__name__}")

@@ -211,6 +211,14 @@ def test_a_key_that_is_none_is_refused(store: Store, bad: Any) -> None:
     assert calls == []
 
 
+@pytest.mark.parametrize("digits", [1025, 5000])
+def test_a_number_of_too_many_digits_is_no_key(store: Store, digits: int) -> None:
+    """Of more than Python turns into text, too."""
+    handler = idempotent(store, name="n", key="k")(lambda k: None)
+    with pytest.raises(BadMessage, match="a number of more than 1024 digits"):
+        handler(-(10 ** (digits - 1)))
+
+
 def test_a_missing_path_names_itself(store: Store) -> None:
     """The error says what was looked for."""
     handler = idempotent(store, name="n", key="order.customer.id")(lambda order: None)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from idemp import idempotent
 from idemp.errors import BadMessage, ConfigError, StoreUnavailable
 from idemp.ports import (
     Abandon,
@@ -332,6 +333,13 @@ def test_a_key_that_breaks_an_index(far: Far, store: Any, key: str, says: str) -
         store.apply([Claim("before"), Claim(key), Claim("after")])
     assert store.scan() == []
     claim(store, "before")
+
+
+def test_the_longest_key_that_a_handler_may_have(store: Any) -> None:
+    """Whatever a message says, a call that is let through is one that every store takes."""
+    for longest in ("x" * 2049, 10**1023):
+        handler = idempotent(store, name="n" * 200, key="k")(lambda k: "ran")
+        assert handler(longest) == handler(longest) == "ran"
 
 
 @pytest.mark.parametrize(
