@@ -191,14 +191,17 @@ def test_get_and_doubt(desk: Desk) -> None:
 
 
 def test_stats(desk: Desk) -> None:
-    """By handler and state; deeds are counted apart."""
+    """By handler and state, whatever is in an id; deeds are counted apart."""
+    [claim] = desk.store.apply([Claim("a/2026/7")])
+    assert isinstance(claim, Claimed)
+    desk.store.apply([Complete("a/2026/7", claim.token)])
     desk("resolve", "b/doubt", "--done", "--reason", "seen at the bank")
     [found] = desk("stats", "--json").printed()
-    assert found["handlers"] == {"a": {"done": 2}, "b": {"busy": 1, "done": 1, "parked": 1}}
-    assert (found["keys"], found["deeds"], found["retention"]) == (5, 1, 86400.0)
+    assert found["handlers"] == {"a": {"done": 3}, "b": {"busy": 1, "done": 1, "parked": 1}}
+    assert (found["keys"], found["deeds"], found["retention"]) == (6, 1, 86400.0)
     assert 0 <= found["oldest_waiting"] < 60
     text = desk("stats").out
-    assert re.search(r"^all +3 done +1 busy +1 parked$", text, re.MULTILINE), text
+    assert re.search(r"^all +4 done +1 busy +1 parked$", text, re.MULTILINE), text
     assert "1 wait for a person" in text
 
 

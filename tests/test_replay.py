@@ -29,6 +29,7 @@ from idemp import (
 )
 from idemp.cli.options import store_at
 from idemp.deeds import read
+from idemp.errors import ConfigError
 from idemp.message import Properties
 from idemp.ports import (
     Abandon,
@@ -475,6 +476,8 @@ def test_a_message_goes_to_whom_it_was_sent(tmp_path: Path) -> None:
         log.append(Batch("w", 1, told))
         query = Query(service="shop")
         found = replay.from_events(log, query, (), replay.names_of({}), most=100)
+        with pytest.raises(ConfigError, match="these are 4 events or more; choose fewer"):
+            replay.from_events(log, query, (), replay.names_of({}), most=4)
     assert [(each.uuid, each.service) for each in found] == [
         ("A", "eu"),
         ("B", "us"),

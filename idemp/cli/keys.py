@@ -135,7 +135,7 @@ def stats(store: str, as_json: bool) -> None:
     waiting: list[float] = []
     with store_at(store) as opened:
         for key, state in reading(opened, everything.found(opened)):
-            counts[key.rpartition("/")[0] if "/" in key else key][WORDS[type(state)]] += 1
+            counts[key.partition("/")[0]][WORDS[type(state)]] += 1
             if isinstance(state, Doubt | Parked):
                 waiting.append(state.at)
         recorded = sum(1 for _ in deeds.read(opened))

@@ -33,6 +33,7 @@ from idemp.deeds import Book
 from idemp.errors import ConfigError, IdempError, Unavailable, Unroutable
 from idemp.message import Properties
 from idemp.ports import Query, Store
+from idemp.resolve import MOST as LETTERS
 from idemp.resolve import set_all_free
 from idemp.tracking import replay as replays
 from idemp.tracking.hold import check, holding
@@ -291,7 +292,11 @@ def _handlers(target: str | None) -> Handlers:
 def _items(desk: Desk, tracking: str | None, handlers: Handlers, given: Mapping[str, Any]) -> list[Item]:
     names = replays.names_of(handlers)
     if given["dead"]:
-        found = replays.from_dead(desk, given["dead"].removesuffix(".dead"))
+        queue = given["dead"].removesuffix(".dead")
+        if (letters := desk.transport.depth(f"{queue}.dead")) > LETTERS:
+            said = f"{queue}.dead has {letters} messages: the first {LETTERS} now, replay again for the rest"
+            click.echo(f"idemp: {said}", err=True)
+        found = replays.from_dead(desk, queue)
         return [each for each in found if _chosen(each, given)]
     if given["file"]:
         if not given["to"]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from idemp.causality import CONFIRMED, REPLAY
-from idemp.errors import BadMessage, TransportUnavailable, Unroutable
+from idemp.errors import BadMessage, ConfigError, TransportUnavailable, Unroutable
 from idemp.message import Message, Properties, decode
 from idemp.policy import Policy
 from idemp.ports import (
@@ -167,8 +167,13 @@ def names_of(handlers: Handlers) -> Names:
 
 
 def from_events(log: EventLog, query: Query, to: Sequence[str], names: Names, *, most: int) -> list[Item]:
-    """What the event log has: each message for those who received it, or for ``to``."""
+    """What the event log has: each message for those who received it, or for ``to``.
+
+    Raises `ConfigError` if there are ``most`` events, or more.
+    """
     found = log.find(query, limit=most, newest=False)
+    if len(found) == most:
+        raise ConfigError(f"these are {most} events or more; choose fewer, by --since and --until")
     events: dict[str, list[Event]] = {}
     for event in found:
         if event.uuid and event.kind not in ("note", "dropped"):
