@@ -20,7 +20,7 @@ from idemp.stores import open_store
 from idemp.stores.postgresql_inbox import PostgresqlTransaction
 from idemp.stores.postgresql_sql import CLOCK
 from idemp.stores.recall import LARGE, TRUST, Recall
-from idemp.stores.redis import _SCRIPT
+from idemp.stores.redis import _BATCH
 from tests.proxy import Proxy
 from tests.servers import PostgreSQL, Redis, need
 from tests.servers.pgbouncer import PgBouncer
@@ -618,4 +618,4 @@ def test_its_size_is_bounded(memory: Recall, hands: Hands) -> None:
 
 def test_the_script_and_the_memory_agree_on_what_is_large() -> None:
     """What is never kept need not be told."""
-    assert f"local LARGE = {LARGE} " in _SCRIPT
+    assert f"local LARGE = {LARGE} " in _BATCH.text

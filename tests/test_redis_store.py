@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from idemp.errors import ConfigError, StoreUnavailable
-from idemp.ports import Applied, Claim, Claimed, Complete, Done, Doubt, Free, Get, Lost, Op, Reply
+from idemp.ports import Applied, Busy, Claim, Claimed, Complete, Done, Doubt, Free, Get, Lost, Op, Reply
 from idemp.stores import open_store
 from idemp.stores.redis import _words
 from tests.proxy import Proxy
@@ -97,6 +97,18 @@ def test_a_replica_is_refused(own_redis: Redis) -> None:
 
 
 # ------------------------------------------------------------------ faults
+
+
+def test_a_session_lives_on_while_memory_is_full(own_redis: Redis) -> None:
+    """Whoever runs for long is not in doubt for that."""
+    url = f"{own_redis.url}?session=2s"
+    with closing(open_store(url)) as here, closing(open_store(url)) as there:
+        mine = claim(here, "mine")
+        own_redis.call("CONFIG", "SET", "maxmemory", "1")
+        time.sleep(3)
+        own_redis.call("CONFIG", "SET", "maxmemory", "0")
+        assert isinstance(one(there, Get("mine")), Busy)
+        assert one(here, Complete("mine", mine.token)) == Applied()
 
 
 def test_a_full_memory_is_unavailable_and_nothing_is_half_done(

@@ -2,7 +2,6 @@
 -- One batch of one session, all of it or, if it must not be, nothing: what speaks against it is asked first.
 -- KEYS[1]: the prefix of the namespace.  ARGV: what is to be done, the session, and for
 --   born    its time to live (ms), the retention named (ms), the highest token seen, the channel
---   beat    its time to live, the batch that it must know
 --   apply   its time to live, the batch's number, the last one before, the channel, how many of those who
 --           listen there are this process, then for each operation its verb, its key, and what `SIZES` counts:
 --           token; release, abandon: attempts ("" for none); park: reason;
@@ -110,15 +109,6 @@ if verb == 'born' then
 end
 
 local held = redis.call('GET', mine)
-
-if verb == 'beat' and held then
-  local known = string.match(held, '^%d+')
-  if tonumber(known) < tonumber(ARGV[4]) then
-    return {'forgotten', known}
-  end
-  redis.call('PEXPIRE', mine, ARGV[3])
-  return {'ok'}
-end
 
 if verb == 'await' then
   local entry = load(ARGV[3])

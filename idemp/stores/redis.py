@@ -62,8 +62,21 @@ PATIENCE = 10.0
 TIMEOUT = 5.0
 """Seconds for one answer."""
 _PAGE = 1000
-_SCRIPT = Path(__file__).with_name("redis.lua").read_text()
-_NAME = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+
+class _Script(NamedTuple):
+    """A script, and the name by which a server knows it once it has run it."""
+
+    text: str
+    name: str
+
+
+def _script(file: str) -> _Script:
+    text = Path(__file__).with_name(file).read_text()
+    return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+_BATCH, _BEAT = _script("redis.lua"), _script("redis_beat.lua")
 
 
 class RedisStore(SessionStore):
@@ -257,12 +270,15 @@ class _Session(Listening):
         self._heard_epoch = self._connected(connection)
 
     def _call(self, *words: Any) -> Any:
-        """The script's answer.  Raises redis's errors and `_Restarted`."""
+        """What redis.lua answers.  Raises redis's errors and `_Restarted`."""
+        return self._run(_BATCH, self._at.prefix, *words)
+
+    def _run(self, script: _Script, key: str, *words: Any) -> Any:
         try:
             try:
-                return self._client.execute_command("EVALSHA", _NAME, 1, self._at.prefix, *words)
+                return self._client.execute_command("EVALSHA", script.name, 1, key, *words)
             except NoScriptError:
-                return self._client.execute_command("EVAL", _SCRIPT, 1, self._at.prefix, *words)
+                return self._client.execute_command("EVAL", script.text, 1, key, *words)
         except (ReadOnlyError, MasterDownError):
             # It became a replica, which ends no connection: the next one finds who is the master now, and
             # what is forgotten there is not heard here.
@@ -395,7 +411,8 @@ class _Session(Listening):
     def _confirm(self) -> list[bytes] | None:
         """None: my session lives on; else what the server says instead."""
         mine, sent = self._id, self._clock.steady()
-        answer: list[bytes] = self._call("beat", mine, int(self._ttl * 1000), self._last)
+        key = f"{self._at.prefix}s:{mine}"
+        answer: list[bytes] = self._run(_BEAT, key, int(self._ttl * 1000), self._last)
         if answer != [b"ok"]:
             return answer
         if mine == self._id:
