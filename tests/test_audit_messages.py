@@ -24,11 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idemp import Consumer, Message, idempotent, open_event_log, open_store, open_transport
+from idemp.audit import Tallier
 from idemp.audit.buckets import Buckets, Pair
+from idemp.audit.explain import Asker
 from idemp.audit.judge import Field, Judge, Row, State
 from idemp.audit.messages import Status, TallyReport, decoded
-from idemp.audit.questions import Question
-from idemp.audit.tallies import Tallies
+from idemp.audit.questions import Question, asked_queue
+from idemp.audit.tallies import Changed, Tallies
 from idemp.audit.tally import ANY, Tally, hashed, together
 from idemp.errors import BadMessage, ConfigError, PermanentFailure
 from idemp.message import Properties
@@ -466,6 +468,12 @@ def test_what_is_no_report_of_tallies(body: bytes) -> None:
         {"slices": [None]},
         {"slices": 5},
         {"more": 1},
+        {"kind": "\ud800"},
+        {"kind": ""},
+        {"reply_to": "\ud800"},
+        {"reply_to": ""},
+        {"reply_to": "q" * 256},
+        {"after": "\ud800"},
     ],
 )
 def test_what_is_no_question(change: dict[str, Any]) -> None:
@@ -476,6 +484,46 @@ def test_what_is_no_question(change: dict[str, Any]) -> None:
     assert Question.decode(Question("ids", "orders", "q", 1).encode()) == Question(
         "ids", "orders", "q", 1, slices=[]
     )
+
+
+class Faulty(Tallies):
+    """With two defects: it knows no slices, and now and then it has no report."""
+
+    calls = 0
+
+    def slices(self, kind: str, start: int) -> dict[int, Tally]:
+        raise RuntimeError("a defect in slices")
+
+    def changed(self, *, ending: bool = False) -> Changed:
+        self.calls += 1
+        if self.calls % 2:
+            raise RuntimeError("a defect in changed")
+        return super().changed(ending=ending)
+
+
+def test_whoever_counts_outlives_what_is_odd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A question that is none, and a defect: both are logged, none is asked twice, and the reports go on."""
+    monkeypatch.setattr("idemp.audit.tallier.AGAIN", 0.05)
+    url, tallies = f"sqlite:///{tmp_path}/broker.db", Faulty(str(tmp_path / "tallies.db"))
+    queue = asked_queue("audit", tallies.instance)
+    audit = Tallier(tallies, open_transport(url), exchange="audit", every=0.2)
+    with closing(open_transport(url)) as desk, closing(open_transport(url)) as mine:
+        desk.declare("audit_in", "audit", "auditmq")
+        desk.declare(queue)
+        asker = Asker(mine, "audit", patience=PATIENCE)
+        audit.start("billing")
+        good = Question("buckets", "orders", "nobody", 0)
+        for odd in (good._replace(kind="\ud800"), good._replace(about="slices")):
+            publish(desk, [Publication(odd.encode(), Properties(), "", queue)])
+            assert asker.ask("billing", [tallies.instance], good)[0].tallies == {}
+        seen = desk.depth("audit_in")
+        until(lambda: desk.depth("audit_in") >= seen + 2, lambda: caplog.text)
+        audit.stop()
+        assert desk.depth(queue) == 0
+    for said in ("no question of an audit", "a defect in slices", "a defect in changed"):
+        assert said in caplog.text
 
 
 # ------------------------------------------------------------------ the file

@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from idemp.audit.messages import tallied, written
+from idemp.audit.messages import NAME, fit, tallied, written
 from idemp.audit.tally import Tally
 from idemp.errors import BadMessage
 
 PAGE = 2000
 """Ids in an answer."""
+QUEUE = 255
+"""Bytes that the name of a queue has at most."""
 
 
 def asked_queue(exchange: str, instance: str) -> str:
@@ -45,6 +47,10 @@ class Question(NamedTuple):
             told = cls(**json.loads(body))
             if not all(isinstance(each, str) for each in (told.about, told.kind, told.reply_to, told.after)):
                 raise TypeError("a name is no text")
+            for name, most in ((told.kind, NAME), (told.reply_to, QUEUE)):
+                if not fit(name, most):
+                    raise ValueError(f"{name[:40]!r} is no name")
+            told.after.encode()
             start, slices = int(told.start), [int(each) for each in told.slices]
             if abs(start) >= 2**63:
                 raise ValueError(f"no bucket begins at {start}")

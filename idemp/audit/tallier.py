@@ -138,7 +138,9 @@ class Tallier:
                 self._connected()
             except IdempError as error:
                 self._warn(str(error))
-                self._stopping.wait(AGAIN)
+            except Exception as error:  # nobody's normal outcome; what is counted is told all the same
+                self._warn(f"{type(error).__name__}: {error}", where=error)
+            self._stopping.wait(AGAIN)
 
     def _connected(self) -> None:
         """Until it is stopped or the connection is lost."""
@@ -204,22 +206,26 @@ class Tallier:
             content_type="application/json",
         )
 
-    def _warn(self, error: str) -> None:
-        """Once for each trouble."""
+    def _warn(self, error: str, where: Exception | None = None) -> None:
+        """Once for each trouble.  where: whose traceback is worth reading."""
         if error != self._warned:
-            log.warning("%s: tallies wait: %s", self._service, error)
+            log.warning("%s: tallies wait: %s", self._service, error, exc_info=where)
         self._warned = error
 
     # ---------------------------------------------------------------- being asked
 
     def _answer(self, delivery: Delivery) -> None:
+        """What has no answer is settled too, lest it come again, here or after a restart."""
         try:
             question = Question.decode(delivery.body)
-        except BadMessage as error:
-            log.warning("%s: %s", self._service, error)
-        else:
             body = self._found(question).encode()
             self._transport.send([Publication(body, self._about(), "", question.reply_to)])
+        except BadMessage as error:
+            log.warning("%s: %s", self._service, error)
+        except IdempError:
+            raise  # the broker or the file is away
+        except Exception:
+            log.exception("%s: a question of an audit has no answer", self._service)
         self._transport.ack([delivery.tag])
 
     def _found(self, asked: Question) -> Answer:
