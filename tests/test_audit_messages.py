@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -351,6 +351,55 @@ def test_what_was_counted_before_the_kill_is_known(two: Two) -> None:
     )
 
 
+def test_types_that_differ_in_case_are_added_up(two: Two) -> None:
+    """As a field has its type in any case of letters; whichever of them is told later takes nothing away."""
+    two.all_reports(1001.0)
+    two.now = 1010.0
+    for file in two.files.values():
+        file.add([Ran("orders", "a", 1010.0), Ran("Orders", "b", 1010.0)])
+    assert two.all_reports(1021.0)[1] is State.OK
+    for who, id in ((S, "c"), (B, "c"), (S, "d")):
+        two.files[who].add([Ran("ORDERS", id, 1010.0)])
+    two.all_reports(1022.0)
+    _, state, reason = two.all_reports(1060.0)
+    assert (state, "B has 3 messages, and S has 4" in reason) == (State.BROKEN, True)
+    assert two.files[B].ids("oRders", 1010, range(256), "", 10)[0] == [("a", 1, 0), ("b", 1, 0), ("c", 1, 0)]
+    assert sum(each.count for each in two.files[B].slices("Orders", 1010).values()) == 3
+    assert two.files[B].correct("Orders", "d", 1, 1010.0) == (0, 1010)
+    assert two.all_reports(1061.0)[1] is State.OK
+
+
+def test_a_report_of_types_that_differ_in_case_is_refused(two: Two) -> None:
+    """Of an older service: one of them would take the other's place."""
+    two.ran(B, "a")
+    two.now = 1021.0
+    report = two.report(B, arrives=False)
+    [(kind, tallies)] = report.tallies.items()
+    with pytest.raises(BadMessage, match="orders and Orders differ in the case of letters only"):
+        two.judge.tally(report._replace(tallies={kind: tallies, "Orders": tallies}), two.now, two.now)
+    assert two.judge.changes() == []
+
+
+def test_a_file_of_before_has_its_types_renewed(tmp_path: Path) -> None:
+    """What was counted as Orders is told once more, with what was counted as orders."""
+    path = str(tmp_path / "tallies.db")
+    with closing(Tallies(path, length=10)) as file:
+        file.add([Ran("orders", "a", 1010.0), Ran("orders", "b", 1010.0), Ran("orders", "c", 1020.0)])
+        whole = file.buckets("orders")
+        file.told(file.changed().versions)
+        assert file.changed().tallies == {}
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE ran SET kind = 'Orders' WHERE id <> 'a'")
+        db.execute("UPDATE tally SET kind = 'Orders'")
+        for kind, id in (("orders", "a"), ("Orders", "b")):
+            row = (kind, 1010, 1, f"{hashed(id):x}", 0, 1, 1)
+            db.execute("INSERT OR REPLACE INTO tally VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        db.commit()
+    with closing(Tallies(path, length=10)) as file:
+        assert file.buckets("orders") == whole
+        assert file.changed().tallies == {"orders": whole}
+
+
 def test_buckets_of_before_are_nobodys(tmp_path: Path) -> None:
     """A replica that began later, and an auditor that lost its state, judge what they can know."""
     two = Two(tmp_path)
@@ -652,8 +701,10 @@ def test_a_consumer_counts_what_took_effect(tmp_path: Path, unique: str) -> None
 class Shop:
     """A broker, an auditor, and services that count."""
 
-    def __init__(self, url: str, folder: Path, name: str, settle: float, log: str = "") -> None:
-        self.url, self.folder, self.name, self.log = url, folder, name, log
+    def __init__(
+        self, url: str, folder: Path, name: str, settle: float, log: str = "", field: str = "new_order"
+    ) -> None:
+        self.url, self.folder, self.name, self.log, self.field = url, folder, name, log, field
         called = f"{name}-" if log else ""  # a replay knows a service by its queue
         self.file = folder / "config.yaml"
         self.programs: list[Program] = []
@@ -666,7 +717,7 @@ report_queue: {name}_out
 state: {folder}/audit.db
 tick: 100ms
 data:
-  new_order:
+  {field}:
     {{type: messages, bucket: {LENGTH}s, settle: {settle:g}s,
       owner: {called}shop, replicas: [{called}billing: ]}}
 """)
@@ -728,7 +779,7 @@ data:
         return self.state()
 
     def explained(self) -> tuple[int, list[dict[str, Any]]]:
-        done = finished("-m", "idemp", "audit", "explain", "new_order", str(self.file), "--json")
+        done = finished("-m", "idemp", "audit", "explain", self.field, str(self.file), "--json")
         assert done.returncode in (0, 1), done
         return done.returncode, json.loads(done.stdout)["differences"]
 
@@ -754,8 +805,8 @@ data:
 
 
 @contextmanager
-def shop(url: str, folder: Path, name: str, *, settle: float = 1.0, log: str = "") -> Iterator[Shop]:
-    built = Shop(url, folder, name, settle, log)
+def shop(url: str, folder: Path, name: str, *, settle: float = 1.0, **how: str) -> Iterator[Shop]:
+    built = Shop(url, folder, name, settle, **how)
     try:
         yield built
     finally:
@@ -849,6 +900,29 @@ def test_n3_the_commands_that_explain_ends_with_make_it_green(
             assert told.returncode == 0, told
         room.becomes("ok")
         assert room.explained() == (0, [])
+
+
+def test_explain_says_what_status_says_however_a_type_is_spelled(tmp_path: Path, unique: str) -> None:
+    """The field is New_Order, and the messages are of the types new_order and NEW_ORDER."""
+    with (
+        shop(f"sqlite:///{tmp_path}/broker.db", tmp_path, unique, field="New_Order") as room,
+        ExitStack() as on,
+    ):
+        room.auditor()
+        audits = {}
+        for name in ("shop", "billing"):
+            tallies = Tallies(str(tmp_path / name), length=LENGTH)
+            audits[name] = Tallier(tallies, open_transport(room.url), exchange=unique, every=0.2)
+            audits[name].start(name)
+            on.callback(audits[name].stop)
+        room.becomes("ok")
+        now = time.time()
+        for name, n in (("shop", 10), ("billing", 7)):
+            audits[name].ran([Ran(("new_order", "NEW_ORDER")[n % 2], str(n), now) for n in range(n)])
+        seen = room.becomes("broken")
+        assert (seen["expected"], seen["actual"]) == ("10", "7")
+        code, [found] = room.explained()
+        assert (code, found["missing"], found["extra"]) == (1, {"7": 1, "8": 1, "9": 1}, {})
 
 
 def test_who_does_not_answer_is_one_sentence(amqp_url: str, tmp_path: Path, unique: str) -> None:

@@ -91,7 +91,10 @@ class Buckets:
         One that came before, or is older than one that came, changes nothing.
         """
         kinds = {kind: pair for kind in report.tallies if (pair := self._pair(kind, report.service))}
+        spelled: dict[str, str] = {}
         for kind, pair in kinds.items():
+            if (other := spelled.setdefault(pair.field, kind)) != kind:
+                raise BadMessage(f"the types {other} and {kind} differ in the case of letters only")
             if pair.length != report.length:
                 raise BadMessage(
                     f"the buckets of {kind} are {report.length} s long at {report.service},"

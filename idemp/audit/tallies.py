@@ -3,6 +3,9 @@
 A batch is one transaction.  Once it has returned, the batch outlives a kill of the process.  It does not
 wait for the disk (synchronous=NORMAL), so a power loss may take the last batches: after one, every
 bucket begun before is unsure, for good.
+
+A type is kept in small letters, for the auditor's fields have theirs in any case: what differs in nothing
+else is one type.
 """
 
 from __future__ import annotations
@@ -116,7 +119,17 @@ class Tallies:
                 self._gap = wall()
                 db.execute("UPDATE tally SET version = version + 1")  # all of them are unsure now
             db.execute("UPDATE meta SET open = 1, boot = ?, gap = ?", (boot, self._gap))
+            self._renew(db)
         self._db().execute("PRAGMA wal_checkpoint(FULL)")  # that it is open is on disk
+
+    def _renew(self, db: sqlite3.Connection) -> None:
+        """A file of before may have types as they were spelled."""
+        for kind, first in db.execute("SELECT kind, min(start) FROM tally GROUP BY kind").fetchall():
+            if kind != kind.lower():
+                db.execute("DELETE FROM tally WHERE kind = ?", (kind,))
+                take = "DELETE FROM ran WHERE start >= ? AND kind = ? RETURNING start, id, n, unsure"
+                rows = db.execute(take, (first, kind)).fetchall()
+                self._change(db, [(start, kind.lower(), *row) for start, *row in rows])
 
     # ---------------------------------------------------------------- counting
 
@@ -131,13 +144,14 @@ class Tallies:
 
     def _row(self, db: sqlite3.Connection, place: int, run: Ran) -> _Row | None:
         """What is counted of one; None if it is what was counted here before its process was killed."""
+        kind = run.type.lower()
         if not (run.unsure or run.found):
-            return place, run.type, run.id, 1, 0
+            return place, kind, run.id, 1, 0
         ask = "SELECT 1 FROM ran WHERE start = ? AND kind = ? AND id = ?"
-        known = db.execute(ask, (place, run.type, run.id)).fetchone() is not None
+        known = db.execute(ask, (place, kind, run.id)).fetchone() is not None
         if known and run.found:
             return None
-        return place, run.type, run.id, 1, int(not known)
+        return place, kind, run.id, 1, int(not known)
 
     def correct(self, kind: str, id: str, times: int, at: float | None = None) -> tuple[int, int]:
         """A person says: the effect of ``id`` is there so many times.  How many were counted, and the bucket.
@@ -145,6 +159,7 @@ class Tallies:
         at: when it was published, in seconds since 1970, for an id that is not counted here.  Raises
         `ConfigError` if it is not and ``at`` is None.
         """
+        kind = kind.lower()
         with self._transaction() as db:
             found = db.execute(
                 "SELECT start, n, unsure FROM ran WHERE kind = ? AND id = ?", (kind, id)
@@ -204,7 +219,9 @@ class Tallies:
         """All of them, also the one that is not closed yet."""
         ask = "SELECT start, n, checksum, unsure FROM tally WHERE kind = ? ORDER BY start"
         with explained(self.path):
-            return {place: self._honest(place, *row) for place, *row in self._db().execute(ask, (kind,))}
+            return {
+                place: self._honest(place, *row) for place, *row in self._db().execute(ask, (kind.lower(),))
+            }
 
     def slices(self, kind: str, start: int) -> dict[int, Tally]:
         """The ids of a bucket by the slice that they fall into."""
@@ -229,7 +246,7 @@ class Tallies:
     def _ids(self, kind: str, start: int, after: str) -> Iterator[tuple[str, int, int]]:
         ask = "SELECT id, n, unsure FROM ran WHERE start = ? AND kind = ? AND id > ? ORDER BY id"
         with explained(self.path):
-            yield from self._db().execute(ask, (start, kind, after))
+            yield from self._db().execute(ask, (start, kind.lower(), after))
 
     # ---------------------------------------------------------------- the file
 
