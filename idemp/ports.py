@@ -451,8 +451,8 @@ class Ran(NamedTuple):
     """A message took effect: its handler returned, or its effect was found.
 
     at: when it was published, in seconds since 1970; None if it does not say.  unsure: it may have taken
-    effect once more, in an attempt whose end nobody saw.  found: by a resolver, so whoever made it happen
-    may have counted it.
+    effect once more, in an attempt whose end nobody saw.  found: by a resolver, or done when the message
+    came again, so whoever made it happen may have counted it.
     """
 
     type: str

@@ -159,8 +159,8 @@ class Two:
     def report(self, who: str, *, arrives: bool = True, ended: bool = False) -> TallyReport:
         file = self.files[who]
         changed = file.changed(ending=ended)
-        told = TallyReport(
-            who, file.instance, changed.number, file.born, self.started[who], file.length, changed.through,
+        told = TallyReport(  # B2 is another instance of B
+            who[0], file.instance, changed.number, file.born, self.started[who], file.length, changed.through,
             ended, changed.first, changed.untimed, changed.tallies,
         )  # fmt: skip
         report = decoded(told.encode())
@@ -346,9 +346,38 @@ def test_what_was_counted_before_the_kill_is_known(two: Two) -> None:
     two.ran(B, "b", unsure=True)
     two.ran(B, "c", found=True)
     assert two.files[B].ids("orders", 1000, range(256), "", 10) == (
-        [("a", 1, 0), ("b", 2, 0), ("c", 1, 1)],
+        [("a", 1, 0), ("b", 2, 0), ("c", 0, 1)],
         False,
     )
+
+
+@pytest.mark.parametrize(
+    ("counted", "lost", "state"),
+    [
+        (True, False, State.STALE),
+        (True, True, State.STALE),
+        (False, False, State.STALE),
+        (False, True, State.BROKEN),  # one may be there, and two are not
+    ],
+)
+def test_what_is_found_may_have_been_counted_elsewhere(
+    two: Two, tmp_path: Path, counted: bool, lost: bool, state: State
+) -> None:
+    """It is there once, and who made it counted it or was killed before: no loss is ever ok."""
+    with closing(Tallies(str(tmp_path / "B2"), length=10, wall=lambda: two.now)) as other:
+        two.files["B2"], two.started["B2"] = other, two.now
+        two.all_reports(1001.0)
+        two.now = 1010.0
+        two.ran(S, "a", "found", *["lost"][:lost])
+        two.ran("B2", "a", *["found"][:counted])
+        for _ in range(2):
+            two.ran(B, "found", found=True)
+        two.all_reports(1021.0)
+        assert two.all_reports(1060.0)[1] is state
+        two.files[B].correct("orders", "found", int(not counted))
+        two.all_reports(1061.0)
+        assert two.all_reports(1100.0)[1] is (State.BROKEN if lost else State.OK)
+        del two.files["B2"]
 
 
 def test_types_that_differ_in_case_are_added_up(two: Two) -> None:

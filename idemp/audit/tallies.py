@@ -149,8 +149,8 @@ class Tallies:
             return place, kind, run.id, 1, 0
         ask = "SELECT 1 FROM ran WHERE start = ? AND kind = ? AND id = ?"
         known = db.execute(ask, (place, kind, run.id)).fetchone() is not None
-        if known and run.found:
-            return None
+        if run.found:  # it is there once, and counted by who made it, unless he was killed before
+            return None if known else (place, kind, run.id, 0, 1)
         return place, kind, run.id, 1, int(not known)
 
     def correct(self, kind: str, id: str, times: int, at: float | None = None) -> tuple[int, int]:
