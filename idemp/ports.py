@@ -174,6 +174,8 @@ class Progress(NamedTuple):
 class Store(Protocol):
     """Remembers keys.  Safe to use from many threads; a forked child opens its own session.
 
+    Where a driver does not survive a fork after its first use, the child is told by `ConfigError`.
+
     1. Of any number of simultaneous claims of a key exactly one wins.
     2. After `Complete`, every `Claim` answers `Done` with the same bytes, and is never given the key; a
        replica that has not heard yet may call it `Busy` for a moment longer.
@@ -381,7 +383,8 @@ class Transport(Protocol):
        new one, and deliveries and unconfirmed publications of the old one are forgotten.
     8. After `close` every call raises `Closed`, except `wake` and `close`, which do nothing.
 
-    Nothing connects before `connect`, which the other calls make by themselves the first time.
+    Nothing connects before `connect`, which the other calls make by themselves the first time; a forked
+    child makes its own, or is told by `ConfigError` that it cannot.
     """
 
     def connect(self) -> None:

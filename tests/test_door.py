@@ -137,20 +137,22 @@ def test_calls_that_wait_in_threads_go_on_after_a_fork(tmp_path: Path) -> None:
     code = f"""
 import asyncio, os, signal
 from idemp import idempotent, open_store
-store = open_store("sqlite:///{tmp_path}/seen.db")
-
-@idempotent(store, name="written", key="number", transaction=True)
-async def written(number):
-    return number
-
-@idempotent(store, name="slow", key="number")
-async def slow(number):
-    await asyncio.sleep(0.2)
-    return number
 
 async def both(number):
+    store = open_store("sqlite:///{tmp_path}/seen.db")  # which is not open at the fork
+
+    @idempotent(store, name="written", key="number", transaction=True)
+    async def written(number):
+        return number
+
+    @idempotent(store, name="slow", key="number")
+    async def slow(number):
+        await asyncio.sleep(0.2)
+        return number
+
     assert await written(number) == number
     assert await asyncio.gather(slow(number), slow(number)) == [number, number]
+    store.close()
 
 asyncio.run(both(1))
 child = os.fork()

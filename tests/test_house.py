@@ -18,6 +18,7 @@ FLOORS = {
         "idemp.settings",
         "idemp.tls",
         "idemp.embedded",
+        "idemp.held",
         "idemp.findings",
         "idemp.audit.messages",
         "idemp.audit.questions",

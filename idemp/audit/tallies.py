@@ -25,6 +25,7 @@ from idemp.audit.tally import ANY, SLICES, Tally, hashed, slice_of
 from idemp.embedded import alone as only_one
 from idemp.embedded import check_place, explained
 from idemp.errors import ConfigError
+from idemp.held import Held
 from idemp.ports import Ran
 
 PATIENCE = 10.0
@@ -92,6 +93,7 @@ class Tallies:
         self._local = threading.local()
         self._opened: list[sqlite3.Connection] = []
         check_place(path)
+        self._file = Held(path, self)
         self._lock = only_one(path, "another process counts in", "tallies") if alone else None
         try:
             self._open(length)
@@ -269,7 +271,7 @@ class Tallies:
             self._let_go()
 
     def _let_go(self) -> None:
-        for each in self._opened:
+        for each in self._opened if self._file.mine() else ():
             each.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -277,6 +279,7 @@ class Tallies:
 
     def _db(self) -> sqlite3.Connection:
         """Of this thread."""
+        self._file.check_mine()
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
         if db is None:
             db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)

@@ -13,6 +13,7 @@ from typing import Any
 from idemp.embedded import check_place
 from idemp.errors import Closed, ConfigError, StoreUnavailable
 from idemp.eventlogs.sql import COLUMNS, EVENT, LAYOUT, TOGETHER, Execute, Rows, SqlEventLog
+from idemp.held import Held
 
 _UUID, _CONVERSATION = COLUMNS.index("uuid"), COLUMNS.index("conversation")
 PATIENCE = 10.0
@@ -27,12 +28,15 @@ class SqliteEventLog(SqlEventLog):
         super().__init__(**told)
         self._path = path
         self._db: sqlite3.Connection | None = None
+        self._file: Held | None = None
         self._closed = False
 
     def transact(self, work: Callable[..., Any], *, writes: bool = True) -> Any:
         """See `SqlEventLog`."""
         if self._closed:
             raise Closed(f"the event log {self._path} was closed")
+        if self._file is not None:
+            self._file.check_mine()
         try:
             db = self._db = self._db or self._connect()
             with db:
@@ -49,6 +53,7 @@ class SqliteEventLog(SqlEventLog):
         if not Path(self._path).absolute().parent.is_dir():
             raise ConfigError(f"the event log {self._path}: there is no such folder; make it")
         check_place(self._path)
+        file = Held(self._path, self)
         db = sqlite3.connect(
             self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False, cached_statements=64
         )
@@ -57,6 +62,7 @@ class SqliteEventLog(SqlEventLog):
         except BaseException:
             db.close()
             raise
+        self._file = file
         return db
 
     def _set_up(self, db: sqlite3.Connection) -> None:
@@ -107,7 +113,7 @@ class SqliteEventLog(SqlEventLog):
         """See `idemp.ports.EventLog`."""
         with self._lock:
             self._closed = True
-            if self._db is not None:
+            if self._db is not None and self._file is not None and self._file.mine():
                 self._db.close()
                 self._db = None
 

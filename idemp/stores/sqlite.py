@@ -30,6 +30,7 @@ from msgspec.structs import astuple
 
 from idemp.embedded import check_durable, check_place, look
 from idemp.errors import Closed, ConfigError, StoreUnavailable
+from idemp.held import Held
 from idemp.laws import DONE, FREE, Entry, Ledger, undoing, view
 from idemp.ports import Backlog, Busy, Claim, Clock, Done, Letter, Op, Reply, State, Transaction
 from idemp.stores.door import Confirmed, SessionStore
@@ -249,7 +250,9 @@ class _Session(Confirmed):
         self._known = Known()
         self._looked = (-1, 0.0)  # what the reader saw last, and when it was asked
         check_place(path)
+        self._file = Held(path, self)
         self._writer = self._open()
+        self._file.opened()
         self._reader = self._open()
         self._handlers: HandlersConnection | None = None
         self._handling = threading.Lock()
@@ -316,6 +319,7 @@ class _Session(Confirmed):
         deadline = self._clock.steady() + PATIENCE
         self._batch += 1
         while True:
+            self._file.check_same()
             try:
                 replies = self._resolved(ops)
                 self._stamp()
@@ -509,6 +513,7 @@ class _Session(Confirmed):
         """One attempt.  If it is not known whether it committed, the next finds its keys done, or not."""
         if self._ended.is_set():
             raise Closed("this store was closed")
+        self._file.check_same()
         transaction: SqliteTransaction | None = None
         try:
             db = self._handlers_connection()
@@ -538,6 +543,7 @@ class _Session(Confirmed):
         with self._reading:
             if self._ended.is_set():
                 raise Closed("this store was closed")
+            self._file.check_same()
             try:
                 if self._reader.execute(_HAS_OUTBOX).fetchone() is None:
                     return []
@@ -550,6 +556,7 @@ class _Session(Confirmed):
         with self.group.paused():
             if self._ended.is_set():
                 raise Closed("this store was closed")
+            self._file.check_same()
             try:
                 self._writer.execute(_OUTBOX)
                 self._writer.execute(_SENT, [_json(list(numbers))])
@@ -620,8 +627,15 @@ class _Session(Confirmed):
                     self._sweep()
             except Closed:
                 return
+            except ConfigError as error:  # the file is another: every call says so from now on
+                log.error("%s", error)
+                return
             except (StoreUnavailable, sqlite3.Error) as error:
                 log.warning("heartbeat of %s: %s", self._path, error)
+
+    def fresh(self, token: int = 0) -> bool:
+        """See `Confirmed`.  Not in a file that others do not see."""
+        return self._file.same() and super().fresh(token)
 
     def close(self) -> None:
         """End the session and let go of the file."""
@@ -655,6 +669,8 @@ class _Session(Confirmed):
         """See `idemp.ports.Store`.  What memory knows to be done, unless somebody has written."""
         if self._ended.is_set():
             raise Closed("this store was closed")
+        if self._file.lost:
+            return None
         known = self._known
         stamp, entry = known.stamp, known.find(key)
         if stamp is None or entry is None or entry.state != DONE or self._over(entry, self._clock.wall()):
@@ -725,6 +741,7 @@ class _Session(Confirmed):
         with self._reading:
             if self._ended.is_set():
                 raise Closed("this store was closed")
+            self._file.check_same()
             try:
                 return self._reader.execute(query, values).fetchall()
             except sqlite3.Error as error:

@@ -27,6 +27,7 @@ from weakref import WeakValueDictionary
 
 from idemp.embedded import check_durable, check_place, look
 from idemp.errors import Closed, ConfigError, IdempError, TransportUnavailable
+from idemp.held import Held
 from idemp.ports import Clock, Delivery, Publication, Sent
 from idemp.transports.envelope import pack, unpack
 from idemp.transports.topic import matches, no_queue
@@ -264,7 +265,9 @@ class _Link:
         self._look_at = 0.0  # when time alone will have changed something
         self._full = False
         self._bell = _bells.setdefault(os.path.realpath(path), _Bell())
+        self._file = Held(path, self)
         self._db = self._open()
+        self._file.opened()
 
     # ---------------------------------------------------------------- the file
 
@@ -306,6 +309,8 @@ class _Link:
         the next one that is durable.
         """
         db = self._db
+        if not self._file.same():
+            self._lose(TransportUnavailable(self._file.gone()))
         try:
             self._set_durable(db, durable)
             db.execute("BEGIN IMMEDIATE")

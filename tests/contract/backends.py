@@ -30,7 +30,7 @@ class Backend:
 def sqlite(request: pytest.FixtureRequest, folder: Path) -> Backend:
     """One file."""
     url = f"sqlite:///{folder}/seen.db"
-    return Backend(url, True, lambda query="": open_store(url + query))
+    return Backend(url, True, lambda query="": open_store(url + query), forks_after_use=False)
 
 
 def memory(request: pytest.FixtureRequest, folder: Path) -> Backend:

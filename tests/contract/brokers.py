@@ -14,10 +14,14 @@ from idemp.transports import open_transport
 
 @dataclass(frozen=True)
 class Features:
-    """shared: other processes reach it.  server: it can be killed, and a connection to it be lost."""
+    """shared: other processes reach it.  server: it can be killed, and a connection to it be lost.
+
+    forks_after_use: a process may use it, fork, and use it in the child.
+    """
 
     shared: bool
     server: bool
+    forks_after_use: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def redis_streams(request: pytest.FixtureRequest, folder: Path) -> Broker:
 
 FEATURES = {
     "memory": Features(shared=False, server=False),
-    "sqlite": Features(shared=True, server=False),
+    "sqlite": Features(shared=True, server=False, forks_after_use=False),
     "rabbitmq": Features(shared=True, server=True),
     "redis_streams": Features(shared=True, server=True),
 }

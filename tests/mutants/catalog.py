@@ -405,6 +405,56 @@ MUTANTS = (
         "            pass\n",
         unit("test_door.py::test_a_forked_child_counts_for_itself"),
     ),
+    Mutant(
+        "a file of SQLite that was open at the fork is not opened in the child",
+        "held.py",
+        "    _inherited.update(_open_files())\n",
+        "",
+        unit("test_held.py::test_a_file_that_is_open_at_a_fork_is_refused_in_the_child"),
+    ),
+    Mutant(
+        "a child closes nothing that it inherited of SQLite",
+        "held.py",
+        "        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))\n",
+        "        pass\n",
+        unit("test_held.py::test_a_child_that_ends_leaves_the_logs_of_others_alone"),
+    ),
+    # ---------------------------------------------------------------- another file under SQLite's name
+    Mutant(
+        "a file that was another once is not trusted again",
+        "held.py",
+        "        return not self.lost\n",
+        "        return self._file is not None and _file(self._path) == self._file\n",
+        unit("test_held.py::test_a_heartbeat_finds_out_that_the_file_is_gone"),
+    ),
+    Mutant(
+        "no handler starts in a file that others do not see",
+        "stores/sqlite.py",
+        "return self._file.same() and super().fresh(token)",
+        "return super().fresh(token)",
+        unit("test_held.py::test_a_store_whose_file_is_gone_says_so_and_does_nothing"),
+    ),
+    Mutant(
+        "no batch is written to a file that others do not see",
+        "stores/sqlite.py",
+        "            self._file.check_same()\n            try:\n                replies = ",
+        "            try:\n                replies = ",
+        unit("test_held.py::test_a_store_whose_file_is_gone_says_so_and_does_nothing"),
+    ),
+    Mutant(
+        "memory of a file that others do not see is silent",
+        "stores/sqlite.py",
+        "        if self._file.lost:\n            return None\n",
+        "",
+        unit("test_held.py::test_a_store_whose_file_is_gone_says_so_and_does_nothing"),
+    ),
+    Mutant(
+        "nothing is confirmed in a broker's file that others do not see",
+        "transports/sqlite.py",
+        "            self._lose(TransportUnavailable(self._file.gone()))\n",
+        "            pass\n",
+        unit("test_held.py::test_a_broker_whose_file_was_replaced_is_opened_anew"),
+    ),
     # ---------------------------------------------------------------- message.py
     Mutant(
         "a body with more in it is read as a whole",

@@ -13,6 +13,7 @@ from typing import TypeVar
 from idemp.audit.state.sql import Execute, Rows, SqlState, be_born, migrations
 from idemp.embedded import alone, check_durable, check_place, explained
 from idemp.errors import Closed, ConfigError
+from idemp.held import Held
 
 T = TypeVar("T")
 
@@ -28,12 +29,15 @@ class SqliteState(SqlState):
         self._path, self._reading = path, reading
         self._lock: int | None = None
         self._db: sqlite3.Connection | None = None
+        self._file: Held | None = None
         self._closed = False
 
     def transact(self, work: Callable[[Execute], T], *, writes: bool = True) -> T:
         """See `SqlState`."""
         if self._closed:
             raise Closed(f"the state {self._path} was closed")
+        if self._file is not None:
+            self._file.check_mine()
         with explained(self._path):
             db = self._db = self._db or self._connect()
             if not writes:
@@ -53,12 +57,14 @@ class SqliteState(SqlState):
         check_place(path)
         if not self._reading and self._lock is None:
             self._lock = alone(path, "another auditor is using", "state")
+        file = Held(path, self)
         db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             self._check(db)
         except BaseException:
             db.close()
             raise
+        self._file = file
         return db
 
     def _check(self, db: sqlite3.Connection) -> None:
@@ -96,7 +102,7 @@ class SqliteState(SqlState):
     def close(self) -> None:
         """See `SqlState`."""
         self._closed = True
-        if self._db is not None:
+        if self._db is not None and self._file is not None and self._file.mine():
             self._db.close()
         if self._lock is not None:
             os.close(self._lock)
