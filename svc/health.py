@@ -7,7 +7,11 @@ ready: the store is open and caught up, and the broker delivers.
 from __future__ import annotations
 
 import json
+import socket
+import sys
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,6 +19,11 @@ from idemp import ConfigError, Consumer
 
 STUCK = 60.0
 """Seconds without a turn of the loop after which it will not turn any more."""
+PATIENCE = 5.0
+"""Seconds that who is connected may say nothing."""
+MOST = 32
+"""Connections at a time."""
+_PAUSE = 0.1
 
 
 class Health:
@@ -23,7 +32,7 @@ class Health:
     def __init__(self, port: int) -> None:
         self.consumer: Consumer | None = None
         try:
-            self._server = ThreadingHTTPServer(("", port), self._handler())
+            self._server = _Server(("", port), self._handler())
         except OSError as error:
             raise ConfigError(f"port {port}: {error.strerror}") from None
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
@@ -46,6 +55,8 @@ class Health:
 
     def _handler(health: Health) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
+            timeout = PATIENCE
+
             def do_GET(self) -> None:
                 ask = {"/live": health.live, "/ready": health.ready}.get(self.path)
                 if ask is None:
@@ -63,3 +74,38 @@ class Health:
                 """Every few seconds the same is no news."""
 
         return Handler
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each connection.  One too many ends the oldest: who asks is answered at once."""
+
+    def __init__(self, *about: Any) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, None] = {}  # in the order in which they came
+        super().__init__(*about)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_PAUSE)  # most often it has no file left, and would be asked again at once
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open[request] = None
+            if len(self._open) > MOST:
+                del self._open[oldest := next(iter(self._open))]
+                with suppress(OSError):  # it has gone by itself
+                    oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who asked and went away is no news."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)

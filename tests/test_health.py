@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,14 @@ from idemp.ports import Clock
 from svc.health import Health
 from svc.settings import read
 from tests.servers import Etcd, RabbitMQ, free_port
-from tests.service import Stand, finished, stand, until
+from tests.service import Program, Stand, finished, stand, until
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+from svc.__main__ import main
+sys.exit(main())
+"""
 
 
 def ask(port: int, path: str) -> tuple[int, str]:
@@ -111,3 +122,54 @@ def test_the_setting(unique: str) -> None:
         assert (done.returncode, "IDEMP_HEALTH_PORT: port" in done.stderr) == (2, True)
     finally:
         taken.close()
+
+
+# ------------------------------------------------------------------ who connects and says nothing
+
+
+@contextmanager
+def silent(port: int, number: int) -> Iterator[list[socket.socket]]:
+    """So many connections on which nobody says anything."""
+    with ExitStack() as stack:
+        found = []
+        for _ in range(number):
+            found.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)))
+            time.sleep(0.002)
+        yield found
+
+
+def burnt(program: Program) -> float:
+    """Seconds of a processor that it has used."""
+    fields = Path(f"/proc/{program.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(("files", "silences", "answers"), [(128, 200, True), (24, 14, False)])
+def test_silent_connections_neither_hide_it_nor_keep_it_busy(
+    tmp_path: Path, unique: str, files: int, silences: int, answers: bool
+) -> None:
+    """More of them than the process may have files; where not even the cap fits in, it does not spin."""
+    port = free_port()
+    with stand(f"sqlite:///{tmp_path}/queues.db", tmp_path) as desk:
+        settings = {"IDEMP_STORE": desk.store, "IDEMP_HEALTH_PORT": str(port)}
+        service = desk.service(unique, "-c", LIMITED, str(files), **settings)
+        with silent(port, silences):
+            if answers:
+                assert ask(port, "/live") == (200, "")
+            before = burnt(service)
+            time.sleep(2.0)
+            assert burnt(service) - before < 0.7
+        until(lambda: ask(port, "/live") == (200, ""), service.said)
+        assert "Traceback" not in service.said()
+
+
+def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the time that it has to ask."""
+    monkeypatch.setattr("svc.health.PATIENCE", 0.3)
+    health = Health(port := free_port())
+    try:
+        with silent(port, 3) as found:
+            assert [each.recv(1) for each in found] == [b""] * 3
+        assert ask(port, "/live") == (200, "")
+    finally:
+        health.close()
