@@ -9,8 +9,9 @@
     <service>_outbox_letters, _outbox_age            of a relay: how many wait, and the oldest for how long
     <service>_ready, _out, _delayed, _consumers      of its queue on Redis Streams: lag, pending, and whose
 
-statsd gets the names as they are, from counters that are summed in the process and sent once a second.
-Prometheus gets their parts as labels.
+statsd gets the names from counters that are summed in the process and sent once a second; what a name of its
+own cannot have (other letters than ASCII's, spaces, ``:``, ``|``) becomes an underscore.
+Prometheus gets their parts as labels, which have room for everything.
 """
 
 from __future__ import annotations
@@ -167,17 +168,20 @@ class StatsdLamps:
         self._thread.join(2 * FLUSH)
 
     def _send_regularly(self) -> None:
-        client = None
+        client, errors = None, _Errors(self._host, self._port)
         while not self._ended.wait(FLUSH):
-            try:
-                client = client or self._library.StatsClient(self._host, self._port)
-            except OSError as error:
-                log.warning("statsd at %s:%d: %s", self._host, self._port, error)
-                continue
-            pipe = client.pipeline()
-            for name, value in self._gauges():
-                pipe.gauge(name, value)
-            pipe.send()
+            with errors:
+                try:
+                    client = client or self._library.StatsClient(self._host, self._port)
+                except OSError as error:
+                    log.warning("statsd at %s:%d: %s", self._host, self._port, error)
+                    continue
+                pipe = client.pipeline()
+                for name, value in self._gauges():
+                    pipe.gauge(name, value)
+                pipe.send()
+        if client is not None:
+            client.close()
 
     def _gauges(self) -> Iterator[tuple[str, float]]:
         looked, lamps = self._lamps()
@@ -194,6 +198,29 @@ class StatsdLamps:
 def _part(name: str) -> str:
     """Of a metric's name: what would end it, or make it two, becomes an underscore."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _whole(name: str) -> str:
+    """A metric's name: what would end it, or has no place in it, becomes an underscore."""
+    return re.sub(r"[^!-~]|[:|]", "_", name)
+
+
+class _Errors:
+    """What a sender to ``host:port`` did not expect does not end it, and is logged once."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._where, self._told = f"{host}:{port}", False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if not self._told:
+            log.error("statsd at %s: what was counted could not be sent", self._where, exc_info=error)
+        self._told = True
+        return True
 
 
 class PrometheusLamps:
@@ -290,14 +317,15 @@ class StatsdMeter:
         self._thread.join(2 * FLUSH)
 
     def _send_regularly(self) -> None:
-        client = None
+        client, errors = None, _Errors(self._host, self._port)
         ended = False
         while not ended:
             ended = self._ended.wait(FLUSH)
-            if client is None:
-                client = self._client()
-            if client is not None:
-                self._flush(client)
+            with errors:
+                if client is None:
+                    client = self._client()
+                if client is not None:
+                    self._flush(client)
         if client is not None:
             client.close()
 
@@ -316,12 +344,12 @@ class StatsdMeter:
             levels, self._levels = self._levels, {}
         pipe = client.pipeline()
         for name, n in counts.items():
-            pipe.incr(name, n)
+            pipe.incr(_whole(name), n)
         for name, observed in times.items():
             for milliseconds in observed:
-                pipe.timing(name, milliseconds)
+                pipe.timing(_whole(name), milliseconds)
         for name, value in levels.items():
-            pipe.gauge(name, value)
+            pipe.gauge(_whole(name), value)
         pipe.send()
 
 

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from idemp import ConfigError, Message
-from idemp.metrics import FLUSH, Meters, PrometheusMeter, StatsdMeter
+from idemp.metrics import FLUSH, Lamp, Meters, PrometheusMeter, StatsdLamps, StatsdMeter
 from idemp.ports import OUTCOMES, NoMeter
 from svc.settings import read
 from tests.servers import free_port
@@ -120,6 +120,57 @@ def test_close_sends_what_is_left(statsd: Listener) -> None:
     assert statsd.waiting() == ["orders_new_order_ok:3|c"]
 
 
+def test_a_name_that_statsd_has_no_letters_for(statsd: Listener) -> None:
+    """It is counted under one that it has, and neither hides nor splits another."""
+    meter = StatsdMeter(statsd.address)
+    meter.count("orders_größe_ok", 2)
+    meter.time("orders_größe", 0.25)
+    meter.level("orders_größe", 7)
+    meter.count("orders_a:1|c b\n_ok")
+    meter.count("orders.eu_com.example/made@home-1_ok")
+    meter.close()
+    assert statsd.waiting() == [
+        "orders_gr__e_ok:2|c",
+        "orders_a_1_c_b__ok:1|c",
+        "orders.eu_com.example/made@home-1_ok:1|c",
+        "orders_gr__e:250.000000|ms",
+        "orders_gr__e:7|g",
+    ]
+
+
+def test_what_cannot_be_sent_does_not_end_the_sender(
+    statsd: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once, and what is counted next goes out."""
+    meter = StatsdMeter(statsd.address)
+    for _ in range(2):
+        meter.level("orders_ready", "many")  # type: ignore[arg-type]
+        time.sleep(FLUSH + 0.3)
+    meter.count("orders_new_order_ok", 3)
+    meter.close()
+    assert statsd.waiting() == ["orders_new_order_ok:3|c"]
+    [said] = [each for each in caplog.records if each.name == "idemp.metrics"]
+    assert said.getMessage() == f"statsd at {statsd.address}: what was counted could not be sent"
+
+
+def test_lamps_that_cannot_be_asked_once_are_asked_again(
+    statsd: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same of an auditor's gauges."""
+    asked: list[int] = []
+
+    def lamps() -> tuple[float | None, list[Lamp]]:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("not yet")
+        return 5.0, []
+
+    sender = StatsdLamps(statsd.address, ["equal"], lamps)
+    assert statsd.lines() == ["idemp_audit.looked:5|g"]
+    sender.close()
+    assert [each.name for each in caplog.records] == ["idemp.metrics"]
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "no-such-host.invalid:8125"])
 def test_a_statsd_that_is_not_there_costs_nothing(address: str) -> None:
     """Counting goes on at full speed, raises nothing, and closing does not hang."""
@@ -175,6 +226,14 @@ def test_prometheus_gets_the_parts_of_a_name_as_labels() -> None:
     assert seen["idemp_messages_total", "ok", "shop_eu", "new_order"] == 6
     assert seen["idemp_messages_total", "skipped", "shop_eu", "new_order"] == 0
     assert seen["idemp_messages_total", "rejected", "shop_eu", ""] == 1
+
+
+def test_prometheus_gets_any_name_as_it_is() -> None:
+    """Labels have room for every letter."""
+    meter = PrometheusMeter("größen", port := free_port())
+    meter.count("größen_a:1|c b\n_ok", 2)
+    assert scraped(port)[("idemp_messages_total", "ok", "größen", "a:1|c b\n")] == 2
+    meter.close()
 
 
 def test_prometheus_gets_timers_as_histograms() -> None:
