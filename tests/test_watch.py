@@ -19,10 +19,12 @@ import pytest
 
 from idemp import Message, open_event_log, open_transport, publish
 from idemp.cli.stage import Statsd
+from idemp.cli.watch import _look
 from idemp.ports import Batch, Event, Publication
 from idemp.tracking.tracker import tracking
 from idemp.tracking.watch import IDS, Finding, Limits, Seen, judge, look
-from tests.service import ROOT, environment, finished, until
+from tests.servers import Redis
+from tests.service import ROOT, Program, environment, finished, until
 from tests.test_tracking import service
 
 NOW = 10_000.0
@@ -212,6 +214,52 @@ def test_u11_a_queue_that_was_unbound(
     assert [json.loads(line)["service"] for line in said.splitlines()] == [other]
     assert counted[f"{other}_watch_missing"] >= 1
     assert counted[f"{one}_watch_missing"] == 0
+
+
+@pytest.mark.parametrize("kind", ["own_redis", "own_rabbitmq"])
+def test_a_broker_that_went_and_came_back(
+    request: pytest.FixtureRequest, tmp_path: Path, unique: str, kind: str
+) -> None:
+    """It sees nothing while the broker is away, and then again."""
+    server = request.getfixturevalue(kind)
+    url = f"sqlite:///{tmp_path}/events.db"
+    with closing(open_event_log(url)) as log:
+        log.append(Batch("w", 1, [Event("1", "started", unique, time.time() - 300, "receiver")]))
+    watcher = Program(
+        tmp_path / "said",
+        ["-m", "idemp", "watch", "--every", "1s", "--json", "--service", unique],
+        {"IDEMP_TRACKING": url, "IDEMP_TRANSPORT": server.url},
+    )
+    try:
+        watcher.wait_for("never finished")
+
+        def told() -> list[tuple[str, bool]]:
+            lines = [json.loads(line) for line in watcher.said().splitlines()]
+            return [(each["kind"], each["over"]) for each in lines if each["kind"] != "no consumer"]
+
+        server.stop()
+        until(lambda: told()[1:] == [("blind", False)], watcher.said)
+        time.sleep(1.5)  # a look: what was wrong is not over because nobody sees it
+        server.start()
+        until(lambda: told()[1:] == [("blind", False), ("blind", True)], watcher.said)
+        time.sleep(2.5)  # looks
+        assert len(told()) == 3, watcher.said()
+    finally:
+        watcher.stop()
+
+
+def test_a_connection_that_was_lost_between_two_looks(own_redis: Redis, tmp_path: Path, unique: str) -> None:
+    """It is made anew for the same look."""
+    with (
+        closing(open_event_log(f"sqlite:///{tmp_path}/events.db")) as log,
+        closing(open_transport(own_redis.url)) as broker,
+    ):
+        log.append(Batch("w", 1, [Event("1", "ok", unique, time.time(), "receiver", took=0.5)]))
+        broker.connect()
+        for _ in range(2):
+            own_redis.stop()
+            own_redis.start()
+            assert "blind" not in {each.kind for each in _look(log, broker, LIMITS, ())}
 
 
 @pytest.mark.parametrize(

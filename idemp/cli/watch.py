@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import click
 
@@ -21,6 +21,7 @@ from idemp.tracking.trace import moment
 from idemp.tracking.watch import KINDS, Finding, Limits, Queue, look
 
 _PATIENCE = 5.0
+_BLIND = ("blind", "idemp watch")
 
 
 @click.command()
@@ -71,8 +72,10 @@ def watch(
             click.echo(f"idemp: looking every {every:g} s; Ctrl-C ends it", err=True)
         try:
             while True:
-                now = {(each.kind, each.service): each for each in _look(log, broker, limits, services)}
-                _count(meter, now, services)
+                seen = {(each.kind, each.service): each for each in _look(log, broker, limits, services)}
+                _count(meter, seen, services)
+                # Who sees nothing does not see that something is over.
+                now = {**before, **seen} if _BLIND in seen else seen
                 for place, finding in now.items():
                     if place not in before:
                         _tell(finding, True, webhook, as_json)
@@ -99,10 +102,14 @@ def _meter(statsd: str | None) -> Meter:
 
 
 def _look(log: EventLog, broker: Transport, limits: Limits, services: tuple[str, ...]) -> list[Finding]:
+    """What is wrong; the second time on a new connection, for the old one may have been lost since."""
+    with suppress(Unavailable):
+        return look(log, _queues(broker), time.time(), limits, services)
     try:
+        broker.connect()
         return look(log, _queues(broker), time.time(), limits, services)
     except Unavailable as error:
-        return [Finding("blind", "idemp watch", str(error))]
+        return [Finding(*_BLIND, str(error))]
 
 
 def _queues(broker: Transport) -> Queue:
