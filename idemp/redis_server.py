@@ -65,6 +65,8 @@ class Server(NamedTuple):
 
 def server(parts: SplitResult, found: Mapping[str, str], namespace: str) -> Server:
     """What a URL's parts and options name.  Raises `ConfigError`."""
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise ConfigError(f"{parts.scheme}:// has one host, not {parts.netloc.rpartition('@')[2]!r}")
     database = parts.path.strip("/") or "0"
     if not database.isdecimal():
         raise ConfigError(

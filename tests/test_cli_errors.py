@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,10 +18,12 @@ import redis as redis_py
 from idemp import open_store, open_transport, publish
 from idemp.cli import main
 from idemp.eventlogs import open_event_log
+from idemp.ports import Batch, Claim, Event
 from tests.servers import Etcd, PostgreSQL, RabbitMQ, Redis, need
-from tests.service import finished
+from tests.service import environment, finished
 from tests.test_dead import _dead_letter
 from tests.test_deeds import as_loud_as_before
+from tests.test_tracking_envelope import LINE
 
 OF_A_STORE: dict[str, list[str]] = {
     "ls": [],
@@ -328,3 +332,120 @@ def test_a_look_at_the_wrong_database_makes_nothing(command: str, postgresql: Po
     said(command, OF_AN_EVENT_LOG[command], "--tracking", url, part="there is no event log ")
     with psycopg.connect(url) as db:
         assert db.execute("SELECT to_regnamespace('idemp_events')").fetchone() == (None,)
+
+
+# ------------------------------------------------------------------ what no server is asked
+
+BAD = os.fsdecode(b"tell\xff\xfe")
+DEEP = "[" * 100_000
+STORE, BROKER, LOG = (
+    ["--store", "sqlite:///{folder}/seen.db"],
+    ["--transport", "sqlite:///{folder}/queues.db"],
+    ["--tracking", "sqlite:///{folder}/events.db"],
+)
+EVENT = '{"type":"new_order","id":"1"}'
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("trace", [BAD, *LOG]),
+        ("events", ["--service", BAD, *LOG]),
+        ("events", ["--type", BAD, *LOG]),
+        ("events", ["--business", BAD, *LOG]),
+        ("events", ["--id", BAD, *LOG]),
+        ("events", ["--tracking", f"postgresql://u:tellnobody{BAD}@h/d"]),
+        ("ls", [BAD, *STORE]),
+        ("get", [BAD, *STORE]),
+        ("resolve", ["k", "--done", "--result", f'"{BAD}"', *STORE]),
+        ("resolve", ["k", "--retry", "--reason", BAD, *STORE]),
+        ("dead list", [BAD, *BROKER]),
+        ("dead show", [BAD, *BROKER]),
+        ("dead list", ["q", "--reason-has", BAD, *BROKER]),
+        ("replay", ["--id", BAD, "--dry-run", *LOG, *BROKER]),
+        ("replay", ["--resume", BAD, *BROKER, *STORE]),
+        ("replay", ["--cancel", BAD, *BROKER]),
+        ("replay", ["--dead", BAD, *BROKER, *STORE]),
+        ("publish", [EVENT, "--routing-key", BAD, *BROKER]),
+        ("publish", [EVENT, "--exchange", BAD, *BROKER]),
+        ("consume", [BAD, *BROKER]),
+        ("watch", ["--service", BAD, *LOG, *BROKER]),
+        ("advise", ["--service", BAD, *LOG, *BROKER]),
+        ("audit status", [BAD]),
+        ("init", [f"postgresql://u:tellnobody{BAD}@h/d"]),
+    ],
+)
+def test_what_is_not_valid_unicode(command: str, arguments: list[str], said: Say) -> None:
+    """Any argument; the sentence names it."""
+    [name] = [each for each, of in zip(["", *arguments], arguments, strict=False) if BAD in of]
+    part = f"'{name}'" if name.startswith("--") else "Invalid value for"
+    said(command, arguments, part=part)
+
+
+def test_a_variable_that_is_not_valid_unicode(said: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the option that it stands for."""
+    monkeypatch.setenv("IDEMP_STORE", f"redis://:tellnobody{BAD}@h")
+    said("ls", [], part="'--store' (env var: 'IDEMP_STORE'): 'redis://:***@h' is not valid Unicode")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "part"),
+    [
+        (
+            "resolve",
+            ["k", "--done", "--result", DEEP, *STORE],
+            "--result is not JSON: it is nested too deeply",
+        ),
+        ("consume", [".a:b", *BROKER], "'.a:b': write it like orders.handlers:new_order"),
+        ("consume", ["..:b", *BROKER], "'..:b': write it like orders.handlers:new_order"),
+        (
+            "replay",
+            ["--id", "1", "--consumer", ".a:b", "--dry-run", *LOG, *BROKER],
+            "'.a:b': write it like orders.handlers:new_order",
+        ),
+        ("ls", ["--store", "redis://me:tellnobody@h1:1,h2:2/0"], "redis:// has one host, not 'h1:1,h2:2'"),
+    ],
+)
+def test_what_no_command_understands(command: str, arguments: list[str], part: str, said: Say) -> None:
+    """One sentence each."""
+    said(command, arguments, part=part)
+
+
+@pytest.mark.parametrize("line", [b'{"uuid":"\xff"}', DEEP.encode(), b'{"payload":' + DEEP.encode(), b"\0"])
+def test_lines_that_are_none(line: bytes, tmp_path: Path, said: Say) -> None:
+    """The line is named, and what stands before it is kept."""
+    (tmp_path / "lines").write_bytes(f"{LINE}\n".encode() + line + b"\n")
+    part = "line 2: this is no log line of a message: "
+    said("track", ["--lines", "{folder}/lines", *LOG], part=part)
+    said("track", ["--lines", "{folder}/lines", *LOG], part="; 1 lines before it were kept")
+
+
+def test_more_events_than_there_can_be(tmp_path: Path) -> None:
+    """They are all listed."""
+    url = f"sqlite:///{tmp_path}/events.db"
+    with closing(open_event_log(url)) as log:
+        log.append(Batch("w", 1, [Event("1", "ok", "s", 1.0), Event("2", "ok", "s", 2.0)]))
+    done = finished("-m", "idemp", "events", "--limit", "9" * 23, "--tracking", url)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 2, "")
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "ls --help", "ls", "get k/1"])
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (">/dev/full", "what it prints cannot be written: No space left on device; send it elsewhere"),
+        (">&-", "there is no standard output; send it somewhere, like >/dev/null"),
+    ],
+)
+def test_an_output_that_takes_nothing(
+    tmp_path: Path, command: str, output: str, said: str, buffered: str
+) -> None:
+    """That is a sentence too, and no success."""
+    url = f"sqlite:///{tmp_path}/seen.db"
+    with closing(open_store(url)) as store:
+        store.apply([Claim("k/1")])
+    shell = f"'{sys.executable}' -m idemp {command} {output}"
+    settings = environment({"IDEMP_STORE": url, "PYTHONUNBUFFERED": buffered})
+    done = subprocess.run(["sh", "-c", shell], env=settings, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"idemp: {said}\n")

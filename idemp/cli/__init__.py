@@ -5,6 +5,7 @@ What goes wrong is one sentence on stderr and exit code 2; a question answered w
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ from idemp.cli.explain import explain
 from idemp.cli.forget import forget
 from idemp.cli.init import init
 from idemp.cli.keys import doubt, get, ls, stats
+from idemp.cli.options import only_unicode
 from idemp.cli.publish import publish
 from idemp.cli.relay import relay
 from idemp.cli.replay import replay
@@ -33,6 +35,9 @@ from idemp.cli.top import top
 from idemp.cli.track import track
 from idemp.cli.watch import watch
 from idemp.errors import IdempError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Nothing but the output is written to a file here, other than by databases, which have their own errors."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,10 +84,13 @@ for command in (
     relay,
 ):
     cli.add_command(command)
+only_unicode(cli)
 
 
 def main() -> NoReturn:
     """Run the command in ``sys.argv`` and exit with its code."""
+    if sys.stdout is None:
+        _fail("there is no standard output; send it somewhere, like >/dev/null")
     try:
         code = cli.main(prog_name="idemp", standalone_mode=False)
     except IdempError as error:
@@ -97,12 +105,23 @@ def main() -> NoReturn:
         _fail(error.format_message())
     except click.Abort:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _not_printed(error)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read has gone, which is no error; the interpreter must not find out again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _not_printed(error)
     sys.exit(code or 0)
+
+
+def _not_printed(error: OSError) -> None:
+    """Say so, unless whoever read has gone, which is no error."""
+    # The interpreter must not find out again at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        _fail(f"what it prints cannot be written: {error.strerror}; send it elsewhere")
 
 
 def _fail(sentence: str) -> NoReturn:

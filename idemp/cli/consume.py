@@ -59,7 +59,7 @@ def consume(target: str, transport: str, tracking: str | None, as_json: bool, **
 def load(target: str) -> Any:
     """What ``module:name`` names.  Raises `ConfigError`."""
     module, colon, name = target.partition(":")
-    if not (module and colon and name):
+    if not (module and colon and name) or module.startswith("."):
         raise ConfigError(f"{target!r}: write it like orders.handlers:new_order")
     sys.path.insert(0, "")  # as `python -m` does
     try:

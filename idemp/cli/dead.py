@@ -51,7 +51,7 @@ Wanted = Callable[[Mapping[str, Any]], bool]
 
 def _queue(value: str) -> str:
     """``orders-queue``, also when it is called ``orders-queue.dead``."""
-    return value.removesuffix(".dead")
+    return options.unicode(value).removesuffix(".dead")
 
 
 _chosen = (

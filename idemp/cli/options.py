@@ -89,14 +89,41 @@ def agree(question: str, yes: bool, as_json: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
+def unicode(text: str) -> str:
+    """An option's type: what can be sent to a server and kept, which bytes that are no UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter(f"{hidden(text)!r} is not valid Unicode.") from None
+    return text
+
+
+def only_unicode(command: click.Command) -> None:
+    """Let every text that ``command``, and those in it, are given be `unicode`.  Files have any names."""
+    for parameter in command.params:
+        if parameter.type is click.STRING:
+            parameter.type = _Text()
+    for inner in getattr(command, "commands", {}).values():
+        only_unicode(inner)
+
+
+class _Text(click.types.StringParamType):
+    """Text, as it is called in a command's help."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Checked."""
+        try:
+            return unicode(str(super().convert(value, param, ctx)))
+        except click.BadParameter as error:
+            self.fail(error.message, param, ctx)
+
+
 def key(text: str) -> str:
     """An option's type: a key as `escaped` prints it; text that is no escape stands for itself."""
     try:
-        meant = _ESCAPE.sub(_unescape, text)
-        meant.encode()
-    except ValueError:
+        return unicode(_ESCAPE.sub(_unescape, text))
+    except ValueError:  # no character has this number
         raise click.BadParameter(f"{text!r} is not valid Unicode.") from None
-    return meant
 
 
 _ESCAPE = re.compile(r"\\(?:([\\nrt])|x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")

@@ -82,6 +82,8 @@ def _check(deed: str | None, result: str | None, queue: str | None) -> None:
             json.loads(result)
         except ValueError as error:
             raise click.UsageError(f"--result is not JSON: {error}.") from None
+        except RecursionError:
+            raise click.UsageError("--result is not JSON: it is nested too deeply.") from None
 
 
 def _retry(key: str, store: Store, broker: Transport, queue: str, book: Book, as_json: bool) -> None:

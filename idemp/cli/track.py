@@ -24,10 +24,12 @@ from idemp.tracking.envelope import read_line
 _AGAIN = 1.0
 _TOGETHER = 1000
 _LONG = 1_000_000  # bytes of lines that are worth a bar
+# A byte that is no UTF-8 is read, so that its line can be named.
+_LINES = click.File("r", encoding="utf-8", errors="surrogateescape")
 
 
 @click.command()
-@click.option("--lines", type=click.File("r"), help="Read log lines of envelopes from here; - is stdin.")
+@click.option("--lines", type=_LINES, help="Read log lines of envelopes from here; - is stdin.")
 @tracking_option
 @transport_option
 @json_option

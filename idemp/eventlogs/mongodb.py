@@ -60,7 +60,7 @@ def document(event: Event) -> dict[str, Any]:
     """The six names; the time as MongoDB has it, in milliseconds."""
     try:
         payload = None if event.body is None else json.loads(event.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         payload = event.body
     return {
         "datetime": datetime.fromtimestamp(int(event.at * 1000) / 1000, UTC),

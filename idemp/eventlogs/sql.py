@@ -245,7 +245,8 @@ class SqlEventLog(ABC):
         text = f" WHERE {' AND '.join(where)}" if where else ""
         order = "DESC" if newest else "ASC"
         rows = self._ask(
-            f"{_SELECT}{text} ORDER BY e.at {order}, e.n {order} LIMIT :limit", {**named, "limit": limit}
+            f"{_SELECT}{text} ORDER BY e.at {order}, e.n {order} LIMIT :limit",
+            {**named, "limit": min(limit, _BEHIND)},
         )
         return [Event(*row) for row in rows]
 

@@ -59,10 +59,15 @@ def line(event: Event) -> str:
 def read_line(text: str) -> Event:
     """The event in a log line; nobody recorded its role.  Raises `BadMessage`."""
     try:
+        text.encode()
         told = json.loads(text)
         at = datetime.strptime(told["datetime"], _LINE_TIME).timestamp()
         said = [told["uuid"], told["service"], told["description"]]
         parent = told.get("parent_uuid") or ""
+    except UnicodeEncodeError:
+        raise BadMessage("this is no log line of a message: it is not UTF-8") from None
+    except RecursionError:
+        raise BadMessage("this is no log line of a message: it is nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadMessage(f"this is no log line of a message: {error!r}") from None
     if not all(isinstance(each, str) for each in (*said, parent)):
