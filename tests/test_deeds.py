@@ -294,6 +294,22 @@ def test_a_deed_is_no_key_to_decide_about(desk: Desk) -> None:
     assert desk.deeds() == [deed]
 
 
+def test_a_key_that_is_too_fresh_stays(desk: Desk) -> None:
+    """--older-than narrows a KEY as it does a --prefix."""
+    refused = desk("forget", "a/done", "--older-than", "7d", "--yes")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == "idemp: a/done is done and changed less than 7 d ago, so it stays\n"
+    told = desk("forget", "a/done", "--older-than", "7d", "--yes", "--json")
+    assert (told.code, json.loads(told.out)) == (
+        1,
+        {"forgotten": 0, "changed_meanwhile": 0, "too_fresh": "a/done"},
+    )
+    assert desk("get", "a/done").code == 0
+    time.sleep(0.02)
+    assert desk("forget", "a/done", "--older-than", "10ms", "--yes").out == "forgot 1 of 1 keys\n"
+    assert desk("get", "a/done").code == 1
+
+
 def test_what_forget_does_not_understand(desk: Desk) -> None:
     """A key and a prefix, or neither."""
     for arguments in (["a/done", "--prefix", "a"], []):

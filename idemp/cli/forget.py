@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from idemp.bars import bar, reading
 from idemp.cli import options
-from idemp.cli.keys import Filter
+from idemp.cli.keys import Filter, age
 from idemp.cli.options import (
     Duration,
     agree,
@@ -59,12 +60,15 @@ def forget(
     if (key is None) == (prefix is None):
         raise click.UsageError("Say a KEY, or --prefix, which may be empty for all.")
     states = frozenset(kind for word, kind in _MAY_GO.items() if state in (None, word))
-    wanted = Filter(prefix or "", states, older_than)
+    wanted = Filter(prefix or key or "", states, older_than)
     with store_at(store) as opened:
         if key is None:
             found: list[Any] = list(reading(opened, wanted.found(opened)))
         else:
-            found = [(key, now)] if type(now := opened.apply([Get(key)])[0]) in states else []
+            now: Any = opened.apply([Get(key)])[0]
+            found = [(key, now)] if type(now) in states else []
+            if found and not wanted.takes(key, now, time.time()):
+                return _too_fresh(key, WORDS[type(now)], older_than or 0.0, as_json)
         if not found:
             return _nothing(as_json)
         agree(f"Forget {_counted(found, key)}?", yes, as_json)
@@ -85,6 +89,15 @@ def forget(
         late = f"; {stayed} changed meanwhile and stayed" if stayed else ""
         click.echo(f"forgot {gone} of {len(found)} keys{late}")
     return 0 if gone else 1
+
+
+def _too_fresh(key: str, word: str, older_than: float, as_json: bool) -> int:
+    if as_json:
+        click.echo(json.dumps({"forgotten": 0, "changed_meanwhile": 0, "too_fresh": key}))
+    else:
+        why = f"is {word} and changed less than {age(older_than)} ago, so it stays"
+        click.echo(f"idemp: {escaped(key)} {why}", err=True)
+    return 1
 
 
 def _nothing(as_json: bool) -> int:
