@@ -10,7 +10,9 @@ from idemp.errors import ConfigError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # To the last @, for a password may have anything in it that nobody escaped.
-_PASSWORD = re.compile(r"^([^:/?#@]*://[^:/?#@]*):.*@", re.DOTALL)
+# The second way is that of a URL whose scheme, or the slashes behind it, are missing.
+_PASSWORD = re.compile(r"^([^:/?#@]*://[^:/?#@]*|(?:[^:/?#@]*:)?[^:/?#@]*(?=:(?!//))):.*@", re.DOTALL)
+_OPTION = re.compile(r"([?&]\w*(?:password|secret)\w*=).*", re.DOTALL | re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 
 
@@ -80,4 +82,4 @@ def sqlite_path(parts: SplitResult) -> str:
 
 def hidden(url: str) -> str:
     """``url`` without its password, fit for a log; also one that is no good URL."""
-    return _PASSWORD.sub(r"\1:***@", url)
+    return _OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))

@@ -393,6 +393,49 @@ def test_a_wrong_url_is_one_sentence(url: str, said: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://127.0.0.1:9/d?password=tellnobody",
+        "postgresql://127.0.0.1:9/d?sslpassword=tell&nobody&nope=1",
+        "postgresql://u:tellnobody@127.0.0.1:9/d?password=tellnobody%00",
+        "postgresql://u:tellnobody%zz@127.0.0.1:9/d",
+        "postgresql://u:tellnobody%00@127.0.0.1:9/d",
+        "postgresql://u:tellnobody x@127.0.0.1:9/d",
+        "postgresql://u:se@tellnobody@127.0.0.1:9/d",
+        "postgresql://u:tellnobody@[::1]x/d",
+        "redis://127.0.0.1:9/0?password=tellnobody",
+        "postgresql:u:tellnobody@127.0.0.1:9/d",
+        "u:tellnobody@127.0.0.1:9/d",
+    ],
+)
+def test_a_password_is_not_shown(url: str) -> None:
+    """Wherever it stands in a URL, and whatever the driver says of it."""
+    with pytest.raises((ConfigError, StoreUnavailable)) as caught, closing(open_event_log(url)) as log:
+        log.find(Query(), limit=1)
+    assert "nobody" not in str(caught.value)
+
+
+def test_an_option_that_the_driver_does_not_know() -> None:
+    """Is named."""
+    said = 'invalid URI query parameter: "nope"'
+    url = "postgresql://127.0.0.1:9/d?nope=1"
+    with closing(open_event_log(url)) as log, pytest.raises(ConfigError, match=said):
+        log.find(Query(), limit=1)
+
+
+def test_a_password_of_which_nothing_is_escaped(postgresql: PostgreSQL) -> None:
+    """The event log takes it, as the store does."""
+    for number, password in enumerate(("100%zz", "a@b", "two words")):
+        role = f"odd_{number}"
+        postgresql.psql(f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{password}'")
+        host = postgresql.database().rpartition("@")[2]
+        url = f"postgresql://{role}:{password}@{host}"
+        with closing(open_event_log(url)) as log:
+            log.append(Batch("w", 1, [received("1", "billing", "shop")]))
+            assert len(log.find(Query(), limit=9)) == 1
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     """Is said when it is first used."""
     (tmp_path / "text").write_text("this is no database, by no means at all" * 100)

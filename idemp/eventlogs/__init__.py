@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote_to_bytes, urlencode, urlunsplit
 
 from idemp.errors import ConfigError
 from idemp.ports import EventLog
@@ -47,7 +47,7 @@ def open_event_log(url: str, *, reading: bool = False) -> EventLog:
             ours, rest = _sorted(parts)
             rest |= for_libpq(rest)
             rest = {name: value for name, value in rest.items() if name not in FILES}
-            return PostgresqlEventLog(_with(parts, rest), reading=reading, **_told(ours))
+            return PostgresqlEventLog(_with(_escaped(parts), rest), reading=reading, **_told(ours))
         case "amqp" | "amqps":
             from idemp.eventlogs.collector import PublishingLog
             from idemp.transports import open_transport
@@ -70,6 +70,13 @@ def _sorted(parts: SplitResult) -> tuple[dict[str, str], dict[str, str]]:
 
 def _with(parts: SplitResult, options: Mapping[str, str]) -> str:
     return urlunsplit(parts._replace(query=urlencode(options)))
+
+
+def _escaped(parts: SplitResult) -> SplitResult:
+    """With a login in which nothing is left that PostgreSQL's library would take for something else."""
+    login, at, hosts = parts.netloc.rpartition("@")
+    again = ":".join(quote(unquote_to_bytes(each), safe="") for each in login.split(":", 1))
+    return parts._replace(netloc=f"{again}{at}{hosts}")
 
 
 def _told(given: Mapping[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
@@ -63,13 +64,18 @@ class PostgresqlEventLog(SqlEventLog):
         try:
             db = psycopg.connect(self._url, connect_timeout=TIMEOUT, autocommit=True)
         except psycopg.ProgrammingError as error:
-            raise ConfigError(f"the event log {self._shown}: {_line(error)}") from None
+            raise ConfigError(f"the event log {self._shown}: {self._unread(_line(error))}") from None
         try:
             self._set_up(db)
         except BaseException:
             db.close()
             raise
         return db
+
+    def _unread(self, said: str) -> str:
+        """What the library says of a URL, without what it quotes of it: an option's name, or a password."""
+        options = dict(parse_qsl(urlsplit(self._url).query))
+        return re.sub('"(.*)"', lambda quoted: quoted[0] if quoted[1] in options else '"***"', said)
 
     def _set_up(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
         with db.transaction():
