@@ -280,6 +280,6 @@ def _readable(name: str, value: bytes) -> dict[str, Any]:
     if name == "result":
         try:
             return {name: json.loads(value)}
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return {f"{name}_hex": value.hex()}

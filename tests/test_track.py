@@ -80,6 +80,39 @@ def test_u14_a_batch_that_came_twice_is_kept_once(tmp_path: Path, unique: str) -
         assert [event.uuid for event in log.find(Query(), limit=9)] == ["half ?", "1"]
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_batches_with_odd_numbers_do_not_end_the_collector(
+    request: pytest.FixtureRequest, tmp_path: Path, unique: str, kind: str
+) -> None:
+    """What a log cannot hold is clipped or set aside, and what comes behind is kept; all can be shown."""
+    url = f"sqlite:///{tmp_path}/e.db"
+    if kind == "postgresql":
+        url = request.getfixturevalue("postgresql").database()
+    event = '["%s","ok","s",%s,"","","","","","",%s,null,%s,"","","","",null,null%s]'
+    huge = "9" * 23
+    bodies = [
+        f'["w",1,[{event % ("attempt", 1.0, "null", huge, "")}]]',
+        f'["w",2,[{event % ("at", "1e300", "1e300", 1, "")}]]',
+        f'["w",{huge},[{event % ("number", 1.0, "null", 1, "")}]]',
+        f'["w",3,[{event % ("deep", 1.0, "null", 1, "," + "[" * 100_000)}]]',
+        f'["w",4,[{event % ("last", 1.0, "null", 1, "")}]]',
+    ]
+    seen: list[tuple[int, str]] = []
+    with (
+        closing(open_transport(f"memory://{unique}")) as out,
+        closing(open_transport(f"memory://{unique}")) as taker,
+        closing(open_event_log(url)) as log,
+    ):
+        out.declare(QUEUE)
+        publish(out, [Publication(body.encode(), Properties(), "", QUEUE) for body in bodies])
+        collect(taker, log, lambda: len(seen) < 5, told=lambda n, why: seen.append((n, why)))
+    assert [n for n, _ in seen] == [1, 1, 0, 0, 1]
+    assert all(why.startswith("this is no batch of events: ") for n, why in seen if not n)
+    shown = finished("-m", "idemp", "events", "--tracking", url)
+    assert (shown.returncode, shown.stdout.count("\n")) == (0, 3), shown.stderr
+    assert finished("-m", "idemp", "trace", "at", "--tracking", url).returncode == 0
+
+
 def test_a_publishing_log_is_not_looked_into() -> None:
     """It says where to look."""
     with closing(open_event_log("amqp://localhost/?payloads=off")) as log:

@@ -28,6 +28,7 @@ from idemp import (
     open_transport,
     publish,
 )
+from idemp.causality import SENT
 from idemp.message import Properties
 from idemp.pipeline import Flight
 from idemp.ports import Batch, Clock, Delivery, Event, EventLog, Publication, Query, Transport
@@ -513,3 +514,25 @@ def test_a_long_body_is_not_kept(events: EventLog) -> None:
     tracker.close()
     [event] = events.find(Query(), limit=9)
     assert (event.uuid, event.body) == ("1", None)
+
+
+def test_headers_with_numbers_beyond_all_bounds(tmp_path: Path, unique: str) -> None:
+    """The message's event is kept, and so are its neighbours'."""
+    absurd: list[dict[str, Any]] = [
+        {SENT: 10**400},
+        {SENT: float("nan")},
+        {SENT: -1},
+        {"idemp-attempt": 2**70},
+        {},
+    ]
+    url = f"memory://{unique}"
+    with (
+        closing(open_event_log(f"sqlite:///{tmp_path}/events.db")) as log,
+        service(url, tmp_path, unique, {"order": lambda *_: None}, log),
+        closing(open_transport(url)) as out,
+    ):
+        messages = [Message(str(n), "order", headers=headers) for n, headers in enumerate(absurd)]
+        publish(out, to(f"{unique}-queue", *messages))
+        until(lambda: len(log.find(Query(), limit=9)) == 5, lambda: log.find(Query(), limit=9))
+        found = log.find(Query(), limit=9)
+    assert all(event.sent_at is None or 0 <= event.sent_at < time.time() + 1 for event in found)

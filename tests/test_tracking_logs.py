@@ -252,6 +252,14 @@ def test_u8_what_is_appended_is_found(opened: Open, many: int, kind: str) -> Non
     assert sorted(log.find(Query(), limit=1000), key=repr) == sorted(events, key=repr)
 
 
+def test_numbers_that_no_column_holds(opened: Open) -> None:
+    """The event is kept, with the greatest number that there is, and so are its neighbours."""
+    log = opened("")
+    log.append(Batch("w", 1, [received(str(n), "b", "a", attempt=n) for n in (1, 2**31, 2**63, -(10**30))]))
+    kept = {event.uuid: event.attempt for event in log.find(Query(), limit=9)}
+    assert sorted(kept.values()) == [-(2**31) + 1, 1, 2**31 - 1, 2**31 - 1]
+
+
 def _odd(n: int) -> Event:
     """Another one for each ``n``, with something missing here and there."""
     fields: list[Any] = []

@@ -20,6 +20,8 @@ QUEUE = "idemp.track"
 CONFIRM = 10.0
 """Seconds that the broker has to confirm."""
 _TYPE = "idemp.events"
+_NUMBERS = 1 << 31
+"""Of batches that a log has room for: a writer who is quick needs years."""
 
 
 class PublishingLog:
@@ -112,9 +114,12 @@ def _clean(value: object) -> object:
 def unpack(body: bytes) -> Batch:
     """A batch from JSON.  Raises `BadMessage`."""
     try:
-        return msgspec.json.decode(body, type=Batch)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        batch = msgspec.json.decode(body, type=Batch)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(f"this is no batch of events: {error}") from None
+    if not 0 <= batch.number < _NUMBERS:
+        raise BadMessage(f"this is no batch of events: its number is {batch.number}")
+    return batch
 
 
 def collect(

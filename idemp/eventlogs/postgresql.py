@@ -37,7 +37,7 @@ class PostgresqlEventLog(SqlEventLog):
     """The event log in the database at ``url``."""
 
     GREATEST = "greatest"
-    UNFIT = (UnicodeEncodeError, psycopg.DataError)
+    UNFIT = (*SqlEventLog.UNFIT, psycopg.DataError)
 
     def __init__(self, url: str, **told: Any) -> None:
         super().__init__(**told)

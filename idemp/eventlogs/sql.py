@@ -25,6 +25,8 @@ PART = 20_000
 """Events that go at a time."""
 _EDGE = 8
 """Columns of an edge."""
+_MOST = (1 << 31) - 1
+"""What a column of whole numbers holds."""
 _BEHIND = 1 << 62
 """More than any place in the log."""
 _DEPTH = 10_000
@@ -80,8 +82,8 @@ class SqlEventLog(ABC):
     """An `idemp.ports.EventLog` over a database that speaks SQL; the subclass has the connection."""
 
     GREATEST = "max"
-    UNFIT: tuple[type[Exception], ...] = (UnicodeEncodeError,)
-    """What a database says of a text that it does not take."""
+    UNFIT: tuple[type[Exception], ...] = (UnicodeEncodeError, OverflowError)
+    """What a database says of a text or a number that it does not take."""
 
     def __init__(
         self,
@@ -337,13 +339,16 @@ def _where(query: Query) -> tuple[list[str], dict[str, Any]]:
 
 
 def plain(events: Events) -> Events:
-    """``events`` without what no database takes in a text."""
+    """``events`` without what no database takes in a text, or as a number."""
     cleaned = Events()
-    cleaned.fields = [
-        each.replace("\0", "\ufffd").encode("utf-8", "replace").decode() if isinstance(each, str) else each
-        for each in events.fields
-    ]
+    cleaned.fields = [_plain(each) for each in events.fields]
     return cleaned
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+    return max(-_MOST, min(value, _MOST)) if isinstance(value, int) else value
 
 
 def _insert(execute: Execute, into: str, columns: int, values: Sequence[Any], rest: str = "") -> None:

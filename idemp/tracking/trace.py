@@ -200,8 +200,11 @@ def record_of(event: Event) -> dict[str, Any]:
 
 
 def moment(at: float) -> str:
-    """A time for people: UTC, milliseconds."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    """A time for people: UTC, milliseconds; one beyond all calendars as its number."""
+    try:
+        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    except (ValueError, OverflowError, OSError):
+        return f"{at:g}"
 
 
 def seconds(value: float) -> str:

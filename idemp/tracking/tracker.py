@@ -38,6 +38,8 @@ LONG = 1.0
 MOST = 64 * 1024
 """Bytes of a body that is recorded."""
 _USUAL = "application/json"
+_LAST = 253_402_300_800
+"""Seconds until the calendar ends, which headers of others need not know."""
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -401,10 +403,10 @@ def _number(value: object) -> int:
 
 def _sent_at(properties: Properties) -> float | None:
     at = properties.headers.get(SENT)
-    if isinstance(at, int | float):
-        return at / 1000
     stamp: object = properties.timestamp
-    return float(stamp) if isinstance(stamp, int | float) else None
+    if isinstance(at, int | float) and 0 <= at < _LAST * 1000:
+        return at / 1000
+    return float(stamp) if isinstance(stamp, int | float) and 0 <= stamp < _LAST else None
 
 
 def _decoded(publication: Publication) -> Message | None:
