@@ -21,16 +21,18 @@ DEADLINE = 60.0  # seconds; a start takes about 2
 class RabbitMQ(Lent):
     """A broker of one's own: started by `with`, gone with its data at the end of it.
 
-    options: of rabbitmq.conf, which only an installed one takes.
+    options: of rabbitmq.conf, and erlang: arguments for Erlang, which only an installed one takes.
     """
 
-    def __init__(self, *, management: bool = False, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, management: bool = False, options: Mapping[str, str] | None = None, erlang: str = ""
+    ) -> None:
         self.port = free_port()
         self.management_port = free_port() if management else None
         server = SERVERS["rabbitmq"]
         program = server.path()
-        self._options = dict(options or {})
-        if self._options and program is None:
+        self._options, self._erlang = dict(options or {}), erlang
+        if (self._options or erlang) and program is None:
             missing("options of RabbitMQ need it installed, not as an image")
         self._runs = self._processes(program) if program else self._container(server.image)
 
@@ -93,7 +95,9 @@ class RabbitMQ(Lent):
             "RUNNING_UNDER_SYSTEMD": "yes",
             # Erlang's own defaults: with those of RabbitMQ's script a start takes twice as long.
             "RABBITMQ_SERVER_ERL_ARGS": "+P 65536",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                f"-kernel inet_dist_use_interface {{127,0,0,1}} {self._erlang}"
+            ),
             "RABBITMQ_NODENAME": f"idemp-{self.port}@localhost",
             "RABBITMQ_DIST_PORT": str(free_port()),
             "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),  # not the one in /etc
