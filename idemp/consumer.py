@@ -77,7 +77,7 @@ from idemp.ports import (
     Tallier,
     Transport,
 )
-from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped
+from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped, describe
 from idemp.signals import stopped_by_signals
 from idemp.tracking.tracker import Tracker
 
@@ -104,6 +104,8 @@ _PYTHONS_OWN = (700, 10, 10)
 _USUAL = ("ok", "skipped")
 _HAND_BACK = 0.005
 _LOOK = 0.02
+_HURRY = 1.0
+"""Seconds that are left to record what has ended when somebody wants the process to end at once."""
 
 
 Begun = tuple[Flight, Callable[[], Protocol]]
@@ -177,6 +179,7 @@ class Consumer:
         self._given_up = threading.Event()
         self._delivering = False
         self._turned: float | None = None  # None while the broker is waited for
+        self._stop_at: float | None = None  # when the grace time is over, once it is stopping
         self._levels_at = 0.0
 
     def on(self, type: str) -> Callable[[Handler], Handler]:
@@ -226,7 +229,7 @@ class Consumer:
 
         ready: called once, when the queue is declared, the stores answer and deliveries start.
         Raises `ConfigError`, `TransportUnavailable` or `StoreUnavailable` if it cannot start; later
-        losses are waited out.
+        losses are waited out.  Whatever it raises later, what ran is recorded first, in the grace time.
         """
         self._zero()
         for store in self._stores():
@@ -254,29 +257,33 @@ class Consumer:
         with stopped_by_signals(self.stop), _collected_seldom():
             if ready is not None:
                 ready()
+            what = "was still running after the grace time"
             try:
                 self._loop(pipeline, shell, report)
+            except BaseException as error:
+                what = "may have taken effect and is not recorded"
+                self._wind_up(pipeline, shell, report, error)
+                raise
             finally:
                 self._given_up.set()
                 shell.end()
                 report.flush()
                 if tracker is not None:
                     tracker.close()
-        if not pipeline.idle():
-            for key in pipeline.names():
-                log.error("%s: %s was still running after the grace time; it is in doubt", self.service, key)
+                for key in pipeline.names() if not pipeline.idle() else ():
+                    log.error("%s: %s %s; it is in doubt", self.service, key, what)
 
     # ---------------------------------------------------------------- the loop
 
     def _loop(self, pipeline: Pipeline, shell: _Shell, report: _Report) -> None:
-        stop_at: float | None = None
+        self._stop_at = None
         connected = True
         while True:
             now = self._turned = self._clock.steady()
-            if self._stopping.is_set() and stop_at is None:
-                stop_at = now + self._grace
+            if self._stopping.is_set() and self._stop_at is None:
+                self._stop_at = now + self._grace
                 shell.inbox.append(Stop())
-            if stop_at is not None and not shell.inbox and (pipeline.idle() or now >= stop_at):
+            if self._stop_at is not None and not shell.inbox and (pipeline.idle() or now >= self._stop_at):
                 with suppress(TransportUnavailable):
                     self._transport.poll(0.0)  # the last acknowledgements go out
                 return
@@ -292,7 +299,51 @@ class Consumer:
                 shell.ask_now()  # what has ended is recorded while the broker is away
                 shell.numbers.clear()
                 shell.unsent(str(error))
-                connected = self._connect_again()
+                connected = self._connect_again(
+                    lambda seconds: self._meanwhile(seconds, pipeline, shell, report)
+                )
+
+    def _wind_up(self, pipeline: Pipeline, shell: _Shell, report: _Report, error: BaseException) -> None:
+        """Because of ``error``: begin no more, give back what has not begun, and record what ran.
+
+        It takes the grace time at most; an interrupt waits for no handler.  What goes wrong meanwhile is
+        logged only: it must not hide ``error``.
+        """
+        now = self._clock.steady()
+        until = now + self._grace if self._stop_at is None else self._stop_at
+        if isinstance(error, Exception):
+            log.error("%s: %s; it ends when what runs is recorded", self.service, describe(error))
+        else:
+            until = min(until, now + _HURRY)
+        self._delivering = False
+        shell.begin_no_more()
+        said = {describe(error)}
+        try:
+            for event in (Disconnected(), Stop()):
+                with self._unless_said(said):
+                    for command in pipeline.step(event, now):
+                        with self._unless_said(said):
+                            self._perform([command], shell, report)
+            while shell.inbox or not pipeline.idle():
+                now = self._turned = self._clock.steady()
+                if now >= until or shell.hopeless():
+                    return
+                shell.ask_now()
+                with self._unless_said(said):
+                    self._turn(pipeline, shell, report, now, False)
+        except BaseException as other:
+            log.error("%s: while it ends: %s; it ends at once", self.service, describe(other))
+
+    @contextmanager
+    def _unless_said(self, said: set[str]) -> Iterator[None]:
+        """Log what goes wrong, each once, and go on."""
+        try:
+            yield
+        except Exception as error:
+            if (what := describe(error)) not in said:
+                log.error("%s: while it ends: %s", self.service, what)
+                said.add(what)
+            self._clock.sleep(_LOOK)
 
     def _turn(self, pipeline: Pipeline, shell: _Shell, report: _Report, now: float, connected: bool) -> None:
         """Take what came, from the broker and from the threads, and do what follows."""
@@ -321,17 +372,30 @@ class Consumer:
             if any(hopeless for _, _, hopeless in confirmed):
                 self._declare()  # somebody may have deleted a queue of ours
             self._perform(pipeline.step(Confirmed(confirmed), now), shell, report)
+        self._hear(pipeline, shell, report, now)
+
+    def _hear(self, pipeline: Pipeline, shell: _Shell, report: _Report, now: float) -> None:
+        """Take what came from the threads, or with the time, and do what follows."""
+        due = pipeline.due()
         while shell.inbox:
             event = shell.inbox.popleft()
             if isinstance(event, _Broken):
                 raise event.error
             if self._audit is not None and isinstance(event, Worked | Transacted):
-                self._audit.ran(_effects(event))  # first, so that what is done is never missing there
+                self._count(self._audit, event, shell)
             self._perform(pipeline.step(event, now), shell, report)
         if due is not None and due <= now:
             self._perform(pipeline.step(Tick(), now), shell, report)
         shell.ask_few()
         report.maybe(now)
+
+    def _count(self, audit: Tallier, event: Worked | Transacted, shell: _Shell) -> None:
+        """Before it is recorded, so that what is done is never missing there."""
+        try:
+            audit.ran(_effects(event))
+        except BaseException:
+            shell.inbox += _apart(event)  # asked again while it ends, behind what needs no audit
+            raise
 
     def _tell_levels(self) -> None:
         levels: Callable[[str], Mapping[str, float]] | None = getattr(self._transport, "levels", None)
@@ -380,22 +444,34 @@ class Consumer:
         self._transport.consume(self.queue, self._prefetch)
         self._delivering = True
 
-    def _connect_again(self) -> bool:
-        """Until the broker is back (true), or the service is told to stop (false)."""
+    def _meanwhile(self, seconds: float, pipeline: Pipeline, shell: _Shell, report: _Report) -> None:
+        """While the broker is away what runs goes on, and is recorded; what it publishes waits."""
+        until = self._clock.steady() + seconds
+        while (now := self._clock.steady()) < until and not self._stopping.is_set():
+            if not shell.inbox:
+                shell.ask_now()
+                self._clock.sleep(_LOOK)
+            self._hear(pipeline, shell, report, now)
+
+    def _connect_again(self, sleep: Callable[[float], None]) -> bool:
+        """Until the broker is back (true), or the service is told to stop (false).
+
+        sleep: what to do for so many seconds between two tries.
+        """
         try:
-            self._try_again()
+            self._try_again(sleep)
         except TransportUnavailable:
             if not self._stopping.is_set():
                 raise
             return False
         return True
 
-    def _try_again(self) -> None:
+    def _try_again(self, sleep: Callable[[float], None]) -> None:
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
             wait=tenacity.wait_random_exponential(0.2, max=10),
             stop=tenacity.stop_when_event_set(self._stopping),
-            sleep=tenacity.sleep_using_event(self._stopping),
+            sleep=sleep,
             reraise=True,
         ):
             with attempt:
@@ -438,6 +514,16 @@ def _effects(ended: Worked | Transacted) -> list[Ran]:
     return runs
 
 
+def _apart(ended: Worked | Transacted) -> list[Worked | Transacted]:
+    """What took effect, behind the rest, which has nothing to count; a transaction stays one."""
+    if isinstance(ended, Transacted):
+        return [ended]
+    parts: tuple[list[tuple[Flight, Any]], ...] = [], []
+    for each in ended.results:
+        parts[isinstance(each[1], Returned | Happened)].append(each)
+    return [Worked(part) for part in parts if part]
+
+
 def _plain(function: Callable[..., Any]) -> bool:
     """Where unwrapping stops: below the policy."""
     return policy_of(function) is None
@@ -468,6 +554,7 @@ class _Shell:
         self._lanes: dict[int, queue.SimpleQueue[Sequence[Op] | None]] = {}
         self._halls: dict[int, queue.SimpleQueue[Sequence[Begun] | None]] = {}
         self._dangerous = threading.Lock()
+        self._broken: set[int] = set()  # stores for which a thread has ended
         self._jobs: queue.SimpleQueue[Sequence[tuple[Flight, Run | Ask]] | None] = queue.SimpleQueue()
         self._workers = workers
         for number in range(workers):
@@ -477,6 +564,16 @@ class _Shell:
         """Hand ``event`` to the loop."""
         self.inbox.append(event)
         self._wake()
+
+    def begin_no_more(self) -> None:
+        """From now on what is in line comes back as not started, though nobody told the service to stop."""
+        over = threading.Event()
+        over.set()
+        self._stopping = over
+
+    def hopeless(self) -> bool:
+        """Whether no store is left in which anything could be recorded."""
+        return bool(self._broken) and self._broken >= {*self._lanes, *self._halls}
 
     def end(self) -> None:
         """Let the threads go when they are done."""
@@ -550,6 +647,7 @@ class _Shell:
         except StoreUnavailable as error:
             log.error("the store did not come back in the grace time: %s", error)
         except BaseException as error:
+            self._broken.add(id(store))
             self.post(_Broken(error))
 
     def _apply(self, store: Store, ops: Sequence[Op]) -> Any:
@@ -594,6 +692,7 @@ class _Shell:
         except StoreUnavailable as error:
             log.error("the store did not come back in the grace time: %s", error)
         except BaseException as error:
+            self._broken.add(id(store))
             self.post(_Broken(error))
 
     def _job(self, flight: Flight, begin: Callable[[], Protocol], runner: asyncio.Runner) -> Job:
@@ -645,8 +744,7 @@ class _Shell:
                 try:
                     self._run_all(items, runner)
                 except BaseException as error:
-                    self.post(_Broken(error))
-                    return
+                    self.post(_Broken(error))  # what is in line comes back before this thread ends
 
     def _run_all(self, items: Sequence[tuple[Flight, Run | Ask]], runner: asyncio.Runner) -> None:
         """Run in order; hand results back when the last is there, or every few milliseconds."""
@@ -655,19 +753,24 @@ class _Shell:
         tell, name = self._meter.time, f"{self._service}_handler"
         tracker, thread = self._tracker, threading.get_ident()
         since = 0.0 if tracker is None else tracker.since()
-        for flight, step in items:
-            began = now
-            if tracker is not None:
-                tracker.running[thread] = flight, began, step.claim.attempt
-            results.append((flight, self._run(flight, step, runner)))
-            now = time.perf_counter()
-            if tracker is not None:
-                flight.ran = since + began, now - began, step.claim.attempt
-            tell(name, now - began)
-            if now - last > _HAND_BACK:
-                self._hand_back(results)
-                results = []
-                last = now = time.perf_counter()
+        line = iter(items)
+        try:
+            for flight, step in line:
+                began = now
+                if tracker is not None:
+                    tracker.running[thread] = flight, began, step.claim.attempt
+                results.append((flight, self._run(flight, step, runner)))
+                now = time.perf_counter()
+                if tracker is not None:
+                    flight.ran = since + began, now - began, step.claim.attempt
+                tell(name, now - began)
+                if now - last > _HAND_BACK:
+                    self._hand_back(results)
+                    results = []
+                    last = now = time.perf_counter()
+        except BaseException:  # a meter or tracking that breaks takes no result with it
+            self._hand_back(results + [(flight, _not_begun(step)) for flight, step in line])
+            raise
         if tracker is not None:
             tracker.ends()
         if results:
@@ -744,6 +847,10 @@ def _gathered(lane: queue.SimpleQueue[Sequence[Op] | None]) -> list[Op]:
             break
         ops += more
     return ops
+
+
+def _not_begun(step: Run | Ask) -> NotStarted | Raised:
+    return NotStarted() if type(step) is Run else Raised(InterruptedError("the resolver was not asked"))
 
 
 def _blocking(function: Callable[..., Any], runner: asyncio.Runner) -> Callable[..., Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from idemp import (
     InDoubt,
     Message,
     RetryLater,
+    StoreUnavailable,
     TransportUnavailable,
     context,
     idempotent,
@@ -31,7 +34,22 @@ from idemp import (
 )
 from idemp.consumer import COLLECT, _Shell
 from idemp.message import Properties
-from idemp.ports import Claim, Claimed, Complete, Delivery, Done, Get, Op, Parked, Publication, Store
+from idemp.ports import (
+    Claim,
+    Claimed,
+    Clock,
+    Complete,
+    Delivery,
+    Done,
+    Free,
+    Get,
+    NoMeter,
+    Op,
+    Parked,
+    Publication,
+    Ran,
+    Store,
+)
 
 
 class Bench:
@@ -51,29 +69,8 @@ class Bench:
         with closing(open_transport(self.url)) as transport:
             publish(transport, copies)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        ready = threading.Event()
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                self.consumer.run(ready=ready.set)
-            except BaseException as error:
-                errors.append(error)
-                ready.set()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert ready.wait(10)
-        try:
-            yield
-        finally:
-            self.consumer.stop()
-            thread.join(20)
-            assert not thread.is_alive()
-            if errors:
-                raise errors[0]
+    def running(self) -> AbstractContextManager[None]:
+        return running(self.consumer)
 
     def dead(self) -> list[Delivery]:
         with closing(open_transport(self.url)) as transport:
@@ -96,6 +93,31 @@ def make(tmp_path: Path, unique: str) -> Iterator[Callable[..., Bench]]:
     for bench in benches:
         bench.transport.close()
         bench.store.close()
+
+
+@contextmanager
+def running(consumer: Consumer) -> Iterator[None]:
+    ready = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            consumer.run(ready=ready.set)
+        except BaseException as error:
+            errors.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield
+    finally:
+        consumer.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+        if errors:
+            raise errors[0]
 
 
 def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
@@ -342,6 +364,331 @@ def test_what_ended_is_recorded_while_the_broker_is_away(
             back.set()
     finally:
         back.set()
+
+
+class Count:
+    """An audit's tally whose database is away as long as ``away`` says, asked with the number of the call."""
+
+    def __init__(self, away: Callable[[int], bool]) -> None:
+        self.counted: list[str] = []
+        self._away, self._asked = away, itertools.count(1)
+
+    def start(self, service: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def ran(self, runs: Sequence[Ran]) -> None:
+        if runs and self._away(next(self._asked)):
+            raise StoreUnavailable("the audit's database is away")
+        self.counted += [run.id for run in runs]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_run_that_ends_with_an_error_begins_no_more_and_records_what_ran(
+    make: Callable[..., Bench], workers: int
+) -> None:
+    """What was claimed ahead is free again, and who goes on runs the rest: none twice, none in doubt."""
+    audit = Count(away=lambda call: call == 3)
+    bench = make(audit=audit, workers=workers, grace=5.0)
+    runs: list[str] = []
+
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+        time.sleep(0.01)
+
+    bench.consumer.on("t")(idempotent(bench.store, name="s.t")(handle))
+    ids = {str(n) for n in range(200)}
+    bench.publish(*(Message(each, "t") for each in ids))
+    with pytest.raises(StoreUnavailable, match="the audit's database is away"):
+        bench.consumer.run()
+    ran = list(runs)
+    assert len(ran) < 100
+    assert set(audit.counted) == set(ran)
+    states = {each: bench.state(f"s.t/{each}") for each in ids}
+    assert {each for each, state in states.items() if isinstance(state, Done)} == set(ran)
+    assert {type(states[each]) for each in ids - set(ran)} == {Free}
+    time.sleep(0.3)
+    assert runs == ran, "handlers began after the end"
+
+    bench.transport.connect()
+    again = Consumer(bench.transport, service="s", audit=audit)
+    again.on("t")(idempotent(bench.store, name="s.t")(handle))
+    with running(again):
+        until(lambda: len(runs) >= 200)
+    assert Counter(runs) == Counter(audit.counted) == dict.fromkeys(ids, 1)
+
+
+def test_an_audit_that_stays_away_keeps_only_what_ran_from_being_recorded(
+    make: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It counts first: what it cannot count is in doubt, and named.  What had not begun is free."""
+    bench = make(audit=Count(away=lambda call: call > 1), grace=1.0)
+    runs: list[str] = []
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t")
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+        time.sleep(0.001)  # so that some are handed back together
+
+    ids = [str(n) for n in range(400)]
+    bench.publish(*(Message(each, "t") for each in ids))
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="the audit's database is away"):
+        bench.consumer.run()
+    assert time.monotonic() - began < 10
+    states = {each: type(bench.state(f"s.t/{each}")) for each in ids}
+    assert {states[each] for each in ids if each not in runs} == {Free}
+    unsure = [each for each in runs if states[each] is not Done]
+    assert unsure
+    assert all(f"s.t/{each} may have taken effect and is not recorded; it is in doubt" in caplog.text
+               for each in unsure)  # fmt: skip
+    assert caplog.text.count("the audit's database is away") == 1
+
+
+def test_what_goes_wrong_while_it_ends_changes_nothing(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler that runs is waited for and recorded, and the error that is raised is the first."""
+    meter = NoMeter()
+    bench = make(meter=meter)
+    poll, started = bench.transport.poll, threading.Event()
+
+    def fail(timeout: float) -> Any:
+        if started.is_set():
+            monkeypatch.setattr(meter, "count", fail_too)
+            raise RuntimeError("the first")
+        return poll(timeout)
+
+    def fail_too(name: str, n: int = 1) -> None:
+        raise ValueError("the second")
+
+    monkeypatch.setattr(bench.transport, "poll", fail)
+    monkeypatch.setattr(bench.transport, "cancel", fail_too)
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t")
+    def handle(message: Message) -> None:
+        started.set()
+        time.sleep(0.5)
+
+    bench.publish(*(Message(str(n), "t") for n in range(3)))
+    with pytest.raises(RuntimeError, match="the first"):
+        bench.consumer.run()
+    states = [type(bench.state(f"s.t/{n}")) for n in range(3)]
+    assert states == [Done, Free, Free]
+    assert "while it ends: ValueError: the second" in caplog.text
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_does_not_wait_for_the_handlers(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Neither as the first error nor while it ends with another, which stays the one that is raised."""
+    bench = make()
+    poll, sleep, started, leave = bench.transport.poll, time.sleep, threading.Event(), threading.Event()
+    runs: list[str] = []
+
+    def fail(timeout: float) -> Any:
+        if not started.is_set():
+            return poll(timeout)
+        if late:
+            raise RuntimeError("the first")
+        raise KeyboardInterrupt
+
+    def interrupted(seconds: float) -> None:
+        if started.is_set() and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    monkeypatch.setattr(bench.transport, "poll", fail)
+    monkeypatch.setattr(bench.consumer, "_clock", Clock(sleep=interrupted if late else sleep))
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t")
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+        started.set()
+        leave.wait(20)
+
+    bench.publish(*(Message(str(n), "t") for n in range(3)))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError if late else KeyboardInterrupt):
+        bench.consumer.run()
+    assert time.monotonic() - began < 10
+    leave.set()
+    sleep(0.3)
+    assert runs == ["0"]
+
+
+def test_a_worker_that_breaks_hands_back_what_ended_before(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug beside the handlers, here of a meter, takes no result with it, and ends it at once."""
+    meter = NoMeter()
+    bench = make(meter=meter, grace=15.0)
+    runs: list[str] = []
+
+    def fail(name: str, seconds: float) -> None:
+        if name == "s_handler" and len(runs) == 3:
+            raise ValueError("a meter that breaks")
+
+    monkeypatch.setattr(meter, "time", fail)
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t")
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+
+    bench.publish(*(Message(str(n), "t") for n in range(20)))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="a meter that breaks"):
+        bench.consumer.run()
+    assert time.monotonic() - began < 10
+    states = {str(n): type(bench.state(f"s.t/{n}")) for n in range(20)}
+    assert {each for each, state in states.items() if state is Done} == set(runs)
+    assert set(states.values()) == {Done, Free}
+
+
+def test_a_store_that_breaks_ends_it_at_once(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be recorded any more nobody waits for it."""
+    bench = make(grace=15.0)
+    apply = bench.store.apply
+
+    def breaks(ops: Sequence[Op]) -> Any:
+        if any(isinstance(op, Complete) for op in ops):
+            raise ConfigError("this store is of a newer idemp")
+        return apply(ops)
+
+    monkeypatch.setattr(bench.store, "apply", breaks)
+    bench.consumer.on("t")(idempotent(bench.store, name="s.t")(lambda message: None))
+    bench.publish(Message("1", "t"))
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="newer idemp"):
+        bench.consumer.run()
+    assert time.monotonic() - began < 10
+
+
+def test_what_runs_while_the_broker_is_away_is_recorded(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that was claimed before, one after the other, and not only when the broker is back."""
+    bench = make()
+    back, started = threading.Event(), threading.Event()
+    poll, connect = bench.transport.poll, bench.transport.connect
+
+    def cut(timeout: float) -> Any:
+        if started.is_set() and not back.is_set():
+            raise TransportUnavailable("cut")
+        return poll(timeout)
+
+    def refuse() -> None:
+        if not back.is_set():
+            raise TransportUnavailable("still away")
+        connect()
+
+    monkeypatch.setattr(bench.transport, "poll", cut)
+    monkeypatch.setattr(bench.transport, "connect", refuse)
+    runs: list[str] = []
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t")
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+        started.set()
+        time.sleep(0.1)
+
+    bench.publish(*(Message(str(n), "t") for n in range(10)))
+    try:
+        with bench.running():
+            until(lambda: isinstance(bench.state("s.t/9"), Done))
+            assert not back.is_set()
+            assert [type(bench.state(f"s.t/{n}")) for n in range(10)] == [Done] * 10
+            back.set()
+            until(lambda: bench.transport.depth("s-queue") == 0)
+    finally:
+        back.set()
+    assert sorted(runs) == [str(n) for n in range(10)]
+
+
+def test_what_a_handler_publishes_while_the_broker_is_away_goes_out_when_it_is_back(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for that as it waits for a confirmation, and the handler does not run again."""
+    bench = make()
+    back, away = threading.Event(), threading.Event()
+    poll, connect = bench.transport.poll, bench.transport.connect
+    runs: list[str] = []
+
+    def cut(timeout: float) -> Any:
+        if runs and not back.is_set():
+            raise TransportUnavailable("cut")
+        return poll(timeout)
+
+    def refuse() -> None:
+        away.set()
+        if not back.is_set():
+            raise TransportUnavailable("still away")
+        connect()
+
+    monkeypatch.setattr(bench.transport, "poll", cut)
+    monkeypatch.setattr(bench.transport, "connect", refuse)
+
+    @bench.consumer.on("t")
+    @idempotent(bench.store, name="s.t")
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+        assert away.wait(10)
+        context().publish("told", {})
+
+    bench.consumer.on("told")(lambda message: runs.append(message.type))
+    bench.publish(Message("1", "t"))
+    try:
+        with bench.running():
+            assert away.wait(10)
+            time.sleep(0.5)
+            back.set()
+            until(lambda: "told" in runs)
+            until(lambda: isinstance(bench.state("s.t/1"), Done))
+    finally:
+        back.set()
+    assert runs == ["1", "told"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_no_policy_keeps_apart_waits_in_one_line_only(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """What stands in line when the connection is lost comes again, and only then is it run."""
+    bench = make(workers=workers)
+    poll = bench.transport.poll
+    runs: list[str] = []
+    lost = threading.Event()
+
+    def cut(timeout: float) -> Any:
+        if runs and not lost.is_set():
+            lost.set()
+            raise TransportUnavailable("cut")
+        return poll(timeout)
+
+    monkeypatch.setattr(bench.transport, "poll", cut)
+
+    @bench.consumer.on("t")
+    def handle(message: Message) -> None:
+        runs.append(message.id)
+        time.sleep(0.05)
+
+    bench.publish(*(Message(str(n), "t") for n in range(20)))
+    with bench.running():
+        until(lambda: len(set(runs)) == 20)
+        assert lost.is_set()
+        time.sleep(0.5)
+    twice = [each for each, n in Counter(runs).items() if n > 1]
+    assert len(twice) <= 2 * workers, "at most those that ran when the connection was lost"
 
 
 def test_a_session_that_was_lost_starts_nothing(make: Callable[..., Bench]) -> None:
