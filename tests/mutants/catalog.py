@@ -37,6 +37,77 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    # ---------------------------------------------------------------- consumer.py
+    Mutant(
+        "after an error nothing more begins",
+        "consumer.py",
+        "        shell.begin_no_more()\n",
+        "",
+        unit("test_consumer.py::test_a_run_that_ends_with_an_error_begins_no_more_and_records_what_ran"),
+    ),
+    Mutant(
+        "what ran is recorded before an error is raised",
+        "consumer.py",
+        "                self._wind_up(pipeline, shell, report, error)\n",
+        "",
+        unit("test_consumer.py::test_a_run_that_ends_with_an_error_begins_no_more_and_records_what_ran"),
+    ),
+    Mutant(
+        "what the audit could not count is asked again",
+        "consumer.py",
+        "shell.inbox += _apart(event)",
+        "pass",
+        unit("test_consumer.py::test_a_run_that_ends_with_an_error_begins_no_more_and_records_what_ran"),
+    ),
+    Mutant(
+        "what needs no audit does not wait for one that is away",
+        "consumer.py",
+        "parts[isinstance(each[1], Returned | Happened)]",
+        "parts[True]",
+        unit("test_consumer.py::test_an_audit_that_stays_away_keeps_only_what_ran_from_being_recorded"),
+    ),
+    Mutant(
+        "an interrupt waits for no handler",
+        "consumer.py",
+        "            until = min(until, now + _HURRY)\n",
+        "            pass\n",
+        unit("test_consumer.py::test_an_interrupt_does_not_wait_for_the_handlers"),
+    ),
+    Mutant(
+        "what goes wrong while it ends does not end it",
+        "consumer.py",
+        "        except Exception as error:\n            if (what := ",
+        "        except ArithmeticError as error:\n            if (what := ",
+        unit("test_consumer.py::test_what_goes_wrong_while_it_ends_changes_nothing"),
+    ),
+    Mutant(
+        "a worker that breaks takes no result with it",
+        "consumer.py",
+        "            self._hand_back(results + [",
+        "            list(results + [",
+        unit("test_consumer.py::test_a_worker_that_breaks_hands_back_what_ended_before"),
+    ),
+    Mutant(
+        "where nothing can be recorded any more nobody waits",
+        "consumer.py",
+        "now >= until or shell.hopeless()",
+        "now >= until",
+        unit("test_consumer.py::test_a_store_that_breaks_ends_it_at_once"),
+    ),
+    Mutant(
+        "what ends while the broker is away is recorded at once",
+        "consumer.py",
+        "sleep=sleep,",
+        "sleep=tenacity.sleep_using_event(self._stopping),",
+        unit("test_consumer.py::test_what_runs_while_the_broker_is_away_is_recorded"),
+    ),
+    Mutant(
+        "without a policy, what comes again is not run in its old place too",
+        "consumer.py",
+        "policy is None and flight.tag is None",
+        "False",
+        unit("test_consumer.py::test_what_no_policy_keeps_apart_waits_in_one_line_only"),
+    ),
     # ---------------------------------------------------------------- pipeline.py
     Mutant(
         "a message is acknowledged when its copy is safe, not before",
