@@ -814,11 +814,11 @@ class _Shell:
         claim = step.claim
         if self._stopping.is_set() and type(step) is Run:
             return NotStarted()
-        if policy is None and flight.tag is None:
-            return NotStarted()  # it comes again, and must not be late again behind itself
         if awaited:
             function = _blocking(function, runner)
         if policy is None:
+            if flight.tag is None:
+                return NotStarted()  # it comes again, and must not be late again behind itself
             current = Context(flight.key, claim.token, claim.attempt, message=flight.message)
             return _run_unguarded(function, current, flight.message)
         if type(step) is Ask:

@@ -454,10 +454,11 @@ def test_what_goes_wrong_while_it_ends_changes_nothing(
     """A handler that runs is waited for and recorded, and the error that is raised is the first."""
     meter = NoMeter()
     bench = make(meter=meter)
-    poll, started = bench.transport.poll, threading.Event()
+    poll, started, failed = bench.transport.poll, threading.Event(), threading.Event()
 
     def fail(timeout: float) -> Any:
         if started.is_set():
+            failed.set()
             monkeypatch.setattr(meter, "count", fail_too)
             raise RuntimeError("the first")
         return poll(timeout)
@@ -466,12 +467,13 @@ def test_what_goes_wrong_while_it_ends_changes_nothing(
         raise ValueError("the second")
 
     monkeypatch.setattr(bench.transport, "poll", fail)
-    monkeypatch.setattr(bench.transport, "cancel", fail_too)
+    monkeypatch.setattr(bench.transport, "cancel", lambda: fail_too(""))
 
     @bench.consumer.on("t")
     @idempotent(bench.store, name="s.t")
     def handle(message: Message) -> None:
         started.set()
+        assert failed.wait(10)
         time.sleep(0.5)
 
     bench.publish(*(Message(str(n), "t") for n in range(3)))

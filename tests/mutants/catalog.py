@@ -104,8 +104,8 @@ MUTANTS = (
     Mutant(
         "without a policy, what comes again is not run in its old place too",
         "consumer.py",
-        "policy is None and flight.tag is None",
-        "False",
+        "            if flight.tag is None:\n                return NotStarted()  # it",
+        "            if False:\n                return NotStarted()  # it",
         unit("test_consumer.py::test_what_no_policy_keeps_apart_waits_in_one_line_only"),
     ),
     # ---------------------------------------------------------------- pipeline.py
