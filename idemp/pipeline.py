@@ -65,6 +65,7 @@ from idemp.protocol import (
     Skipped,
     Verdict,
     describe,
+    doubled,
     protocol,
     repeated,
 )
@@ -531,7 +532,7 @@ class Pipeline:
                     event = False
                     continue
                 first, longest = LOOK_AGAIN
-                self._after(min(longest, first * 2**flight.looks), flight, self._look_again)
+                self._after(doubled(first, flight.looks, longest), flight, self._look_again)
                 flight.looks += 1
             elif isinstance(step, Takeover) and _is_suspect(flight.policy, event):
                 self._solitary = True
@@ -734,8 +735,7 @@ class Pipeline:
 
     def _delay(self, attempt: int) -> float:
         """Doubling, between half and the whole, so that what failed together does not return together."""
-        longest: float = min(MAX_DELAY, self._backoff * 2 ** (max(attempt, 1) - 1))
-        return longest * (0.5 + self._chance() / 2)
+        return doubled(self._backoff, attempt - 1, MAX_DELAY) * (0.5 + self._chance() / 2)
 
     def _tell(self, flight: Flight, outcome: str, why: str = "") -> None:
         kind = flight.message.type if flight.message is not None and flight.route is not None else ""
@@ -794,4 +794,5 @@ def _must_ask(flight: Flight) -> bool:
 
 def _attempts(delivery: Delivery) -> int:
     found = delivery.properties.headers.get("idemp-attempt", 0)
-    return found if isinstance(found, int) else 0
+    # Anybody may write a header: one more than this is a number too, in AMQP as well.
+    return min(found, 1 << 31) if isinstance(found, int) else 0

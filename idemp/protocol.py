@@ -259,3 +259,9 @@ def describe(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+
+
+def doubled(first: float, times: int, longest: float) -> float:
+    """Seconds: ``first``, doubled so many times, up to ``longest``."""
+    # More would be no float some day: what is tried each five minutes is tried for the 1024th time.
+    return min(longest, first * 2.0 ** min(max(times, 0), 64))

@@ -38,7 +38,18 @@ from idemp.ports import (
     Release,
     Transaction,
 )
-from idemp.protocol import Conflict, Failed, NotStarted, Ok, Refused, Skipped, Verdict, describe, protocol
+from idemp.protocol import (
+    Conflict,
+    Failed,
+    NotStarted,
+    Ok,
+    Refused,
+    Skipped,
+    Verdict,
+    describe,
+    doubled,
+    protocol,
+)
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +178,7 @@ class Reader:
         step = batch.steps[place]
         verdict = batch.verdicts.get(step.entry.position)
         self._failures += 1
-        delay = min(AGAIN[1], AGAIN[0] * 2 ** (self._failures - 1))
+        delay = doubled(AGAIN[0], self._failures - 1, AGAIN[1])
         if isinstance(verdict, Failed):
             self._meter.count(f"{self.name}_{step.kind}_failed")
             log.warning("%s: %s failed: %s", self.name, step.entry.position, describe(verdict.error))

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from idemp.message import Message, Properties
 from idemp.pipeline import (
+    MAX_DELAY,
     Acknowledge,
     Apply,
     Cancel,
@@ -408,6 +409,34 @@ def test_a_handler_without_policy_runs_at_least_once() -> None:
     [send] = step(line, Worked([(work.items[0][0], Raised(ValueError("x")))]))
     assert send.items[0][1].properties.headers["idemp-attempt"] == 1
     assert send.items[0][1].delay == 0.5
+
+
+def test_no_number_of_tries_is_too_big_to_wait_for() -> None:
+    """What comes in a header is anybody's, and a resolver that raises uses up no attempt."""
+    line = pipeline(attempts=5000)
+    assert line._delay(1) < line._delay(10**6) <= MAX_DELAY
+    for tag, tried in enumerate((1024, 1 << 31, (1 << 63) - 1), 1):
+        [work] = deliver(line, delivery(tag, f"{tag}", type="bare", headers={"idemp-attempt": tried}))
+        [send] = step(line, Worked([(work.items[0][0], Raised(ValueError("x")))]))
+        assert send.items[0][1].properties.headers["idemp-attempt"] < 1 << 63
+    deliver(line, delivery(8, "8", headers={"idemp-attempt": (1 << 63) - 1}))
+    [work] = step(line, Replied(STORE, [Claimed(1, 1)]))
+    step(line, Worked([(work.items[0][0], Raised(ValueError("x")))]))
+    [send] = step(line, Replied(STORE, [Applied()]))
+    [(_, copy)] = send.items
+    assert copy.delay <= MAX_DELAY
+    assert copy.properties.headers["idemp-attempt"] < 1 << 63
+
+
+def test_a_busy_key_is_looked_at_for_as_long_as_it_takes() -> None:
+    """Each second, through days."""
+    line = pipeline(wait=1e6)
+    deliver(line, delivery(1))
+    now = 0.0
+    for _ in range(1100):
+        step(line, Replied(STORE, [Busy(9, 1, "other", 0.0)]), now)
+        now += 1.0
+        assert step(line, Tick(), now)
 
 
 def test_a_key_function_that_raises_rejects_its_message() -> None:

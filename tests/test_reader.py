@@ -160,6 +160,16 @@ def test_what_can_never_be_handled_is_a_dead_letter(place: Place) -> None:
         assert reason in reasons
 
 
+def test_an_entry_may_fail_for_as_long_as_it_takes(place: Place) -> None:
+    """Each half a minute, through days."""
+    with closing(opened(place)) as store:
+        place.add("a")
+        reader = place.reader(store)
+        reader._failures = 5000
+        reader.stop()  # so that nobody waits
+        assert reader.turn() == 0
+
+
 def test_two_readers_of_one_name_do_nothing_twice(place: Place) -> None:
     """R16: side by side."""
     with closing(opened(place)) as store, closing(opened(place)) as other:

@@ -148,6 +148,20 @@ MUTANTS = (
         'self._acknowledge(flight, "skipped")',
     ),
     Mutant(
+        "a wait that doubles stays a number",
+        "protocol.py",
+        "2.0 ** min(max(times, 0), 64)",
+        "2.0 ** max(times, 0)",
+        unit("test_pipeline.py::test_a_busy_key_is_looked_at_for_as_long_as_it_takes"),
+    ),
+    Mutant(
+        "so does a count of attempts that anybody wrote",
+        "pipeline.py",
+        "return min(found, 1 << 31) if",
+        "return found if",
+        unit("test_pipeline.py::test_no_number_of_tries_is_too_big_to_wait_for"),
+    ),
+    Mutant(
         "a suspect is run alone",
         "pipeline.py",
         "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
