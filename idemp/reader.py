@@ -211,7 +211,7 @@ class Reader:
             return _Step(entry, None, "", str(error))
 
     def _job(self, message: Message, function: Callable[..., Any], policy: Policy) -> Job:
-        key = policy.key((message,), {})
+        key, fingerprint = _identity(policy, message)
         letters: list[Publication] = []
 
         def call(claim: Claimed, connection: Any) -> Any:
@@ -225,7 +225,7 @@ class Reader:
             context = Context(key, claim.token, claim.attempt, message=message)
             return ask(policy, context, (message,), {})
 
-        begin = partial(protocol, policy, key, policy.fingerprint((message,), {}))
+        begin = partial(protocol, policy, key, fingerprint)
         return Job(key, begin, call, ask_it, HELD, policy.attempts, letters, again=not self._proven)
 
     # ---------------------------------------------------------------- the position
@@ -252,6 +252,16 @@ class Reader:
                 f"INSERT INTO idemp_position VALUES ('{self.name}', '{position}')"
                 " ON CONFLICT (reader) DO UPDATE SET position = excluded.position"
             )
+
+
+def _identity(policy: Policy, message: Message) -> tuple[str, bytes | None]:
+    """Key and fingerprint; what the handler's own functions raise rejects the entry."""
+    try:
+        return policy.key((message,), {}), policy.fingerprint((message,), {})
+    except BadMessage:
+        raise
+    except Exception as error:
+        raise BadMessage(describe(error)) from None
 
 
 class _Batch:

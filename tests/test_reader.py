@@ -160,6 +160,39 @@ def test_what_can_never_be_handled_is_a_dead_letter(place: Place) -> None:
         assert reason in reasons
 
 
+@pytest.mark.parametrize("asked", ["key", "fingerprint"])
+def test_an_entry_that_the_handlers_own_functions_cannot_read_is_a_dead_letter(
+    place: Place, asked: str
+) -> None:
+    """As in a consumer; the log goes on behind it."""
+
+    def read(message: Message) -> Any:
+        return message.args["invoice"]["id"]
+
+    own: dict[str, Any] = {asked: read}
+    with closing(opened(place)) as store, closing(open_transport(place.redis)) as transport:
+        reader = Reader(open_log(place.url), store, name="r")
+        runs: list[str] = []
+
+        @reader.on("T")
+        @idempotent(store, name="r.T", transaction=True, **own)
+        def take(message: Message) -> None:
+            runs.append(read(message))
+
+        for payload in ('{"invoice": null}', '{"invoice": {"id": "7"}}'):
+            place.client.xadd("s", {"EventTypeName": "T", "Payload": payload})
+        until(lambda: reader.turn() == 0)
+        assert runs == ["7"]
+        transport.declare("r-queue.dead")
+        relay = Relay(store, transport)
+        while relay.turn():
+            pass
+        with closing(open_transport(place.redis)) as other:
+            [letter] = letters(other, "r-queue")
+    assert letter.outcome == "rejected"
+    assert "not subscriptable" in letter.reason
+
+
 def test_an_entry_may_fail_for_as_long_as_it_takes(place: Place) -> None:
     """Each half a minute, through days."""
     with closing(opened(place)) as store:

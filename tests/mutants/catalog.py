@@ -162,6 +162,13 @@ MUTANTS = (
         unit("test_pipeline.py::test_no_number_of_tries_is_too_big_to_wait_for"),
     ),
     Mutant(
+        "an entry that the key's own function cannot read is rejected",
+        "reader.py",
+        "        raise BadMessage(describe(error)) from None\n",
+        "        raise\n",
+        unit("test_reader.py::test_an_entry_that_the_handlers_own_functions_cannot_read_is_a_dead_letter"),
+    ),
+    Mutant(
         "a suspect is run alone",
         "pipeline.py",
         "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
