@@ -366,11 +366,12 @@ class Consumer:
         for word in words if shell.published else ():
             if (letter := shell.published.pop(word.number, None)) is not None:
                 letter.set_result(word)
-        confirmed = [(flight, word.error, word.unroutable) for word in words
-                     if (flight := shell.numbers.pop(word.number, None)) is not None]  # fmt: skip
-        if confirmed:
-            if any(hopeless for _, _, hopeless in confirmed):
+        copies = [(flight, word) for word in words
+                  if (flight := shell.numbers.pop(word.number, None)) is not None]  # fmt: skip
+        if copies:
+            if any(word.unroutable and not word.unfit for _, word in copies):
                 self._declare()  # somebody may have deleted a queue of ours
+            confirmed = [(flight, word.error, word.unfit) for flight, word in copies]
             self._perform(pipeline.step(Confirmed(confirmed), now), shell, report)
         self._hear(pipeline, shell, report, now)
 

@@ -79,6 +79,9 @@ MAX_DELAY = 300.0
 ATTEMPTS = 5
 """Of a handler without a policy."""
 CONFLICT = "done already, with another payload"
+_WRITTEN = tuple(
+    f"idemp-{name}" for name in ("outcome", "reason", "key", "attempt", "queue", "exchange", "routing-key")
+)  # on each dead letter
 LOOK_AGAIN = (0.02, 1.0)
 """Seconds between looks at a busy key: the first, and the longest."""
 SEND_AGAIN = 1.0
@@ -167,8 +170,7 @@ class Transacted(NamedTuple):
 class Confirmed(NamedTuple):
     """The broker's word on copies: an error, or "" when the copy is safe.
 
-    The third says that the same copy would be refused again: no queue takes it, or no header of it
-    can be carried.
+    The third says that no broker of this kind can carry the copy: the same would be refused again.
     """
 
     results: Sequence[tuple[Flight, str, bool]]
@@ -369,8 +371,8 @@ class Pipeline:
                 for flight, verdict in results:
                     self._settle(flight, verdict)
             case Confirmed(results):
-                for flight, error, hopeless in results:
-                    self._confirmed(flight, error, hopeless)
+                for flight, error, unfit in results:
+                    self._confirmed(flight, error, unfit)
             case Disconnected():
                 self._disconnected()
             case Tick():
@@ -675,13 +677,18 @@ class Pipeline:
         self._unconfirmed[flight] = (copy, outcome)
         self._sends.append((flight, copy))
 
-    def _confirmed(self, flight: Flight, error: str, hopeless: bool) -> None:
+    def _confirmed(self, flight: Flight, error: str, unfit: bool) -> None:
         if flight not in self._unconfirmed:
             return
         if error:
             self._lines.append(("not confirmed", flight, error))
-            if hopeless:
-                copy, outcome = self._unconfirmed[flight]
+            copy, outcome = self._unconfirmed[flight]
+            if unfit and copy.routing_key == self._queue:
+                # Without what cannot be carried it would be another message, which nobody is to run.
+                tried = copy.properties.headers["idemp-attempt"]
+                self._dead(flight, "rejected", f"{outcome}, and cannot be tried again: {error}", tried)
+                return
+            if unfit:
                 self._unconfirmed[flight] = (_plain(copy), outcome)
             self._after(SEND_AGAIN, flight, self._send_again)
             return
@@ -770,10 +777,18 @@ def unguarded(attempt: int) -> Generator[Any, Any, Verdict]:
 
 
 def _plain(copy: Publication) -> Publication:
-    """A copy with none of the publisher's headers, in case it is one of them that nobody can carry."""
-    ours = {name: value for name, value in copy.properties.headers.items() if name.startswith("idemp-")}
+    """A dead letter with less of what nobody can carry: no header of the publisher's; then nothing of his.
+
+    His may be named as ours are, or have a name that is no text.
+    """
+    headers = copy.properties.headers
+    ours = {name: value for name, value in headers.items() if str(name).startswith("idemp-")}
+    if len(ours) < len(headers):
+        return copy._replace(properties=replace(copy.properties, headers=ours))
     kept = Properties(
-        timestamp=copy.properties.timestamp, content_type="application/octet-stream", headers=ours
+        timestamp=copy.properties.timestamp,
+        content_type="application/octet-stream",
+        headers={name: headers[name] for name in _WRITTEN if name in headers},
     )
     return copy._replace(properties=kept)
 

@@ -362,11 +362,13 @@ class Sent(Value, frozen=True, gc=False):
     """The broker's word on publication ``number``.  ``error`` is "" when it is safe in a queue.
 
     unroutable: no queue takes it, so sending it again would not help.
+    unfit: because the broker cannot carry it as it is; another queue would not help either.
     """
 
     number: int
     error: str
     unroutable: bool = False
+    unfit: bool = False
 
 
 class Transport(Protocol):

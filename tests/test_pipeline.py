@@ -285,6 +285,46 @@ def test_a_copy_that_cannot_be_carried_goes_without_its_headers() -> None:
     assert step(line, Confirmed([(flight, "", False)])) == [Acknowledge([1])]
 
 
+def test_a_copy_is_made_poorer_only_as_far_as_it_must_be() -> None:
+    """Not when no queue takes it; else its headers go first, whatever their names are, and then the rest."""
+    line = pipeline()
+    odd = delivery(1, type="nope", headers={b"caf\xe9": object(), "tenant": "acme", "idemp-mine": object()})
+    [send] = deliver(line, odd)
+    flight, first = send.items[0]
+    step(line, Confirmed([(flight, "no queue takes it", False)]))
+    [send] = step(line, Tick(), 1.0)
+    assert send.items == [(flight, first)]
+    step(line, Confirmed([(flight, "it cannot be carried", True)]), 1.0)
+    [send] = step(line, Tick(), 2.0)
+    [(_, copy)] = send.items
+    assert copy.properties == replace(first.properties, headers=copy.properties.headers)
+    assert not {b"caf\xe9", "tenant"} & copy.properties.headers.keys()
+    step(line, Confirmed([(flight, "it cannot be carried", True)]), 2.0)
+    [send] = step(line, Tick(), 3.0)
+    [(_, copy)] = send.items
+    assert copy.properties.message_id is None
+    assert len(copy.properties.headers) == 7
+    assert "idemp-mine" not in copy.properties.headers
+    assert step(line, Confirmed([(flight, "", False)])) == [Acknowledge([1])]
+
+
+def test_a_retry_that_cannot_be_carried_is_set_aside() -> None:
+    """It is not run without its headers; and is acknowledged once, when the letter is safe."""
+    line = pipeline()
+    [work] = deliver(line, delivery(1, type="bare", headers={"tenant": "acme"}))
+    [send] = step(line, Worked([(work.items[0][0], Raised(ValueError("x")))]))
+    [(flight, copy)] = send.items
+    assert copy.routing_key == "q"
+    [send] = step(line, Confirmed([(flight, "too big", True)]))
+    [(_, letter)] = send.items
+    assert (letter.routing_key, letter.properties.headers["tenant"]) == ("q.dead", "acme")
+    assert letter.properties.headers["idemp-attempt"] == 1
+    assert letter.properties.headers["idemp-reason"] == "failed, and cannot be tried again: too big"
+    assert step(line, Confirmed([(flight, "", False)])) == [Acknowledge([1])]
+    assert step(line, Tick(), 100.0) == []
+    assert line.idle()
+
+
 def test_a_message_older_than_the_retention_is_parked_not_run() -> None:
     """It may have been done and forgotten.  One that is still known as done is skipped."""
     line = pipeline()

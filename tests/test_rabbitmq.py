@@ -329,6 +329,7 @@ def test_what_amqp_cannot_carry_is_an_error(transport: Transport, unique: str, o
     assert [said[number].error == "" for number in numbers] == [True, False, True]
     assert "AMQP cannot carry the message" in said[numbers[1]].error
     assert said[numbers[1]].unroutable
+    assert said[numbers[1]].unfit
     assert transport.depth(unique) == 2
 
 

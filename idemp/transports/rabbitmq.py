@@ -526,7 +526,7 @@ class _Link:
             self._publishing.basic_publish(exchange, key, body, _properties(publication), mandatory=True)
         except _UNFIT as error:
             # pika encodes all of it before it writes anything.
-            self._sent.append(Sent(number, f"AMQP cannot carry the message: {error!r}", True))
+            self._sent.append(Sent(number, f"AMQP cannot carry the message: {error!r}", True, True))
         else:
             self._unconfirmed.add(number, publication)
         return number

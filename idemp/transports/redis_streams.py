@@ -539,7 +539,7 @@ class _Link:
             try:
                 some = self._words(publication)
             except (TypeError, ValueError, RecursionError) as unfit:
-                refused.append(Sent(number, f"the message cannot be kept: {unfit}", True))
+                refused.append(Sent(number, f"the message cannot be kept: {unfit}", True, True))
                 continue
             if not some:
                 if not self._up_to_date():

@@ -499,12 +499,13 @@ class _Link:
         for number, publication in self.unsent:
             queues = self._topology.takers(publication)
             error = "" if queues else no_queue(publication.exchange, publication.routing_key)
+            unfit = False
             try:
                 if queues:
                     batch.add(pack(publication), queues, publication.delay)
-            except (TypeError, ValueError, RecursionError) as unfit:
-                error = f"the message cannot be kept: {unfit}"
-            self._sent.append(Sent(number, error, bool(error)))
+            except (TypeError, ValueError, RecursionError) as odd:
+                error, unfit = f"the message cannot be kept: {odd}", True
+            self._sent.append(Sent(number, error, bool(error), unfit))
             if len(batch.blob) >= _MOST:
                 batch.write(db, now, wall)
                 batch = _Batch()

@@ -119,7 +119,7 @@ MUTANTS = (
         "a copy that was not confirmed is sent again",
         "pipeline.py",
         "        if error:\n",
-        "        if error and hopeless:\n",
+        "        if error and unfit:\n",
     ),
     Mutant(
         "duplicates that waited are skipped only if their first is done",
@@ -167,6 +167,20 @@ MUTANTS = (
         "        raise BadMessage(describe(error)) from None\n",
         "        raise\n",
         unit("test_reader.py::test_an_entry_that_the_handlers_own_functions_cannot_read_is_a_dead_letter"),
+    ),
+    Mutant(
+        "a letter that no queue takes is sent again as it is",
+        "pipeline.py",
+        "            if unfit:\n",
+        "            if error:\n",
+        unit("test_pipeline.py::test_a_copy_is_made_poorer_only_as_far_as_it_must_be"),
+    ),
+    Mutant(
+        "what cannot be carried to be tried again is set aside",
+        "pipeline.py",
+        "if unfit and copy.routing_key == self._queue:",
+        "if False:",
+        unit("test_pipeline.py::test_a_retry_that_cannot_be_carried_is_set_aside"),
     ),
     Mutant(
         "a suspect is run alone",

@@ -322,9 +322,9 @@ class Process:
         world = self.world
         world.coming -= 1
         cut = self.dead or connection != self.connection
-        error, hopeless = "", False
+        error = ""
         if world.happens("unroutable"):
-            error, hopeless = "no queue takes it", True
+            error = "no queue takes it"
         elif world.happens("unconfirmed") or (cut and world.chance.random() < 0.5):
             error = "no confirm"
         else:
@@ -335,14 +335,14 @@ class Process:
             if world.happens("confirm_lost"):
                 error = "no confirm"
         if not cut:
-            self.later(world.soon(), self.confirmed, flight, tag, error, hopeless, connection)
+            self.later(world.soon(), self.confirmed, flight, tag, error, connection)
 
-    def confirmed(self, flight: Any, tag: int, error: str, hopeless: bool, connection: int) -> None:
+    def confirmed(self, flight: Any, tag: int, error: str, connection: int) -> None:
         """The broker's word."""
         if connection == self.connection:
             if not error:
                 self.copied.add(tag)
-            self.step(Confirmed([(flight, error, hopeless)]))
+            self.step(Confirmed([(flight, error, False)]))
 
     def acknowledge(self, tag: int) -> None:
         """Nothing may be lost by it."""

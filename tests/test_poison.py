@@ -1,0 +1,171 @@
+"""Messages that can never be handled, each with a good one behind it: that is run, and both are settled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import pytest
+from msgspec.structs import asdict
+
+from idemp import Consumer, Message, PermanentFailure, idempotent, open_store, open_transport, publish
+from idemp.dead import Letter, letters
+from idemp.message import Properties
+from idemp.ports import Delivery, Publication
+from idemp.transports.rabbitmq import RabbitMQTransport
+from tests.servers import RabbitMQ
+
+
+class Service:
+    """A consumer of one message type at the broker at ``url``, and what it ran."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url, self.name, self.queue = url, name, f"{name}-queue"
+        self.ran: list[str] = []
+        self.transport = open_transport(url)
+        self.store = open_store("memory://")
+        self.consumer = Consumer(self.transport, service=name, prefetch=3, backoff=0.05)
+
+        @self.consumer.on("t")
+        @idempotent(self.store, name=f"{name}.t")
+        def handle(message: Message) -> None:
+            self.handle(message)
+
+    def handle(self, message: Message) -> None:
+        self.ran.append(message.id)
+        if (error := message.args.get("error")) is not None:
+            raise PermanentFailure(error)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        errors: list[BaseException] = []
+        ready = threading.Event()
+
+        def run() -> None:
+            try:
+                self.consumer.run(ready=ready.set)
+            except BaseException as error:
+                errors.append(error)
+                ready.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert ready.wait(20)
+        try:
+            yield
+        finally:
+            self.consumer.stop()
+            thread.join(40)
+            assert not thread.is_alive()
+            if errors:
+                raise errors[0]
+
+    def send(self, *bodies: bytes, **properties: Any) -> None:
+        with closing(open_transport(self.url)) as transport:
+            publish(
+                transport, [Publication(each, Properties(**properties), "", self.queue) for each in bodies]
+            )
+
+    def declare(self) -> None:
+        with closing(open_transport(self.url)) as transport:
+            transport.declare(self.queue)
+
+    def dead(self) -> list[Letter]:
+        with closing(open_transport(self.url)) as transport:
+            return list(letters(transport, self.queue))
+
+    def depth(self, queue: str) -> int:
+        with closing(open_transport(self.url)) as transport:
+            return transport.depth(queue)
+
+    def set_aside(self, n: int) -> list[Letter]:
+        """Wait for ``n`` dead letters and the good one: see `GOOD`."""
+        with self.running():
+            until(lambda: "good" in self.ran and self.depth(f"{self.queue}.dead") >= n)
+        assert self.depth(self.queue) == 0  # what was not acknowledged has come back by now
+        assert self.ran.count("good") == 1
+        return self.dead()
+
+    def close(self) -> None:
+        self.transport.close()
+        self.store.close()
+
+
+GOOD = Message("good", "t").encode()
+
+
+@pytest.fixture
+def rabbit(rabbitmq: RabbitMQ, unique: str) -> Iterator[Service]:
+    """With its queue."""
+    service = Service(rabbitmq.url, unique)
+    service.declare()
+    yield service
+    service.close()
+
+
+def until(what: Callable[[], Any], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------ RabbitMQ
+
+
+@pytest.mark.parametrize("tried", [1024, (1 << 31) - 1, (1 << 63) - 1])
+def test_a_message_that_says_it_was_tried_often(rabbit: Service, tried: int) -> None:
+    """Anybody may write a header."""
+    failed: list[str] = []
+
+    def fail_once(message: Message) -> None:
+        rabbit.ran.append(message.id)
+        if message.id == "tried" and not failed:
+            failed.append(message.id)
+            raise ValueError("not now")
+
+    rabbit.handle = fail_once  # type: ignore[method-assign]
+    rabbit.send(Message("tried", "t").encode(), headers={"idemp-attempt": tried})
+    rabbit.send(GOOD)
+    with rabbit.running():
+        until(lambda: "good" in rabbit.ran and failed)
+        until(lambda: not rabbit.depth(rabbit.queue))
+
+
+def test_a_letter_is_whole_though_its_queue_was_away(rabbit: Service) -> None:
+    """It is declared again, and gets the message with its id, its type and its headers."""
+
+    def refuse(message: Message) -> None:
+        rabbit.ran.append(message.id)
+        raise PermanentFailure("no stock")
+
+    def send(id: str) -> None:
+        given = Properties(id, "t", "c", "shop", int(time.time()), "application/json", {"tenant": "acme"})
+        rabbit.send(b'{"amount": 5}', **asdict(given))
+
+    rabbit.handle = refuse  # type: ignore[method-assign]
+    dead = f"{rabbit.queue}.dead"
+    with rabbit.running():
+        send("usual")
+        until(lambda: rabbit.depth(dead) == 1)
+        [usual] = rabbit.dead()
+        with closing(open_transport(rabbit.url)) as transport:
+            transport.consume(dead, 1)
+            transport.ack([letter.tag for letter in transport.poll(5.0) if isinstance(letter, Delivery)])
+        with closing(RabbitMQTransport(rabbit.url)) as broker:
+            broker.drop(dead)
+            assert broker.consumers(dead) is None
+        send("later")
+        until(lambda: rabbit.ran == ["usual", "later"] and rabbit.depth(dead) == 1, 60.0)
+    [later] = rabbit.dead()
+
+    def shown(letter: Letter) -> list[Any]:
+        properties = letter.properties
+        headers = {**properties.headers, "idemp-key": ""}
+        return [letter.type, properties.correlation_id, properties.app_id, properties.content_type, headers]
+
+    assert later.properties.message_id == "later"
+    assert shown(later) == shown(usual)
