@@ -68,6 +68,7 @@ from idemp.protocol import (
     doubled,
     protocol,
     repeated,
+    spelled,
 )
 
 TOGETHER = 256
@@ -660,7 +661,7 @@ class Pipeline:
         headers = {
             **origin.properties.headers,
             "idemp-outcome": outcome,
-            "idemp-reason": reason[:1000],
+            "idemp-reason": spelled(reason),
             "idemp-key": flight.key,
             "idemp-attempt": attempt,
             "idemp-queue": self._queue,

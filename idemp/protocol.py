@@ -261,6 +261,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
+def spelled(reason: str) -> str:
+    """``reason`` as every broker can carry it: not too long, and Unicode, which JSON's texts need not be."""
+    return reason[:1000].encode(errors="backslashreplace").decode()
+
+
 def doubled(first: float, times: int, longest: float) -> float:
     """Seconds: ``first``, doubled so many times, up to ``longest``."""
     # More would be no float some day: what is tried each five minutes is tried for the 1024th time.

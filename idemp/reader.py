@@ -49,6 +49,7 @@ from idemp.protocol import (
     describe,
     doubled,
     protocol,
+    spelled,
 )
 
 log = logging.getLogger(__name__)
@@ -324,7 +325,7 @@ class _Batch:
         if outcome in ("ok", "skipped"):
             return None
         verdict = self.verdicts.get(step.entry.position)
-        reason, attempt = step.wrong[:1000], 0
+        reason, attempt = step.wrong, 0
         if isinstance(verdict, Refused):
             reason, attempt = verdict.reason, verdict.attempt
         elif isinstance(verdict, Conflict):
@@ -333,7 +334,7 @@ class _Batch:
         headers = {
             **step.entry.properties.headers,
             "idemp-outcome": outcome,
-            "idemp-reason": reason,
+            "idemp-reason": spelled(reason),
             "idemp-key": step.job.key if step.job else "",
             "idemp-attempt": attempt,
             "idemp-queue": queue,

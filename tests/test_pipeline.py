@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from idemp.errors import PermanentFailure
 from idemp.message import Message, Properties
 from idemp.pipeline import (
     MAX_DELAY,
@@ -283,6 +284,16 @@ def test_a_copy_that_cannot_be_carried_goes_without_its_headers() -> None:
     assert set(copy.properties.headers) >= {"idemp-reason", "idemp-queue"}
     assert "odd" not in copy.properties.headers
     assert step(line, Confirmed([(flight, "", False)])) == [Acknowledge([1])]
+
+
+def test_a_reason_can_be_carried_whatever_it_quotes() -> None:
+    """JSON lets half of a character through."""
+    line = pipeline()
+    [work] = deliver(line, delivery(1, type="bare"))
+    error = PermanentFailure("no customer Bj\ud800rn")
+    [send] = step(line, Worked([(work.items[0][0], Raised(error))]))
+    reason = send.items[0][1].properties.headers["idemp-reason"]
+    assert reason.encode().endswith(b"Bj\\ud800rn")
 
 
 def test_a_copy_is_made_poorer_only_as_far_as_it_must_be() -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,15 +23,15 @@ from tests.servers import RabbitMQ
 class Service:
     """A consumer of one message type at the broker at ``url``, and what it ran."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, store: str = "memory://", **policy: Any) -> None:
         self.url, self.name, self.queue = url, name, f"{name}-queue"
         self.ran: list[str] = []
         self.transport = open_transport(url)
-        self.store = open_store("memory://")
+        self.store = open_store(store)
         self.consumer = Consumer(self.transport, service=name, prefetch=3, backoff=0.05)
 
         @self.consumer.on("t")
-        @idempotent(self.store, name=f"{name}.t")
+        @idempotent(self.store, name=f"{name}.t", **policy)
         def handle(message: Message) -> None:
             self.handle(message)
 
@@ -169,3 +170,48 @@ def test_a_letter_is_whole_though_its_queue_was_away(rabbit: Service) -> None:
 
     assert later.properties.message_id == "later"
     assert shown(later) == shown(usual)
+
+
+@pytest.mark.parametrize("transaction", [False, True])
+def test_a_reason_that_is_no_unicode(
+    rabbitmq: RabbitMQ, unique: str, tmp_path: Path, transaction: bool
+) -> None:
+    """A handler's error may quote what JSON lets through: half of a character."""
+    store = f"sqlite:///{tmp_path}/seen.db" if transaction else "memory://"
+    with closing(Service(rabbitmq.url, unique, store, transaction=transaction)) as rabbit:
+        rabbit.declare()
+        rabbit.send(*(b'{"type":"t","id":"s%d","args":{"error":"Bj\\ud800rn"}}' % n for n in range(3)), GOOD)
+        found = rabbit.set_aside(3)
+    assert {letter.outcome for letter in found} == {"parked"}
+    assert all("Bj\\ud800rn" in letter.reason for letter in found)
+
+
+BIG = {"trace": "x" * 131_030}
+"""Headers that fit into a frame of 128 KiB, by a few bytes."""
+
+
+def test_headers_that_leave_no_room_for_ours(rabbit: Service) -> None:
+    """The broker would end the connection over a greater frame, each time."""
+    rabbit.send(*(b'{"type":"none","id":"%d"}' % n for n in range(3)), headers=BIG)
+    rabbit.send(GOOD)
+    found = rabbit.set_aside(3)
+    assert {(letter.outcome, letter.reason) for letter in found} == {
+        ("rejected", "no handler for type 'none'")
+    }
+    assert not any("trace" in letter.properties.headers for letter in found)
+
+
+def test_headers_that_leave_no_room_for_a_retry(rabbit: Service) -> None:
+    """It is not run again without them."""
+
+    def fail(message: Message) -> None:
+        rabbit.ran.append(message.id)
+        if message.id != "good":
+            raise ValueError("not now")
+
+    rabbit.handle = fail  # type: ignore[method-assign]
+    rabbit.send(Message("big", "t").encode(), headers=BIG)
+    rabbit.send(GOOD)
+    [letter] = rabbit.set_aside(1)
+    assert rabbit.ran.count("big") == 1
+    assert "failed, and cannot be tried again: AMQP cannot carry the message" in letter.reason

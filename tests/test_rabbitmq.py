@@ -333,6 +333,21 @@ def test_what_amqp_cannot_carry_is_an_error(transport: Transport, unique: str, o
     assert transport.depth(unique) == 2
 
 
+def test_what_a_frame_has_no_room_for_is_an_error(transport: Transport, unique: str) -> None:
+    """The broker would end the connection over it; the last byte that has room is taken."""
+    empty = len(encode(Properties(headers={"h": ""})))
+    fits = 131_072 - 8 - 12 - empty
+    sent = [Publication(b"b", Properties(headers={"h": "x" * n}), "", unique) for n in (fits + 1, fits)]
+    numbers = transport.send(sent)
+    said: dict[int, Sent] = {}
+    while len(said) < 2:
+        said |= {event.number: event for event in transport.poll(5.0) if isinstance(event, Sent)}
+    assert said[numbers[0]].unfit
+    assert "131053 bytes of properties, and 131052 are allowed" in said[numbers[0]].error
+    assert said[numbers[1]].error == ""
+    assert transport.depth(unique) == 1
+
+
 def test_a_queue_that_expires_goes(amqp_url: str, unique: str) -> None:
     """Once nobody consumes; while somebody does, it stays."""
     with closing(open_transport(amqp_url)) as asker, closing(open_transport(amqp_url)) as other:

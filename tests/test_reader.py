@@ -203,6 +203,24 @@ def test_an_entry_may_fail_for_as_long_as_it_takes(place: Place) -> None:
         assert reader.turn() == 0
 
 
+def test_a_reason_that_is_no_unicode_can_be_sent(place: Place) -> None:
+    """JSON lets half of a character through, and a handler may quote it; no broker would take that."""
+
+    def refuse(message: Message) -> None:
+        raise PermanentFailure(f"no customer {message.args['name']}")
+
+    with closing(opened(place)) as store, closing(open_transport(place.redis)) as transport:
+        reader = Reader(open_log(place.url), store, name="r")
+        reader.on("T")(idempotent(store, name="r.T", transaction=True)(refuse))
+        place.client.xadd("s", {"EventTypeName": "T", "Payload": '{"name": "Bj\\ud800rn"}'})
+        until(lambda: reader.turn() == 0)
+        transport.declare("r-queue.dead")
+        assert Relay(store, transport).turn()
+        with closing(open_transport(place.redis)) as other:
+            [letter] = letters(other, "r-queue")
+    assert letter.reason.encode().endswith(b"Bj\\ud800rn")
+
+
 def test_two_readers_of_one_name_do_nothing_twice(place: Place) -> None:
     """R16: side by side."""
     with closing(opened(place)) as store, closing(opened(place)) as other:

@@ -50,6 +50,7 @@ RECEIVE = 1 << 16
 
 _MOST = 65535  # deliveries that AMQP can count for basic.qos
 _CONNECTION = 1 << 48  # the tags of one connection and those of the next are so far apart
+_AROUND = 8 + 12  # bytes of a frame, and of a content header, that are no properties
 # For a property, header or name that AMQP has no place for.
 _UNFIT = (exceptions.ShortStringTooLong, ValueError, TypeError, AttributeError, RecursionError, struct.error)
 
@@ -205,7 +206,7 @@ class _Properties(pika.BasicProperties):  # type: ignore[misc]
 
     def __init__(self, wire: bytes) -> None:
         super().__init__()
-        self._wire = wire
+        self._wire, self.size = wire, len(wire)
 
     def encode(self) -> list[bytes]:
         return [self._wire]
@@ -232,6 +233,7 @@ class _Link:
         self._sent: list[Sent] = []
         self._targets: set[str] = set()  # of delayed publications: they exist
         self._waiting_queues: set[str] = set()
+        self._room = 0  # for the properties of a message, in bytes
 
     # ---------------------------------------------------------------- life
 
@@ -255,6 +257,8 @@ class _Link:
         except IdempError:
             self.end()
             raise
+        # A greater frame would end the connection, and again whenever the message comes back.
+        self._room = self._connection.params.frame_max - _AROUND
 
     def end(self) -> None:
         """Close in order, so that acknowledgements that are still on their way arrive."""
@@ -523,7 +527,10 @@ class _Link:
             publication = publication._replace(routing_key=self._waiting_queue(publication))
         body, _, exchange, key, _ = publication
         try:
-            self._publishing.basic_publish(exchange, key, body, _properties(publication), mandatory=True)
+            properties = _properties(publication)
+            if properties.size > self._room:
+                raise ValueError(f"{properties.size} bytes of properties, and {self._room} are allowed")
+            self._publishing.basic_publish(exchange, key, body, properties, mandatory=True)
         except _UNFIT as error:
             # pika encodes all of it before it writes anything.
             self._sent.append(Sent(number, f"AMQP cannot carry the message: {error!r}", True, True))

@@ -183,6 +183,20 @@ MUTANTS = (
         unit("test_pipeline.py::test_a_retry_that_cannot_be_carried_is_set_aside"),
     ),
     Mutant(
+        "a reason can be carried whatever it quotes",
+        "protocol.py",
+        '.encode(errors="backslashreplace").decode()',
+        "",
+        unit("test_pipeline.py::test_a_reason_can_be_carried_whatever_it_quotes"),
+    ),
+    Mutant(
+        "what a frame has no room for is not sent",
+        "transports/rabbitmq.py",
+        "if properties.size > self._room:",
+        "if False:",
+        unit("test_rabbitmq.py::test_what_a_frame_has_no_room_for_is_an_error"),
+    ),
+    Mutant(
         "a suspect is run alone",
         "pipeline.py",
         "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
