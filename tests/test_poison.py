@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from idemp.dead import Letter, letters
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication
 from idemp.transports.rabbitmq import RabbitMQTransport
-from tests.servers import RabbitMQ
+from tests.servers import RabbitMQ, Redis
 
 
 class Service:
@@ -215,3 +216,42 @@ def test_headers_that_leave_no_room_for_a_retry(rabbit: Service) -> None:
     [letter] = rabbit.set_aside(1)
     assert rabbit.ran.count("big") == 1
     assert "failed, and cannot be tried again: AMQP cannot carry the message" in letter.reason
+
+
+# ------------------------------------------------------------------ Redis Streams
+
+
+FOREIGN = {
+    "nothing of ours": ["foo", "bar"],
+    "a body only": ["body", '{"type":"t","id":"h1","args":{}}'],
+    "another order": ["body", GOOD.decode(), "envelope", "[]"],
+    "other names": ["a", '["","q"]', "b", GOOD.decode()],
+    "an event": ["EventTypeName", "t", "Payload", "{}"],
+    "no list": ["envelope", "{}", "body", "x"],
+    "a map": ["envelope", '{"a":1,"b":2}', "body", GOOD.decode()],
+    "a number": ["envelope", "7", "body", GOOD.decode()],
+    "no JSON": ["envelope", "\\xff", "body", GOOD.decode()],
+    "too long": ["envelope", "[1,2,3,4,5,6,7,8,9,10]", "body", GOOD.decode()],
+    "no headers": ["envelope", '["","q",null,null,null,null,null,null,5]', "body", GOOD.decode()],
+    "no such tag": ["envelope", '["","q",null,null,null,null,null,null,{"x":1}]', "body", GOOD.decode()],
+    "no decimal": [
+        *("envelope", '["","q",null,null,null,null,null,null,{"$":"decimal","of":"x"}]'),
+        *("body", GOOD.decode()),
+    ],
+}
+
+
+@pytest.mark.parametrize("fields", FOREIGN.values(), ids=FOREIGN)
+def test_an_entry_that_somebody_else_wrote(redis: Redis, unique: str, fields: list[str]) -> None:
+    """With XADD into a queue's own stream: it is shown to a person, not run."""
+    with closing(Service(f"{redis.url}?namespace={unique}", unique)) as service:
+        service.declare()
+        for _ in range(3):
+            redis.call("XADD", f"idemp:{{{unique}}}:queue:{service.queue}", "*", *fields)
+        service.send(GOOD)
+        oldest: float = service.transport.oldest(service.queue)  # type: ignore[attr-defined]
+        assert abs(time.time() - oldest) < 60
+        found = service.set_aside(3)
+    assert {letter.outcome for letter in found} == {"rejected"}
+    assert {letter.reason for letter in found} == {"the message has no type"}
+    assert all(json.loads(letter.body)["fields"].keys() == set(fields[::2]) for letter in found)

@@ -43,9 +43,14 @@ def describe(publication: Publication) -> bytes:
 
 def read(envelope: bytes) -> tuple[Properties, str, str]:
     """Properties, exchange and routing key.  Raises `ValueError` for what `describe` never wrote."""
-    exchange, key, *given = json.loads(envelope)
+    fields = json.loads(envelope)
+    if type(fields) is not list:
+        raise ValueError("the envelope is no list")
+    exchange, key, *given = fields
     if len(given) == 7:
         given[6] = _untagged(given[6])
+        if not isinstance(given[6], dict):
+            raise ValueError("the headers are no map")
     return Properties(*given), exchange, key
 
 

@@ -393,7 +393,13 @@ class _Link:
             entries = self._line.read_response()
         except RedisError as error:
             raise self._lose(error) from None
-        return read(entries[0][1][1])[0].timestamp if entries else None
+        if not entries:
+            return None
+        id, fields = entries[0]
+        try:
+            return read(dict(zip(fields[::2], fields[1::2], strict=True))[b"envelope"])[0].timestamp
+        except Exception:  # somebody else wrote it, at this time
+            return float(id.split(b"-")[0]) / 1000
 
     def readers(self, stream: str) -> Any:
         """The length, then names and positions."""
@@ -580,7 +586,7 @@ class _Link:
     def _taken(self, answer: Sequence[Any]) -> list[Delivery]:
         _, ids, sizes, texts, others, due, claimed, behind = answer
         now = self._clock.steady()
-        deliveries = [*self._unpacked(ids.split(), sizes.split(), texts), *map(self._shared_one, others)]
+        deliveries = [*self._unpacked(ids.split(), sizes.split(), texts), *map(self._other, others)]
         self._due = now + due / 1000 if due >= 0 else float("inf")
         if behind:
             self._behind = behind
@@ -596,12 +602,24 @@ class _Link:
         for n, id in enumerate(ids):
             again, head, body = numbers[3 * n : 3 * n + 3]
             middle, end = start + head, start + head + body
-            properties, exchange, key = read(texts[start:middle])
-            yield self._delivery(0, id, texts[middle:end], properties, exchange, key, again)
+            head_text, body_text = texts[start:middle], texts[middle:end]
+            try:
+                properties, exchange, key = read(head_text)
+            except Exception:  # somebody else wrote it, and may have written anything
+                yield self._foreign(id, (b"envelope", head_text, b"body", body_text), again)
+            else:
+                yield self._delivery(0, id, body_text, properties, exchange, key, again)
             start = end
 
-    def _shared_one(self, entry: Sequence[Any]) -> Delivery:
+    def _foreign(self, id: bytes, fields: Sequence[bytes], again: int) -> Delivery:
+        """An entry of its own stream that no idemp wrote."""
+        known = Properties(message_id=f"{self._queue}/{id.decode()}")
+        return self._delivery(0, id, shared_stream.no_event(fields), known, "", self._queue, again)
+
+    def _other(self, entry: Sequence[Any]) -> Delivery:
         n, id, again, fields = entry
+        if n < 0:
+            return self._foreign(id, fields, again)
         stream = self._followed[n]
         body, properties, key = shared_stream.message(stream, id.decode(), fields)
         return self._delivery(n + 1, id, body, properties, stream, key, again)

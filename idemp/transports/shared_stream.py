@@ -44,9 +44,7 @@ def message(stream: str, id: str, fields: Sequence[bytes]) -> tuple[bytes, Prope
     identity = _text(found.get(ID, b"")) or f"{stream}/{id}"
     properties = replace(_properties(found), message_id=identity)
     if kind is None or payload is None:
-        # No type: it is rejected, with what there was in it to look at.
-        texts = {_text(name): _text(value) for name, value in found.items()}
-        return json.dumps({"fields": texts}).encode(), replace(properties, type=None), ""
+        return no_event(fields), replace(properties, type=None), ""
     properties = replace(properties, type=_text(kind))
     try:
         json.loads(payload)
@@ -54,6 +52,12 @@ def message(stream: str, id: str, fields: Sequence[bytes]) -> tuple[bytes, Prope
         return payload, properties, _text(kind)
     head = json.dumps({"type": _text(kind), "id": identity}, separators=(",", ":"))
     return b"".join((head[:-1].encode(), b',"args":', payload, b"}")), properties, _text(kind)
+
+
+def no_event(fields: Sequence[bytes]) -> bytes:
+    """The body of what is none.  It has no type: it is rejected, with what there was in it to look at."""
+    found = zip(fields[::2], fields[1::2], strict=False)
+    return json.dumps({"fields": {_text(name): _text(value) for name, value in found}}).encode()
 
 
 def _properties(found: dict[bytes, bytes]) -> Properties:

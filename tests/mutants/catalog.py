@@ -197,6 +197,20 @@ MUTANTS = (
         unit("test_rabbitmq.py::test_what_a_frame_has_no_room_for_is_an_error"),
     ),
     Mutant(
+        "what somebody else put into a queue's stream is no message of ours",
+        "transports/redis_streams.lua",
+        "if fields[1] == 'envelope' and fields[3] == 'body' then",
+        "if fields[4] then",
+        unit("test_poison.py::test_an_entry_that_somebody_else_wrote[other names]"),
+    ),
+    Mutant(
+        "nor is one whose envelope nobody can read",
+        "transports/redis_streams.py",
+        "            except Exception:  # somebody else wrote it, and may have written anything\n",
+        "            except ZeroDivisionError:\n",
+        unit("test_poison.py::test_an_entry_that_somebody_else_wrote[no decimal]"),
+    ),
+    Mutant(
         "a suspect is run alone",
         "pipeline.py",
         "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
