@@ -77,7 +77,18 @@ from idemp.ports import (
     Tallier,
     Transport,
 )
-from idemp.protocol import Ask, NotStarted, Ok, Protocol, Raised, Returned, Run, Skipped, describe
+from idemp.protocol import (
+    Ask,
+    NotStarted,
+    Ok,
+    Protocol,
+    Raised,
+    Returned,
+    Run,
+    Skipped,
+    describe,
+    doubled,
+)
 from idemp.signals import stopped_by_signals
 from idemp.tracking.tracker import Tracker
 
@@ -98,6 +109,8 @@ CONFIRM = 30.0
 """Seconds that the broker has to confirm what a handler published."""
 LEVELS = 5.0
 """Seconds between two looks at what waits in the queue, where the broker tells."""
+LASTED = 5.0
+"""Seconds after which a connection was not in vain, though nothing was acknowledged on it."""
 COLLECT = (20_000, 20, 50)
 """What Python's collector waits for while messages come: see `_collected_seldom`."""
 _PYTHONS_OWN = (700, 10, 10)
@@ -181,6 +194,8 @@ class Consumer:
         self._turned: float | None = None  # None while the broker is waited for
         self._stop_at: float | None = None  # when the grace time is over, once it is stopping
         self._levels_at = 0.0
+        self._connected_at = 0.0
+        self._in_vain = 0  # connections in a row that ended soon, with nothing acknowledged
 
     def on(self, type: str) -> Callable[[Handler], Handler]:
         """Handle messages of ``type`` with the decorated function; without `idempotent`, at least once."""
@@ -425,6 +440,7 @@ class Consumer:
                     shell.transact(store, flights)
                 case Acknowledge(tags):
                     self._transport.ack(tags)
+                    self._in_vain = 0
                 case Send(items):
                     numbers = self._transport.send([copy for _, copy in items])
                     shell.numbers.update(zip(numbers, (flight for flight, _ in items), strict=True))
@@ -443,7 +459,7 @@ class Consumer:
     def _start_consuming(self) -> None:
         self._declare()
         self._transport.consume(self.queue, self._prefetch)
-        self._delivering = True
+        self._delivering, self._connected_at = True, self._clock.steady()
 
     def _meanwhile(self, seconds: float, pipeline: Pipeline, shell: _Shell, report: _Report) -> None:
         """While the broker is away what runs goes on, and is recorded; what it publishes waits."""
@@ -468,14 +484,19 @@ class Consumer:
         return True
 
     def _try_again(self, sleep: Callable[[float], None]) -> None:
+        """At once after a connection that was of use; after others in vain slower and slower."""
+        in_vain = self._in_vain if self._clock.steady() - self._connected_at < LASTED else 0
+        self._in_vain = in_vain + 1
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
-            wait=tenacity.wait_random_exponential(0.2, max=10),
+            wait=tenacity.wait_random_exponential(doubled(0.2, in_vain, 10), max=10),
             stop=tenacity.stop_when_event_set(self._stopping),
             sleep=sleep,
             reraise=True,
         ):
             with attempt:
+                if in_vain and attempt.retry_state.attempt_number == 1 and not self._stopping.is_set():
+                    raise TransportUnavailable("the connection before was in vain")  # so that it waits first
                 self._transport.connect()
                 if not self._stopping.is_set():
                     self._start_consuming()

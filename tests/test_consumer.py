@@ -693,6 +693,40 @@ def test_what_no_policy_keeps_apart_waits_in_one_line_only(
     assert len(twice) <= 2 * workers, "at most those that ran when the connection was lost"
 
 
+def test_connections_that_do_nothing_come_slower_and_slower(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends each connection as soon as it is made does not cost the broker a hundred a second."""
+    bench = make()
+    poll, connect = bench.transport.poll, bench.transport.connect
+    made: list[float] = []
+    well = threading.Event()
+
+    def counted() -> None:
+        made.append(time.monotonic())
+        connect()
+
+    def lose(timeout: float) -> Any:
+        if not well.is_set():
+            raise TransportUnavailable("a message that ends connections")
+        return poll(timeout)
+
+    monkeypatch.setattr(bench.transport, "connect", counted)
+    monkeypatch.setattr(bench.transport, "poll", lose)
+
+    @bench.consumer.on("foo")
+    @idempotent(bench.store, name="s.foo")
+    def handle(message: Message) -> None:
+        pass
+
+    bench.publish(Message("1", "foo"))
+    with bench.running():
+        time.sleep(2.0)
+        assert 1 <= len(made) < 40
+        well.set()
+        until(lambda: isinstance(bench.state("s.foo/1"), Done))
+
+
 def test_a_session_that_was_lost_starts_nothing(make: Callable[..., Bench]) -> None:
     """A handler finds the session stale before its first instruction: it is looked up again and runs."""
     bench = make()

@@ -211,6 +211,13 @@ MUTANTS = (
         unit("test_poison.py::test_an_entry_that_somebody_else_wrote[no decimal]"),
     ),
     Mutant(
+        "connections that do nothing come slower and slower",
+        "consumer.py",
+        "        self._in_vain = in_vain + 1\n",
+        "",
+        unit("test_consumer.py::test_connections_that_do_nothing_come_slower_and_slower"),
+    ),
+    Mutant(
         "a suspect is run alone",
         "pipeline.py",
         "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
