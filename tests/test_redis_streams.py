@@ -434,6 +434,31 @@ def test_a_consumer_waits_until_its_server_is_a_master_again(
     assert (runs, ended) == (["1", "2", "3"], [None])
 
 
+def test_a_server_that_is_full_can_be_emptied(own_redis: Redis) -> None:
+    """By who starts now, or connects again: it asks for nothing that is there already."""
+    with closing(streams(own_redis.url)) as transport:
+        transport.declare("q", "events")
+        body = b"x" * 10_000
+        publish(transport, [Publication(body, Properties(), "", "q") for _ in range(100)])
+        publish(transport, [Publication(b"later", Properties(), "", "q", 0.2)])
+        time.sleep(0.3)
+        with driver.Redis.from_url(own_redis.url) as client:
+            client.config_set("maxmemory", client.info("memory")["used_memory"] - 500_000)
+            with pytest.raises(TransportUnavailable, match="maxmemory"):
+                publish(transport, [Publication(body, Properties(), "", "q")])
+            with closing(streams(own_redis.url)) as fresh:
+                fresh.declare("q", "events")
+                fresh.consume("q", 10)
+                left = [b"later", *[body] * 100]
+                end = time.monotonic() + SECONDS
+                while left:
+                    assert time.monotonic() < end, f"{len(left)} are left"
+                    for came in fresh.poll(0.1):
+                        assert isinstance(came, Delivery)
+                        left.remove(came.body)
+                        fresh.ack([came.tag])
+
+
 def test_nothing_is_published_on_a_replica(own_redis: Redis) -> None:
     """Not confirmed, unavailable on each new connection, and there again with the master."""
     letter = Publication(b"a", Properties(), "", "q")

@@ -44,23 +44,44 @@ local function topology()
   }
 end
 
+local function about_group(key, group)
+  for _, row in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+    local about = {}
+    for n = 1, #row, 2 do
+      about[row[n]] = row[n + 1]
+    end
+    if about.name == group then
+      return about
+    end
+  end
+  return nil
+end
+
+-- A server that is full makes nothing, but what is there already may be emptied: so it is looked for first.
 local function make_group(key, group)
+  if redis.call('EXISTS', key) == 1 and about_group(key, group) then
+    return
+  end
   local made = redis.pcall('XGROUP', 'CREATE', key, group, '0', 'MKSTREAM')
   if made.err and not string.find(made.err, 'BUSYGROUP') then
     error(made.err)
   end
 end
 
+local function include(set, member)
+  return redis.call('SISMEMBER', set, member) == 0 and redis.call('SADD', set, member) or 0
+end
+
 -- queue, "exchange"|"shared"|"", name, binding as it is kept
 local function declare()
   local queue, kind, name, binding = word(), word(), word(), word()
   make_group(own(queue), queue)
-  local new = redis.call('SADD', prefix .. 'queues', queue)
+  local new = include(prefix .. 'queues', queue)
   if kind == 'shared' then
     make_group(name, queue)
-    new = new + redis.call('SADD', prefix .. 'shared', binding)
+    new = new + include(prefix .. 'shared', binding)
   elseif kind == 'exchange' then
-    new = new + redis.call('SADD', prefix .. 'bindings', binding)
+    new = new + include(prefix .. 'bindings', binding)
   end
   if new > 0 then
     redis.call('INCR', prefix .. 'topology')
@@ -71,9 +92,19 @@ end
 local function ripen(queue)
   local key = delayed(queue)
   local ripe = redis.call('ZRANGEBYSCORE', key, '-inf', now, 'LIMIT', 0, PAGE)
-  for _, content in ipairs(ripe) do
+  for n, content in ipairs(ripe) do
     local fields = cmsgpack.unpack(content)
-    redis.call('XADD', own(queue), '*', unpack(fields, 2))
+    local added = redis.pcall('XADD', own(queue), '*', unpack(fields, 2))
+    if type(added) == 'table' and added.err then
+      if not string.find(added.err, 'OOM') then
+        error(added.err)
+      end
+      -- Full: what is in the queue already may be taken meanwhile.
+      if n > 1 then
+        redis.call('ZREM', key, unpack(ripe, 1, n - 1))
+      end
+      return 1000
+    end
   end
   if #ripe > 0 then
     redis.call('ZREM', key, unpack(ripe))
@@ -208,7 +239,7 @@ end
 local function take(key, group, me, room, idle)
   local got, claimed, size = {}, 0, 0
   if idle > 0 then
-    redis.call('XGROUP', 'CREATECONSUMER', key, group, me)
+    redis.pcall('XGROUP', 'CREATECONSUMER', key, group, me) -- a server that is full refuses; the next does it
     claimed = take_abandoned(key, group, me, room, idle, got)
   end
   while #got < room and size < MOST do
@@ -234,19 +265,6 @@ local function take(key, group, me, room, idle)
     end
   end
   return got, claimed
-end
-
-local function about_group(key, group)
-  for _, row in ipairs(redis.call('XINFO', 'GROUPS', key)) do
-    local about = {}
-    for n = 1, #row, 2 do
-      about[row[n]] = row[n + 1]
-    end
-    if about.name == group then
-      return about
-    end
-  end
-  return nil
 end
 
 -- Own entries as three texts, which costs the client a hundredth of what a nested answer does.

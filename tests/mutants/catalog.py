@@ -218,6 +218,13 @@ MUTANTS = (
         unit("test_consumer.py::test_connections_that_do_nothing_come_slower_and_slower"),
     ),
     Mutant(
+        "a server that is full is asked for nothing that is there",
+        "transports/redis_streams.lua",
+        "and about_group(key, group) then\n    return\n",
+        "and false then\n    return\n",
+        unit("test_redis_streams.py::test_a_server_that_is_full_can_be_emptied"),
+    ),
+    Mutant(
         "a suspect is run alone",
         "pipeline.py",
         "isinstance(step, Takeover) and _is_suspect(flight.policy, event)",
