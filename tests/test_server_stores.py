@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from idemp import idempotent
 from idemp.errors import BadMessage, ConfigError, StoreUnavailable
@@ -104,6 +106,22 @@ def lose_the_last_reply(far: Far, store: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(session, name, struck)
 
 
+def fail_the_next_change(far: Far, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no effect: the connection is lost before, with PostgreSQL before the COMMIT."""
+    session = store._session
+    name = "_write" if far.kind == "postgresql" else "_call"
+    error = psycopg.OperationalError if far.kind == "postgresql" else RedisConnectionError
+    real = getattr(session, name)
+
+    def struck(*args: Any) -> Any:
+        if args[0] in ("void", "beat"):
+            return real(*args)
+        monkeypatch.setattr(session, name, real)
+        raise error("lost")
+
+    monkeypatch.setattr(session, name, struck)
+
+
 # ------------------------------------------------------------------ a reply is lost
 
 
@@ -187,6 +205,30 @@ def test_a_claim_that_nobody_heard_of_is_given_back(
     state = one(store, Get("doubt"))
     assert isinstance(state, Doubt)
     assert (state.attempt, state.token > old) == (1, True)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_giving_back_may_fail_too(far: Far, store: Any, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Law 10: a second fault, in the batch that gives claims back, which may be unavailable, too."""
+    module = f"idemp.stores.{far.kind}"
+    old = claim(store, "doubt").token
+    store.apply([Abandon("doubt", old)])
+    with monkeypatch.context() as short:
+        short.setattr(f"{module}.PATIENCE", 0.0)
+        lose_the_last_reply(far, store, monkeypatch)
+        with pytest.raises(StoreUnavailable):
+            store.apply([Claim("key"), Takeover("doubt", old)])
+        for each in range(1, times):
+            fail_the_next_change(far, store, monkeypatch)
+            with pytest.raises(StoreUnavailable):
+                claim(store, f"unheard/{each}")
+    fail_the_next_change(far, store, monkeypatch)
+
+    another = claim(store, "another")
+
+    assert [type(state) for state in store.apply([Get("key"), Get("doubt")])] == [Free, Doubt]
+    assert one(store, Complete("another", another.token)) == Applied()
+    assert claim(store, "key").attempt == claim(store, "unheard/1").attempt == 1
 
 
 def test_a_completion_that_was_not_heard_of_stands(

@@ -194,6 +194,40 @@ def test_giving_back_may_be_ambiguous_too(make: Any, wire: Wire) -> None:
     assert a.attempt == 1
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("sql", ["BEGIN IMMEDIATE", "COMMIT"])
+def test_giving_back_may_fail_too(make: Any, wire: Wire, when: str, sql: str) -> None:
+    """Law 10: a second fault, in the batch that gives claims back; they are, and nothing else is."""
+    store = make()
+    [doubted] = store.apply([Claim("doubt")])
+    store.apply([Abandon("doubt", doubted.token)])
+    wire.cut("after")
+    with pytest.raises(StoreUnavailable):
+        store.apply([Claim("a"), Takeover("doubt", doubted.token)])
+    wire.fail(when, sql, 1)
+
+    [other] = store.apply([Claim("other")])
+
+    states = store.apply([Get("a"), Get("doubt"), Get("other")])
+    assert [type(state) for state in states] == [Free, Doubt, Busy]
+    assert store.apply([Complete("other", other.token)]) == [Applied()]
+    assert isinstance(store.apply([Claim("a")])[0], Claimed)
+
+
+def test_giving_back_may_fail_for_long(make: Any, wire: Wire) -> None:
+    """Law 10: so that the callers behind it are told `StoreUnavailable`, too: all of them hold nothing."""
+    store = make(session_ttl=1000.0)
+    store.apply([Claim("warm")])
+    for key, when in (("a", "after"), ("b", "before"), ("c", "after"), ("d", "before")):
+        wire.cut(when)
+        with pytest.raises(StoreUnavailable):
+            store.apply([Claim(key)])
+    wire.fault = lambda when, sql: None
+
+    again = store.apply([Claim(key) for key in "abcd"])
+    assert [(type(reply), reply.attempt) for reply in again] == [(Claimed, 1)] * 4
+
+
 def test_a_completion_that_was_not_heard_of_stands(make: Any, wire: Wire) -> None:
     """Repeating it is harmless."""
     store = make()

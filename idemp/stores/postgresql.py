@@ -208,6 +208,7 @@ class _Session(Listening):
         self._born = 0  # the last token before the session
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
+        self._undo: list[Op] = []  # what gives back claims that nobody heard of
         self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
         self._lines = [self._writer, self._beater, self._reader, self._listener]
         self._idle: list[Line] = []  # for transactions with handlers in them
@@ -262,30 +263,34 @@ class _Session(Listening):
             return []
         if all(isinstance(op, Get) for op in ops):
             return self._look(connection, ops)
-        if self._unsure is None and (replies := self._shortly(connection, ops)) is not None:
+        if (
+            self._unsure is None
+            and not self._undo
+            and (replies := self._shortly(connection, ops)) is not None
+        ):
             return replies
         unsure, sent, era = self._unsure, self._clock.steady(), self._recall.era()
-        undo = [] if unsure is None else undoing(unsure.ops, unsure.replies)
+        given = [] if unsure is None else undoing(unsure.ops, unsure.replies)
         with connection.pipeline():
             connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
             connection.execute(self._settings)
-            asked = ask(connection, self._words, self._id, [*undo, *ops])
+            asked = ask(connection, self._words, self._id, [*self._undo, *given, *ops])
         loaded = asked.loaded()
         head = loaded.head
         self._heed(head, sent)
-        if unsure is None or head.batch != unsure.batch:
-            undo = []
-        elif unsure.batch == self._batch:
-            connection.execute("ROLLBACK")
+        if unsure is not None and head.batch == unsure.batch:
+            if unsure.batch == self._batch:
+                connection.execute("ROLLBACK")
+                self._settle(unsure.batch, self._confirmed)
+                return unsure.replies[len(unsure.replies) - len(ops) :]
+            # Kept until a commit that holds it is known to have taken effect, for that may fail, too.
             self._settle(unsure.batch, self._confirmed)
-            return unsure.replies[len(unsure.replies) - len(ops) :]
-        else:
-            self._settle(unsure.batch, self._confirmed)
+            self._undo = given
         if not head.alive or head.batch != self._last:
             connection.execute("ROLLBACK")
             self._bury(connection, head.batch)
-            return self._attempt(connection, [*undo, *ops])[len(undo) :]
-        ledger = decide(loaded, self._id)
+            return self._attempt(connection, ops)
+        undo, ledger = self._undo, decide(loaded, self._id)
         replies = [ledger.apply(op) for op in [*undo, *ops]]
         if ledger.changed:
             self._unsure = _Unsure(self._batch, [*undo, *ops], replies)
@@ -295,6 +300,7 @@ class _Session(Listening):
                 self._wake()
         else:
             connection.execute("ROLLBACK")
+            self._undo = []
         if ledger.forgotten:
             self._recall.forget_all()
         elif self._recall.follows:
@@ -454,8 +460,9 @@ class _Session(Listening):
         return line
 
     def _settle(self, batch: int, confirmed: float) -> None:
-        """This commit took effect."""
-        self._last, self._unsure, self._confirmed = batch, None, max(confirmed, self._confirmed)
+        """This commit took effect; what was to be given back is."""
+        self._last, self._unsure, self._undo = batch, None, []
+        self._confirmed = max(confirmed, self._confirmed)
 
     def _look(self, connection: Connection, ops: Sequence[Op]) -> list[Reply]:
         """Nothing is held where nothing is changed."""

@@ -236,6 +236,7 @@ class _Session(Listening):
         self._confirmed = -ttl
         self._born = 0  # the last token before the session
         self._unsure: _Unsure | None = None
+        self._undo: list[Op] = []  # what gives back claims that nobody heard of
         self._client = self._connects(self._connected)
         self._ear = self._connects(self._connected_to_listen)
         self._heard_epoch = ""
@@ -328,7 +329,8 @@ class _Session(Listening):
         self._unsure = None
         if kind in (b"dead", b"forgotten"):
             self._begin_anew(kind, *answer)
-            return self._attempt(whole)[len(whole) - len(ops) :]
+            return self._attempt(ops)
+        self._undo = []
         return self._answered(whole, kind, answer, sent, era)[len(whole) - len(ops) :]
 
     def _answered(
@@ -360,19 +362,23 @@ class _Session(Listening):
     def _with_undo(self, ops: Sequence[Op]) -> Sequence[Op]:
         """``ops`` behind what gives back the claims of a call whose caller was told that it failed."""
         unsure = self._unsure
-        if unsure is None:
-            return ops
-        if unsure.batch == self._batch:
-            return unsure.ops
+        if unsure is not None:
+            if unsure.batch == self._batch:
+                return unsure.ops
+            self._settle(unsure)
+        return [*self._undo, *ops]
+
+    def _settle(self, unsure: _Unsure) -> None:
+        """What became of that call; if it took no effect, it never will, nor did it give anything back."""
         kind, *answer = self._call("void", self._id, unsure.batch)
         if kind == b"dead":
-            return ops
+            return
         self._last, self._unsure = unsure.batch, None
         if kind == b"void":
-            return ops
+            return
         first, _, said = answer[0].partition(b" ")
         told = [_reply(*one, b"-", int(first)) for one in zip(unsure.ops, said.split(b","), strict=True)]
-        return [*undoing(unsure.ops, told), *ops]
+        self._undo = undoing(unsure.ops, told)
 
     # ---------------------------------------------------------------- the session
 

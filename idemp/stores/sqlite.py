@@ -247,6 +247,7 @@ class _Session(Confirmed):
         self._born = 0  # the last token before the session
         self._swept = clock.steady()
         self._unsure: _Unsure | None = None
+        self._undo: list[Op] = []  # what gives back claims that nobody heard of
         self._known = Known()
         self._looked = (-1, 0.0)  # what the reader saw last, and when it was asked
         check_place(path)
@@ -350,13 +351,15 @@ class _Session(Confirmed):
             return found
         db.execute("BEGIN IMMEDIATE")
         try:
-            undo: Sequence[Op] = ()
-            if self._unsure is not None and self._took_effect(db, self._unsure.batch):
-                if self._unsure.batch == self._batch:
+            if (unsure := self._unsure) is not None and self._took_effect(db, unsure.batch):
+                if unsure.batch == self._batch:
                     db.execute("ROLLBACK")
-                    replies, self._unsure = self._unsure.replies, None
-                    return replies[len(replies) - len(ops) :]
-                undo = undoing(self._unsure.ops, self._unsure.replies)
+                    self._settle()
+                    return unsure.replies[len(unsure.replies) - len(ops) :]
+                # Kept until a commit that holds it is known to have taken effect, for that may fail, too.
+                self._settle()
+                self._undo = undoing(unsure.ops, unsure.replies)
+            undo = self._undo
             return self._transact(db, [*undo, *ops])[len(undo) :]
         except BaseException:
             if db.in_transaction:
@@ -393,6 +396,10 @@ class _Session(Confirmed):
             self._known = Known(version)
         return entry
 
+    def _settle(self) -> None:
+        """The last commit took effect, or there was nothing to commit; what was to be given back is."""
+        self._unsure, self._undo = None, []
+
     def _took_effect(self, db: sqlite3.Connection, batch: int) -> bool:
         row = db.execute("SELECT batch FROM idemp_session WHERE id = ?", (self._id,)).fetchone()
         return row is not None and row[0] == batch
@@ -409,7 +416,7 @@ class _Session(Confirmed):
         replies = [ledger.apply(op) for op in ops]
         if not ledger.changed and ours and now - self._confirmed < self._ttl / 6:
             db.execute("ROLLBACK")
-            self._unsure = None
+            self._settle()
             return replies
         self._save(db, ledger, meta, wall)
         if ours:
@@ -419,7 +426,7 @@ class _Session(Confirmed):
             db.execute("INSERT INTO idemp_session VALUES (?, ?, ?, ?, ?)", new)
         self._unsure = _Unsure(self._batch, ops, replies)
         db.execute("COMMIT")
-        self._unsure = None
+        self._settle()
         self._confirmed = now
         self._known.wrote(meta, sessions, ledger)
         with self._changed:

@@ -705,6 +705,28 @@ MUTANTS = (
         "    finally:\n        pass\n",
         unit("test_etcd_store.py::test_a_journal_of_a_newer_idemp_is_not_read_on[True-Z key 7]"),
     ),
+    # ---------------------------------------------------------------- what gives claims back
+    Mutant(
+        "what gives claims back is kept until it took effect, on SQLite",
+        "stores/sqlite.py",
+        "            undo = self._undo\n",
+        "            undo, self._undo = self._undo, []\n",
+        unit("test_sqlite_store.py::test_giving_back_may_fail_too[COMMIT-before]"),
+    ),
+    Mutant(
+        "what gives claims back is kept until it took effect, on PostgreSQL",
+        "stores/postgresql.py",
+        "undo, ledger = self._undo, decide",
+        "undo, ledger = given, decide",
+        unit("test_server_stores.py::test_giving_back_may_fail_too[postgresql-1]"),
+    ),
+    Mutant(
+        "what gives claims back is kept until it took effect, on Redis",
+        "stores/redis.py",
+        "        return [*self._undo, *ops]\n",
+        "        undo, self._undo = self._undo, []\n        return [*undo, *ops]\n",
+        unit("test_server_stores.py::test_giving_back_may_fail_too[redis-2]"),
+    ),
     # ---------------------------------------------------------------- stores/postgresql.py
     Mutant(
         "a claim that waited while keys went draws its token anew",
