@@ -786,6 +786,58 @@ def test_space_is_bounded_by_rate_times_retention(url: str) -> None:
     assert sizes[-1][1] < 0.8 * len(done)
 
 
+def test_a_slice_begins_beside_who_reads_on(url: str) -> None:
+    """A dump, handlers that overlap, a forgotten psql: nobody waits, and what is over goes, nothing else."""
+    waited: list[Any] = []
+    late = "extract(epoch FROM now()) + 3600"
+    with (
+        closing(open_store(f"{url}?retention=2s&session=600ms")) as store,
+        closing(open_store(f"{url}?retention=2s&session=600ms")) as other,
+        psycopg.connect(url) as reader,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        other.apply([])
+        store.apply([])
+        reader.execute("SELECT FROM idemp_default.done_0, idemp_default.done_1, idemp_default.done_2")
+        for n in range(3):
+            sql(url, f"INSERT INTO idemp_default.done_{n} VALUES ('late/{n}', 1, 1, {late})")
+        ended = threading.Event()
+        watching = pool.submit(_watch_waiting, url, waited, ended)
+        done: list[tuple[str, float]] = []
+        first = slice_of(url)
+        end = time.monotonic() + 40
+        while slice_of(url) < first + 4 and time.monotonic() < end:
+            keys = [f"{len(done)}/{m}" for m in range(20)]
+            claims = store.apply([Claim(key) for key in keys])
+            done += [(key, time.time()) for key in keys]
+            store.apply([Complete(k, c.token) for k, c in zip(keys, claims, strict=True)])  # type: ignore[union-attr]
+            states = store.apply([Get(key) for key, _ in done[-400:]])
+            young = time.time() - 2
+            assert all(
+                at < young or isinstance(s, Done) for (_, at), s in zip(done[-400:], states, strict=True)
+            )
+            time.sleep(0.05)
+        ended.set()
+        watching.result()
+        held = [sql(url, f"SELECT count(*) FROM idemp_default.done_{n}")[0][0] for n in range(3)]
+        kept = [sql(url, f"SELECT key FROM idemp_default.done_{n} WHERE token = 1") for n in range(3)]
+    assert slice_of(url) >= first + 4
+    assert not waited
+    assert kept == [[(b"late/0",)], [(b"late/1",)], [(b"late/2",)]]
+    assert sum(held) - 3 < 0.9 * len(done)
+
+
+def slice_of(url: str) -> int:
+    return int(sql(url, "SELECT slice FROM idemp_default.meta")[0][0])
+
+
+def _watch_waiting(url: str, waited: list[Any], ended: threading.Event) -> None:
+    """For a table: who waits for a row or a page does not count."""
+    with psycopg.connect(url, autocommit=True) as line:
+        while not ended.wait(0.005):
+            waited += line.execute("SELECT mode FROM pg_locks WHERE locktype = 'relation' AND NOT granted")
+
+
 def test_what_is_claimed_anew_is_not_done_again_by_a_longer_retention(url: str, store: Any) -> None:
     """The old record is there until its slice is truncated: the claim that came after it counts."""
     with closing(open_store(f"{url}?retention=1s")) as short:

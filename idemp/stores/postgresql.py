@@ -7,7 +7,7 @@ caller's transaction, so that the caller's own statements commit with it.
 Keys that are not done live in ``open``.  Done keys live in three slices of time, ``done_0`` to ``done_2``: a
 new slice begins when the last is half a retention old, in the place of the oldest, which is over by then
 and is truncated as a whole.  So nothing is deleted row by row, and the tables hold at most one and a
-half retentions.
+half retentions.  Where somebody reads on and on, so that it cannot be truncated, it is deleted by the page.
 
 The session's row has an expiry by the server's clock, and the number of its last batch: after a lost
 connection that tells whether the commit took effect.  Who declares a session dead holds its row.
@@ -95,6 +95,14 @@ MAX_KEY = 2600
 _HOLD = 5.0  # how long a batch waits for another's keys, and may hold its own if this host stands still
 _SWEEP = 3600.0
 _MARGIN = 2.0
+_TURN = 1.0  # seconds at most that a heartbeat spends on the turn of a slice
+_PAGES = 64  # of some thousand rows, which one transaction deletes
+# Of a step, in ms: what it may wait for a vacuum, and how long this host may stand still in it, so that all
+# of it lasts less than the margin, and holds nobody up.
+_STEP = (
+    "SELECT set_config('lock_timeout', '50', true),"
+    " set_config('idle_in_transaction_session_timeout', '300', true)"
+)
 TRANSACTIONS = 10
 """With handlers in them, of one process at a time, each with a connection: the others wait for their turn."""
 DETOURS = 8
@@ -207,6 +215,7 @@ class _Session(Listening):
         self._confirmed = -ttl
         self._born = 0  # the last token before the session
         self._swept = clock.steady()
+        self._wiping = 0, 0  # the slice that comes, and the page of its table that is next
         self._unsure: _Unsure | None = None
         self._undo: list[Op] = []  # what gives back claims that nobody heard of
         self._writer, self._beater, self._reader, self._listener = (Line(place, clock) for _ in range(4))
@@ -558,18 +567,45 @@ class _Session(Listening):
 
     def _turn(self, connection: Connection) -> None:
         """Begin a new slice when it is time, in the place of the oldest, which is over by then."""
-        with connection.transaction():
-            row = run(connection, self._words.turn, [_MARGIN]).fetchone()
-            if row is None:
-                return  # it is not time, or another process is at it
-            number, now = row
-            try:
-                connection.execute("SET LOCAL lock_timeout = '1s'")
-                with connection.transaction():
-                    run(connection, self._words.clear[(number + 1) % 3])
-            except errors.LockNotAvailable:
-                return  # at the next beat
-            run(connection, self._words.turned, [number + 1, now])
+        until = self._clock.steady() + min(_TURN, self._ttl / 6)
+        while not self._turned(connection) and self._clock.steady() < until:
+            self._clock.sleep(0.01)
+
+    def _turned(self, connection: Connection) -> bool:
+        """One step of it, a transaction; whether there is nothing more to do here.
+
+        It never waits for the table, as every batch would behind it while somebody reads on.  Who looked
+        at ``meta`` before may write to the old slice after it: under the time of that look, or a second
+        later, for which the margin is there.
+        """
+        try:
+            with connection.transaction():
+                connection.execute(_STEP)
+                row = run(connection, self._words.turn, [_MARGIN]).fetchone()
+                if row is None:
+                    return True
+                number, now, late, free = row
+                if free:
+                    for statement in self._words.clear[(number + 1) % 3]:
+                        run(connection, statement)
+                elif not late or not self._wiped(connection, number + 1):
+                    return False
+                run(connection, self._words.turned, [number + 1, now])
+        except errors.LockNotAvailable:
+            return False
+        return True
+
+    def _wiped(self, connection: Connection, number: int) -> bool:
+        """Delete some of what is over where slice ``number`` will be; whether there was nothing left.
+
+        It leaves no mark: who drew a token before one of those was told when their slice ended.
+        """
+        first = self._wiping[1] if self._wiping[0] == number else 0
+        end = first + _PAGES
+        pages = {"first": f"({first},0)", "end": f"({end},0)"}
+        [(size,)] = run(connection, self._words.wipe[number % 3], pages).fetchall()
+        self._wiping = number, end
+        return bool(first >= size)
 
     def close(self) -> None:
         """End the session and let go of the database."""

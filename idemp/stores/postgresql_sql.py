@@ -93,6 +93,10 @@ class Statements(NamedTuple):
 
     claim, known, finish: the short way of `idemp.stores.postgresql_batch.Quick`.  vanish: tells it that a
     key has left nothing behind, for it looks at who wrote ``meta`` last.
+
+    turn: if it is time for another slice, and no other process is at it: the present one, the time, whether
+    it is late already, and whether nobody uses the table that comes next.  clear: empties that.  wipe:
+    deletes what is over from some of its pages; answers how many it has.
     """
 
     claim: str
@@ -119,7 +123,8 @@ class Statements(NamedTuple):
     sweep: tuple[str, ...]
     turn: str
     turned: str
-    clear: tuple[str, ...]
+    clear: tuple[tuple[str, str], ...]
+    wipe: tuple[str, ...]
     listen: str
     tell: str
     tell_forgotten: str
@@ -221,11 +226,24 @@ _TEMPLATE = Statements(
         " WHERE expires < clock_timestamp() - interval '1 hour' FOR UPDATE SKIP LOCKED)",
     ),
     # The slice that comes next was closed when the one before the present began.
-    turn="SELECT slice, t.now FROM {s}.meta, (SELECT extract(epoch FROM clock_timestamp())::float8) AS t(now)"
+    turn="SELECT slice, t.now, t.now - began >= retention * 0.625, NOT EXISTS (SELECT FROM pg_locks l"
+    " WHERE l.relation = ('{s}.done_' || mod(slice + 1, 3))::regclass"
+    " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+    " FROM {s}.meta, (SELECT extract(epoch FROM clock_timestamp())::float8) AS t(now)"
     " WHERE t.now - began >= retention / 2 AND t.now - ended >= retention + %s"
     " FOR UPDATE OF meta SKIP LOCKED",
     turned="UPDATE {s}.meta SET slice = %s, ended = began, began = %s",
-    clear=tuple(f"TRUNCATE {{s}}.done_{n}" for n in SLICES),
+    clear=tuple(
+        (f"LOCK TABLE {{s}}.done_{n} IN ACCESS EXCLUSIVE MODE NOWAIT", f"TRUNCATE {{s}}.done_{n}")
+        for n in SLICES
+    ),
+    # By pages, so that one step never walks over what the steps before have left to the vacuum.
+    wipe=tuple(
+        f"WITH wiped AS (DELETE FROM {{s}}.done_{n} WHERE ctid = ANY(ARRAY(SELECT ctid FROM {{s}}.done_{n}"
+        f" WHERE ctid >= %(first)s::tid AND ctid < %(end)s::tid AND at <= {_OVER} FOR UPDATE SKIP LOCKED)))"
+        f" SELECT pg_relation_size('{{s}}.done_{n}') / current_setting('block_size')::int"
+        for n in SLICES
+    ),
     listen="LISTEN {s}",
     tell="NOTIFY {s}",
     tell_forgotten="NOTIFY {s}, 'forgotten'",

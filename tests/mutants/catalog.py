@@ -763,6 +763,20 @@ MUTANTS = (
         "WHERE false",
         unit("test_postgresql_store.py::test_a_claim_that_waited_has_the_highest_token[be_swept]"),
     ),
+    Mutant(
+        "a slice that cannot be truncated is deleted",
+        "stores/postgresql.py",
+        "                elif not late or not self._wiped(connection, number + 1):\n",
+        "                else:\n",
+        unit("test_postgresql_store.py::test_a_slice_begins_beside_who_reads_on"),
+    ),
+    Mutant(
+        "of a slice only what is over is deleted",
+        "stores/postgresql_sql.py",
+        " AND at <= {_OVER} FOR UPDATE SKIP LOCKED",
+        " FOR UPDATE SKIP LOCKED",
+        unit("test_postgresql_store.py::test_a_slice_begins_beside_who_reads_on"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
