@@ -48,6 +48,7 @@ from idemp.stores.etcd_client import (
     Put,
     Unreachable,
     Unsure,
+    Watch,
     WatchBatch,
     WentBack,
 )
@@ -941,3 +942,77 @@ def test_who_may_see_only_the_namespace_is_not_bothered(
 
 def _base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
+
+
+# ------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(24, "Too many open files"), RuntimeError("can't start new thread")],
+    ids=["OSError", "RuntimeError"],
+)
+def test_no_thread_dies_of_what_nobody_expected(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It fails once in each; then the session is confirmed again, and a session that is gone is found."""
+    failed, threads = set[str](), {"idemp-etcd-lease", "idemp-etcd-keeper", "idemp-etcd-health"}
+    (store, wire), (other, _) = make(session_ttl=2.0), make(session_ttl=2.0)
+    real = wire._call
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.current_thread().name
+        if thread in threads - failed:
+            failed.add(thread)
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(wire, "_call", call)
+    until(lambda: failed == threads)
+    since = time.monotonic()
+    session: Any = store._session  # type: ignore[attr-defined]
+    until(lambda: session._alive_at > since)
+    looked = session._seen
+    until(lambda: session._seen is not looked)
+    assert store.fresh()
+    assert isinstance(one(other, Claim("key")), Claimed)
+
+
+def test_a_watch_that_ends_for_a_reason_nobody_expected(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory is imported again, and does not go on as if nothing happened elsewhere."""
+    (here, _), (there, _) = make(), make()
+    real, once = Watch._follow, [RuntimeError("can't start new thread")]
+
+    def follow(*words: Any) -> None:
+        if once:
+            raise once.pop()
+        real(*words)
+
+    monkeypatch.setattr(Watch, "_follow", follow)
+    here._session._replica.distrust("for a test")  # type: ignore[attr-defined]
+    one(here, Get("key"))
+    until(lambda: "importing again: can't start new thread" in caplog.text)
+    claim = one(there, Claim("key"))
+    assert one(there, Complete("key", claim.token)) == Applied()
+    assert isinstance(one(here, Get("key")), Done)
+
+
+def test_a_journal_with_a_key_deleted_by_hand(make: Make, unique: str, etcd: Etcd) -> None:
+    """It is refused in a sentence, by who comes and by who has to read it again, and closed all the same."""
+    store, _ = make()
+    for key in "abcd":
+        one(store, Claim(key))
+    with closing(Client(etcd.endpoints)) as by_hand:
+        logged = by_hand.range(f"/idemp/v1/{unique}/log/", prefix=True).pairs
+        by_hand.delete(logged[1].key)
+    sentence = (
+        f"the journal /idemp/v1/{unique}/ in etcd is damaged: what comes before {logged[2].key} is missing"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        make()
+    store._session._replica.distrust("for a test")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=sentence):
+        one(store, Claim("e"))
+    store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -692,6 +693,20 @@ def test_a_server_that_ends_is_told_with_what_it_said_before(
         monkeypatch.undo()
         assert "\n" not in str(ended.value)
         server.start()
+
+
+@pytest.mark.parametrize("where", ["psycopg.Connection.connect", "socket.dup", "psycopg.Connection.execute"])
+def test_without_a_descriptor_it_is_unavailable(
+    url: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Psycopg raises the system's error as it is; with descriptors again it goes on."""
+    with closing(open_store(url)) as store:
+        with monkeypatch.context() as short:
+            short.setattr("idemp.stores.postgresql.PATIENCE", 0.3)
+            short.setattr(where, lambda *_, **__: os.open("/dev/null/no", 0))
+            with pytest.raises(StoreUnavailable, match="Not a directory"):
+                claim(store, "key")
+        claim(store, "key")
 
 
 # ------------------------------------------------------------------ a pooler

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from idemp import idempotent
@@ -476,3 +477,46 @@ def test_namespaces_keep_apart(far: Far) -> None:
         claim(a, "key")
         claim(b, "key")
         assert len(a.scan()) == len(b.scan()) == 1
+
+
+# ------------------------------------------------------------------ threads
+
+NOBODY_EXPECTED = [OSError(24, "Too many open files"), RuntimeError("can't start new thread")]
+
+
+@pytest.mark.parametrize("error", NOBODY_EXPECTED, ids=["OSError", "RuntimeError"])
+def test_no_thread_dies_of_what_nobody_expected(
+    far: Far, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It fails once in each; then the session is confirmed again, and what is told is heard again."""
+    kind, name = {
+        "postgresql": (psycopg.Connection, "execute"),
+        "redis": (redis.Redis, "execute_command"),
+    }[far.kind]
+    real, failed = getattr(kind, name), set[str]()
+
+    def execute(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.current_thread().name
+        if thread.startswith(f"idemp-{far.kind}-") and thread not in failed:
+            failed.add(thread)
+            raise error
+        return real(*args, **kwargs)
+
+    with closing(far.open("?session=1s")) as store:
+        store.apply([Claim("key")])
+        store.recall("key")
+        until(lambda: store._session._listens)
+        monkeypatch.setattr(kind, name, execute)
+        until(lambda: len(failed) == 2)
+        since = time.monotonic()
+        until(lambda: store._session._confirmed > since)
+        until(lambda: store._session._listens and store._session._recall.follows)
+        assert all(thread.is_alive() for thread in store._session._threads)
+        assert store.fresh()
+
+
+def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)

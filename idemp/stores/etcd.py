@@ -661,6 +661,8 @@ class _Session:
                 return  # between the look at whether it ended and the call
             except IdempError as error:  # also a file of the URL that is away for a moment
                 log.warning("keeping the session of %s: %s", self._layout.root, error)
+            except Exception:  # without it every handler that takes longer would be in doubt, from now on
+                log.exception("keeping the session of %s", self._layout.root)
 
     def _keep(self) -> None:
         """As often, and often enough for the buckets."""
@@ -676,6 +678,8 @@ class _Session:
                 continue  # somebody was first, or the bucket moved: next time
             except IdempError as error:
                 log.warning("keeping %s: %s", self._layout.root, error)
+            except Exception:
+                log.exception("keeping %s", self._layout.root)
 
     def _keep_alive(self) -> None:
         asked, lease = self._clock.steady(), self._lease
@@ -813,7 +817,7 @@ class _Session:
         """What is still claimed is in doubt from here on; then the lease goes."""
         self._ended.set()
         with self.group.paused():
-            with contextlib.suppress(EtcdError, StoreUnavailable, Unreadable, _Never):
+            with contextlib.suppress(IdempError, _Never):
                 self._abandon_all()
             with contextlib.suppress(EtcdError):
                 self._client.lease_revoke(self._lease)

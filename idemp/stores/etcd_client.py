@@ -742,6 +742,9 @@ class Watch:
             self._broken(number, str(_failure(self._here.endpoints[number], error)))
         except IdempError as error:
             self._broken(number, str(error))
+        except Exception as error:
+            log.exception("a watch")
+            self._broken(number, str(error))
         finally:
             self._requests.put(None)  # lets grpc's own thread go
             self._here.watches.discard(self)

@@ -137,7 +137,11 @@ def keep_looking(client: Client, key: str, settled: Callable[[], bool], ended: t
     pause = SOON
     while not ended.wait(pause):
         pause = PAUSE
-        health = look(client, key)
+        try:
+            health = look(client, key)
+        except Exception:
+            log.exception("%s", client)
+            continue
         if health is None:
             continue
         found = findings(health, settled=settled())

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
+from idemp.errors import ConfigError
 from idemp.ports import Clock, Progress, Reply
 from idemp.stores.etcd_client import Client, KeyValue, Watch, WatchBatch
 from idemp.stores.journal import Append, Journal, OutOfOrder
@@ -138,7 +139,8 @@ class Replica:
     def import_all(self) -> None:
         """Read everything at one revision and follow the watch from there.
 
-        Raises what the client raises, and `Unreadable`.  Only when it returns is the memory trusted.
+        Raises what the client raises, `Unreadable`, and `ConfigError` if it is damaged.  Only when it
+        returns is the memory trusted.
         """
         self.stop()
         self.check()
@@ -175,11 +177,21 @@ class Replica:
             # All appends of a bucket come before all of the next, so it is sorted bucket by bucket.
             pairs = sorted(self._pages(layout.log_of(each), revision), key=lambda pair: pair.mod_revision)
             for pair in pairs:
-                self._fold(journal, pair, importing=True)
+                try:
+                    self._fold(journal, pair, importing=True)
+                except OutOfOrder:
+                    raise ConfigError(self._damaged(pair.key)) from None
         for session, (seq, _) in tails.items():
             journal.seqs.setdefault(session, seq)
         journal.revision = revision
         return journal
+
+    def _damaged(self, key: str) -> str:
+        return (
+            f"the journal {self.layout.root} in etcd is damaged: what comes before {key} is missing, so"
+            " somebody has changed or deleted keys; restore a snapshot of etcd, or, to begin anew with"
+            f" nothing remembered, stop all that use it and run: etcdctl del --prefix {self.layout.root}"
+        )
 
     def _snapshot(self, bucket: int, revision: int) -> Iterator[Opened]:
         layout = self.layout

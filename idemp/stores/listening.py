@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from idemp.errors import Closed
 from idemp.ports import Busy, Clock, Done, State
 from idemp.stores.door import Confirmed
 from idemp.stores.recall import Recall
+
+log = logging.getLogger(__name__)
 
 _POLL = (0.01, 0.25, 2.0)  # at first, at most, and at most while notifications come
 
@@ -26,8 +29,11 @@ class Listening(Confirmed):
         self._threads: list[threading.Thread] = []
 
     @abstractmethod
-    def _hear(self) -> None:
-        """Listen, until the end.  ``_listens`` says whether what is told is heard; `_wake` who waits."""
+    def _hear_once(self) -> bool:
+        """Listen, until something may go unheard; false, after a word to the log, if it failed.
+
+        ``_listens`` says whether what is told is heard; `_wake` who waits.
+        """
 
     @abstractmethod
     def _peek(self, key: str) -> State:
@@ -69,6 +75,18 @@ class Listening(Confirmed):
             if self._listens is None:
                 self._listens = False
                 self._start("listen", self._hear)
+
+    def _hear(self) -> None:
+        """Listen, until the end: whatever fails, this process must not stay deaf."""
+        while not self._ended.is_set():
+            heard = False
+            try:
+                heard = self._hear_once()
+            except Exception:
+                log.exception("%s: not listening", self._kind)
+            self._listens = False
+            self._recall.lose()
+            self._ended.wait(0.0 if heard else 1.0)
 
     def _wake(self) -> None:
         with self._changed:

@@ -245,6 +245,8 @@ class _Session(Listening):
                 told = failed if error.sqlstate else told
             except StoreUnavailable as error:
                 failed = error
+            except OSError as error:  # the driver's own, without a descriptor to wait with
+                failed = StoreUnavailable(f"{self._place.shown}: {error}")
             except IsReplica as error:
                 failed = told = self._demoted(error)
             # Another server may be the primary now, of which who listens on the old line hears nothing; and
@@ -547,6 +549,8 @@ class _Session(Listening):
                 log.warning("heartbeat: %s", error)
             except psycopg.Error as error:
                 log.warning("heartbeat of %s: %s", self._place.shown, one_line(error))
+            except Exception:  # without it every handler that takes longer would be in doubt, from now on
+                log.exception("heartbeat of %s", self._place.shown)
         self._beater.drop()
 
     def _beat_once(self) -> None:
@@ -675,20 +679,19 @@ class _Session(Listening):
 
     # ---------------------------------------------------------------- being told
 
-    def _hear(self) -> None:
-        while not self._ended.is_set():
-            try:
-                with self._listener.use(PATIENCE) as connection:
-                    if self._listener.pooled:
-                        break  # who listens and who is told would be different connections
+    def _hear_once(self) -> bool:
+        try:
+            with self._listener.use(PATIENCE) as connection:
+                if not self._listener.pooled:
                     self._hear_on(connection)
-            except (psycopg.Error, StoreUnavailable, ConfigError) as error:
-                log.info("%s: not listening: %s", self._place.shown, one_line(error))
-                self._ended.wait(1.0)
-            self._listens = False
-            self._recall.lose()
+        except (psycopg.Error, StoreUnavailable, ConfigError) as error:
+            log.info("%s: not listening: %s", self._place.shown, one_line(error))
+            return False
+        finally:
             self._listener.drop()
-        self._listener.drop()
+        if self._listener.pooled:
+            self._ended.wait()  # who listens and who is told would be different connections
+        return True
 
     def _hear_on(self, connection: Connection) -> None:
         """Until something may go unheard.  A question that is answered says that the line is whole."""

@@ -125,6 +125,12 @@ class Line:
             self._until = None
 
     def _connect(self) -> Connection:
+        try:
+            return self._connected()
+        except OSError as error:  # without descriptors psycopg raises it as it is
+            raise StoreUnavailable(f"{self._place.shown}: {error}") from None
+
+    def _connected(self) -> Connection:
         connection = connect(self._place, self._kind)
         try:
             # Before the first question: a pooler without a free connection lets it wait for minutes.

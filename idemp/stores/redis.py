@@ -435,6 +435,8 @@ class _Session(Listening):
                 return
             except (StoreUnavailable, ConfigError) as error:
                 log.warning("heartbeat: %s", error)
+            except Exception:  # without it every handler that takes longer would be in doubt, from now on
+                log.exception("heartbeat of %s", self._at.shown)
 
     def _beaten(self) -> bool:
         try:
@@ -514,18 +516,16 @@ class _Session(Listening):
 
     # ---------------------------------------------------------------- being told
 
-    def _hear(self) -> None:
-        while not self._ended.is_set():
-            try:
-                with self._ear.pubsub() as line:
-                    self._hear_on(line)
-            except (RedisError, _Restarted, ConfigError) as error:
-                log.info("%s: not listening: %s", self._at.shown, error)
-                if isinstance(error, _Restarted):
-                    self._find_out()
-                self._ended.wait(1.0)
-            self._listens = False
-            self._recall.lose()
+    def _hear_once(self) -> bool:
+        try:
+            with self._ear.pubsub() as line:
+                self._hear_on(line)
+        except (RedisError, _Restarted, ConfigError) as error:
+            log.info("%s: not listening: %s", self._at.shown, error)
+            if isinstance(error, _Restarted):
+                self._find_out()
+            return False
+        return True
 
     def _find_out(self) -> None:
         """That it is another is seen on a new connection only, and those of who asks are perhaps older."""

@@ -777,6 +777,27 @@ MUTANTS = (
         " FOR UPDATE SKIP LOCKED",
         unit("test_postgresql_store.py::test_a_slice_begins_beside_who_reads_on"),
     ),
+    Mutant(
+        "the heartbeat outlives what nobody expected",
+        "stores/postgresql.py",
+        "            except Exception:  # without it every",
+        "            except EOFError:  # without it every",
+        unit("test_server_stores.py::test_no_thread_dies_of_what_nobody_expected[postgresql-OSError]"),
+    ),
+    Mutant(
+        "who listens outlives what nobody expected",
+        "stores/listening.py",
+        "            except Exception:\n",
+        "            except EOFError:\n",
+        unit("test_server_stores.py::test_no_thread_dies_of_what_nobody_expected[redis-RuntimeError]"),
+    ),
+    Mutant(
+        "the keeping of the session outlives what nobody expected",
+        "stores/etcd.py",
+        "            except Exception:  # without it every",
+        "            except EOFError:  # without it every",
+        unit("test_etcd_store.py::test_no_thread_dies_of_what_nobody_expected[OSError]"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
