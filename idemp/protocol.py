@@ -256,8 +256,8 @@ def _park(key: str, claim: Claimed, reason: str, error: BaseException | None = N
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
+    """An error in one line, for logs and letters."""
+    text = spelled(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
