@@ -415,7 +415,7 @@ def test_behind_a_pooler_nothing_is_remembered(postgresql: PostgreSQL) -> None:
         store: Any = opened
         store.apply([])
         assert store.recall("key") is None
-        store._session._threads[-1].join(20)
+        until(lambda: store._session._listener.pooled)
         done = finish(store, "key")
         assert one(store, Claim("key")) == done
         assert store.recall("key") is None
