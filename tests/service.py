@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from idemp import Message, open_transport
+from idemp import Consumer, Message, open_transport
 from idemp.cli.stage import Statsd
 from idemp.message import Properties
 from idemp.ports import Delivery, Publication
@@ -163,3 +164,29 @@ def stand(url: str, folder: Path) -> Iterator[Stand]:
         finally:
             for program in built.programs:
                 program.stop(signal.SIGKILL)
+
+
+@contextmanager
+def running(consumer: Consumer) -> Iterator[None]:
+    """It runs in a thread meanwhile, and what it raises is raised at the end."""
+    ready = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            consumer.run(ready=ready.set)
+        except BaseException as error:
+            errors.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield
+    finally:
+        consumer.stop()
+        thread.join(40)
+        assert not thread.is_alive()
+        if errors:
+            raise errors[0]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from idemp.ports import (
     Ran,
     Store,
 )
+from tests.service import running
 
 
 class Bench:
@@ -93,31 +94,6 @@ def make(tmp_path: Path, unique: str) -> Iterator[Callable[..., Bench]]:
     for bench in benches:
         bench.transport.close()
         bench.store.close()
-
-
-@contextmanager
-def running(consumer: Consumer) -> Iterator[None]:
-    ready = threading.Event()
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            consumer.run(ready=ready.set)
-        except BaseException as error:
-            errors.append(error)
-            ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield
-    finally:
-        consumer.stop()
-        thread.join(20)
-        assert not thread.is_alive()
-        if errors:
-            raise errors[0]
 
 
 def until(what: Callable[[], Any], seconds: float = 20.0) -> None:

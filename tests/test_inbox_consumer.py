@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from idemp.policy import make_policy
 from idemp.ports import Claimed, Delivery, Done, Free, Get, Parked, Publication
 from idemp.protocol import NotRun, Ok, Verdict
 from tests.servers import PostgreSQL
+from tests.service import running
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,29 +78,8 @@ class Bench:
     def publish(self, ids: list[str]) -> None:
         send(self.broker, ids)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        errors: list[BaseException] = []
-        ready = threading.Event()
-
-        def run() -> None:
-            try:
-                self.consumer.run(ready=ready.set)
-            except BaseException as error:
-                errors.append(error)
-                ready.set()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert ready.wait(20)
-        try:
-            yield
-        finally:
-            self.consumer.stop()
-            thread.join(30)
-            assert not thread.is_alive()
-            if errors:
-                raise errors[0]
+    def running(self) -> AbstractContextManager[None]:
+        return running(self.consumer)
 
     def depth(self, queue: str) -> int:
         with closing(open_transport(self.broker)) as transport:

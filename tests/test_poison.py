@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from idemp.message import Properties
 from idemp.ports import Delivery, Publication
 from idemp.transports.rabbitmq import RabbitMQTransport
 from tests.servers import RabbitMQ, Redis
+from tests.service import running
 
 
 class Service:
@@ -41,29 +41,8 @@ class Service:
         if (error := message.args.get("error")) is not None:
             raise PermanentFailure(error)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        errors: list[BaseException] = []
-        ready = threading.Event()
-
-        def run() -> None:
-            try:
-                self.consumer.run(ready=ready.set)
-            except BaseException as error:
-                errors.append(error)
-                ready.set()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert ready.wait(20)
-        try:
-            yield
-        finally:
-            self.consumer.stop()
-            thread.join(40)
-            assert not thread.is_alive()
-            if errors:
-                raise errors[0]
+    def running(self) -> AbstractContextManager[None]:
+        return running(self.consumer)
 
     def send(self, *bodies: bytes, **properties: Any) -> None:
         with closing(open_transport(self.url)) as transport:
