@@ -74,7 +74,11 @@ class Listening(Confirmed):
         with self._changed:
             if self._listens is None:
                 self._listens = False
-                self._start("listen", self._hear)
+                try:
+                    self._start("listen", self._hear)
+                except RuntimeError:  # no thread is left: the next one asks again
+                    self._listens = None
+                    raise
 
     def _hear(self) -> None:
         """Listen, until the end: whatever fails, this process must not stay deaf."""
@@ -94,5 +98,5 @@ class Listening(Confirmed):
 
     def _start(self, name: str, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, name=f"idemp-{self._kind}-{name}", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
