@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import socket
 import struct
@@ -83,7 +84,7 @@ class Proxy:
 
     def __init__(self, target: int, *, seed: int = 0) -> None:
         self.counts = Counts()
-        self._target = target
+        self._targets = itertools.cycle([target])
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._dice = random.Random(seed)
@@ -139,9 +140,9 @@ class Proxy:
         """Reset every connection, or ``most`` of them, the oldest first; how many there were."""
         return self._do(lambda: self._cut(len(self._links) if most is None else most))
 
-    def move(self, target: int) -> None:
-        """From now on new connections go to another port of this machine."""
-        self._target = target
+    def move(self, *targets: int) -> None:
+        """From now on new connections go to another port of this machine, or to each of several in turn."""
+        self._targets = itertools.cycle(targets)
 
     def hold(self, *, questions: bool = False, answers: bool = False) -> None:
         """Keep what goes to the target, or what comes from it; connections stay, and new ones come about."""
@@ -222,7 +223,7 @@ class Proxy:
         assert task is not None
         self._serving.add(task)
         try:
-            far = await asyncio.open_connection("127.0.0.1", self._target)
+            far = await asyncio.open_connection("127.0.0.1", next(self._targets))
         except OSError:
             writer.close()
         else:

@@ -328,6 +328,31 @@ def test_a_call_that_was_given_up_takes_no_effect_when_it_comes_late(store: Any)
     claim(store, "key")
 
 
+def test_two_masters_behind_one_address(
+    own_redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a balancer shows them around a failover: a call ends in its time, and asks now and then."""
+    with (
+        Redis() as second,
+        Proxy(own_redis.port) as proxy,
+        closing(open_store(f"redis://127.0.0.1:{proxy.port}/0?session=60s")) as store,
+    ):
+        claim(store, "before")
+        monkeypatch.setattr("idemp.stores.redis.PATIENCE", 1.0)
+        proxy.move(second.port, own_redis.port)
+        proxy.cut()
+        tried, mute = proxy.counts.connections, threading.Timer(20.0, proxy.move, [own_redis.port])
+        mute.start()  # a call that never ends would hold up all tests
+        with pytest.raises(StoreUnavailable, match="began anew, or is another"):
+            claim(store, "key")
+        mute.cancel()
+        assert proxy.counts.connections - tried <= 40
+        assert caplog.text.count("began anew") <= 2
+        monkeypatch.undo()
+        proxy.move(own_redis.port)
+        claim(store, "key")
+
+
 # ------------------------------------------------------------------ memory
 
 

@@ -294,16 +294,22 @@ class _Session(Listening):
         if self._ended.is_set():
             raise Closed("this store was closed")
         deadline = self._clock.steady() + PATIENCE
+        failed: Exception
         self._batch += 1
+        anew = False
         while True:
             try:
                 return self._attempt(ops)
             except _Restarted as restarted:
                 # Whether it forgot anything of mine, the next call finds out; until then nothing is fresh.
-                log.warning("%s began anew", self._at.shown)
                 self._epoch, self._confirmed = restarted.epoch, -self._ttl
                 self._recall.lose()
-                continue
+                if not anew:
+                    log.warning("%s began anew", self._at.shown)
+                    anew = True
+                    continue
+                # Again and again: an address behind which there are two.
+                failed = StoreUnavailable(f"{self._at.shown}: {restarted}")
             except RedisError as error:
                 failed = explain(self._at, error, StoreUnavailable)
             if isinstance(failed, ConfigError) or self._clock.steady() >= deadline:
