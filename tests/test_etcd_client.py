@@ -636,19 +636,36 @@ def test_without_a_majority_it_fails_and_watches_end(cluster: Etcd) -> None:
     client.close()
 
 
+def test_a_lease_is_kept_without_a_thread(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may have no more threads for a moment keeps its session."""
+    lease = client.lease_grant(60)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert client.lease_keepalive(lease) == 60
+    assert client.lease_keepalive(7) == 0
+
+
 # ---------------------------------------------------------------- users
 
 
 @pytest.fixture
 def guarded(own_etcd: Etcd) -> Etcd:
     """It lets in root:secret, and mole:secret who has no rights."""
-    call = own_etcd.members[0].call
-    for name in ("root", "mole"):
+    let_in(own_etcd, "root", "mole")
+    return own_etcd
+
+
+def let_in(etcd: Etcd, *names: str) -> None:
+    """From now on only these, all with the password ``secret``, and root alone with rights."""
+    call = etcd.members[0].call
+    for name in names:
         call("/v3/auth/user/add", name=name, password="secret")
     call("/v3/auth/role/add", name="root")
     call("/v3/auth/user/grant", user="root", role="root")
     call("/v3/auth/enable")
-    return own_etcd
 
 
 def test_who_may_come_in(guarded: Etcd) -> None:
@@ -681,6 +698,23 @@ def test_a_token_that_etcd_forgot_is_renewed(guarded: Etcd) -> None:
         time.sleep(0.1)
     assert [event.value for event in heard.events()] == [b"1", b"2"]
     client.close()
+
+
+def test_users_that_are_needed_from_now_on(own_etcd: Etcd) -> None:
+    """Who has a password logs in then, also where none was needed when it first called."""
+    client, heard = Client(own_etcd.endpoints, "root", "secret"), Heard()
+    client.put("/a", b"1")
+    let_in(own_etcd, "root")
+    client.put("/a", b"2")
+    client.watch("/a", 1, heard.append)
+    until(lambda: heard.broken() or len(heard.events()) == 2)
+    assert [event.value for event in heard.events()] == [b"1", b"2"]
+    client.close()
+
+    nobody = Client(own_etcd.endpoints)
+    with pytest.raises(Denied, match="user name is empty"):
+        nobody.put("/a", b"3")
+    nobody.close()
 
 
 def test_a_password_is_no_fault_where_none_is_needed(etcd: Etcd, root: str) -> None:

@@ -944,6 +944,26 @@ def _base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
+def test_users_that_are_needed_from_now_on(own_etcd: Etcd) -> None:
+    """A store whose URL has user and password goes on, with its session, when etcd begins to ask for them."""
+    call = own_etcd.members[0].call
+    url = own_etcd.url.replace("etcd://", "etcd://root:secret@")
+    with closing(open_store(f"{url}x?session=3s")) as store:
+        mine = one(store, Claim("before"))
+        call("/v3/auth/user/add", name="root", password="secret")
+        call("/v3/auth/role/add", name="root")
+        call("/v3/auth/user/grant", user="root", role="root")
+        call("/v3/auth/enable")
+        assert isinstance(one(store, Claim("after")), Claimed)
+        time.sleep(4)  # longer than the session lives by itself
+        assert store.fresh(mine.token)
+        with closing(open_store(f"{url}x")) as other:
+            done = one(other, Claim("theirs"))
+            assert one(other, Complete("theirs", done.token)) == Applied()
+            until(lambda: store.recall("theirs"))
+        assert one(store, Complete("before", mine.token)) == Applied()
+
+
 # ------------------------------------------------------------------ threads
 
 

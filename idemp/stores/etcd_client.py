@@ -283,7 +283,7 @@ class Denied(Refused, ConfigError):
 
 
 class _OldToken(Denied):
-    """To be had anew, with the password."""
+    """To be had anew, with the password; or for the first time, if none was needed before."""
 
 
 _REFUSALS = {
@@ -298,7 +298,7 @@ _REFUSALS = {
     "invalid auth token": _OldToken,
     "revision of auth store is old": _OldToken,
     "authentication failed": Denied,
-    "user name is empty": Denied,
+    "user name is empty": _OldToken,
     "user name not found": Denied,
     "permission denied": Denied,
     "authentication is not enabled": Denied,
@@ -574,7 +574,7 @@ class Client:
             failure = _failure(self._endpoints[number], error)
         except ValueError:  # so grpc says that the channel was closed
             raise Closed("this etcd client was closed") from None
-        if isinstance(failure, _OldToken) and not renewed:
+        if isinstance(failure, _OldToken) and self._login is not None and not renewed:
             here.metadata = None
             return self._at(number, method, request, end, renewed=True)
         raise failure
@@ -674,19 +674,16 @@ class _Link:
         kv, lease = stubs.KVStub(channel), stubs.LeaseStub(channel)
         self.txn, self.range, self.put, self.delete = kv.Txn, kv.Range, kv.Put, kv.DeleteRange
         self.compact = kv.Compact
-        self.grant, self.revoke, self._keepalive = lease.LeaseGrant, lease.LeaseRevoke, lease.LeaseKeepAlive
+        self.grant, self.revoke = lease.LeaseGrant, lease.LeaseRevoke
+        # Etcd has it as a stream only: here one of one.  As a stream grpc would start a thread for it, and
+        # where none is left, never answer or close this connection again.
+        self.keepalive = channel.unary_unary(
+            "/etcdserverpb.Lease/LeaseKeepAlive",
+            request_serializer=pb.LeaseKeepAliveRequest.SerializeToString,
+            response_deserializer=pb.LeaseKeepAliveResponse.FromString,
+        )
         self.status = stubs.MaintenanceStub(channel).Status
         self.authenticate = stubs.AuthStub(channel).Authenticate
-
-    def keepalive(self, request: Any, timeout: float, metadata: Any) -> Any:
-        """etcd has it as a stream only: here one of one."""
-        call = self._keepalive(iter((request,)), timeout=timeout, metadata=metadata)
-        try:
-            return next(call)
-        except StopIteration:
-            raise Unsure("etcd ended a keepalive without a word") from None
-        finally:
-            call.cancel()
 
 
 def _credentials(*files: str | None) -> grpc.ChannelCredentials:

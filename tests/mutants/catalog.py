@@ -798,6 +798,20 @@ MUTANTS = (
         "            except EOFError:  # without it every",
         unit("test_etcd_store.py::test_no_thread_dies_of_what_nobody_expected[OSError]"),
     ),
+    Mutant(
+        "a server that began anew again and again is no reason to ask without end",
+        "stores/redis.py",
+        "                if not anew:\n",
+        "                if True:\n",
+        unit("test_redis_store.py::test_two_masters_behind_one_address"),
+    ),
+    Mutant(
+        "who has a password logs in when one is needed",
+        "stores/etcd_client.py",
+        '"user name is empty": _OldToken',
+        '"user name is empty": Denied',
+        unit("test_etcd_client.py::test_users_that_are_needed_from_now_on"),
+    ),
     # ---------------------------------------------------------------- stores/recall.py
     Mutant(
         "a memory for which nobody vouches answers nothing",
