@@ -51,11 +51,12 @@ from tests.service import finished
 
 
 class Time:
-    """A clock that a test moves.  Sleeping moves it too."""
+    """A clock that a test moves.  Sleeping moves it too.  ``ahead``: seconds that the wall clock is."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
-        self.clock = Clock(wall=lambda: self.now, steady=lambda: self.now, sleep=self.sleep)
+        self.ahead = 0.0
+        self.clock = Clock(wall=lambda: self.now + self.ahead, steady=lambda: self.now, sleep=self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -658,6 +659,79 @@ def test_a_key_done_again_after_its_retention_is_done_anew(make: Any, time: Time
     [done] = store.apply([Claim("a")])
     assert done.result == b"new"
     assert len(store.scan()) == 1
+
+
+class Rate:
+    """A key a second is done, and every second all is looked at: nothing that is young may be gone.
+
+    rows: how many are in the file, second by second.
+    """
+
+    def __init__(self, store: SqliteStore, time: Time, path: Path) -> None:
+        self.store, self.time, self.path = store, time, path
+        self.done: dict[str, float] = {}
+        self.rows: list[int] = []
+
+    def run(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.time.now += 1
+            key = f"k/{self.time.now}"
+            [claimed] = self.store.apply([Claim(key)])
+            assert isinstance(claimed, Claimed)
+            assert self.store.apply([Complete(key, claimed.token)]) == [Applied()]
+            self.done[key] = self.time.now
+            with closing(sqlite3.connect(self.path)) as db:
+                found = [db.execute(f"SELECT count(*) FROM idemp_done_{n}").fetchone()[0] for n in range(3)]
+            self.rows.append(sum(found))
+            self.look()
+
+    def look(self) -> None:
+        """All of the last hundred seconds, which is the retention."""
+        young = [key for key, at in self.done.items() if at + 100 > self.time.now]
+        assert all(isinstance(state, Done) for state in self.store.apply([Get(key) for key in young]))
+
+
+@pytest.fixture
+def rate(make: Any, time: Time, tmp_path: Path) -> Rate:
+    return Rate(make(retention=100.0, session_ttl=30.0), time, tmp_path / "seen.db")
+
+
+def test_a_clock_that_was_ahead_once(rate: Rate, time: Time) -> None:
+    """It does not grow for a year, and what was done meanwhile and after goes neither early nor never."""
+    time.ahead = 365 * 86_400.0
+    rate.run(10)
+    time.ahead = 0.0
+    rate.run(520)
+    assert max(rate.rows) <= 310
+    assert max(rate.rows[-100:]) <= 151
+    assert not [key for key, _ in rate.store.scan() if rate.done[key] + 100 <= time.now]
+
+
+@pytest.mark.parametrize("seconds", [10, 230])
+def test_a_clock_that_was_behind_once(rate: Rate, time: Time, seconds: int) -> None:
+    """As that of a host without a battery, until it has asked for the time: what it did before stays."""
+    rate.run(130)
+    before = dict(rate.done)
+    time.ahead = 1.0 - time.now
+    rate.run(seconds)
+    time.ahead = 0.0
+    rate.done = before  # what was done meanwhile is long over by what was written down
+    rate.look()
+    rate.run(200)
+    assert max(rate.rows) <= 310
+    assert max(rate.rows[-50:]) <= 151
+
+
+def test_how_long_a_slice_was_seen_is_of_one_host(make: Any, time: Time, rate: Rate) -> None:
+    """A file may come from another, whose clock began elsewhere."""
+    rate.run(70)
+    time.ahead = -1000.0
+    rate.run(1)
+    rate.store._session._boot = "another"  # type: ignore[union-attr]
+    time.now += 1_000_000
+    time.ahead -= 1_000_000
+    rate.run(99)
+    assert rate.rows[-1] == 170
 
 
 def test_the_retention_only_grows(make: Any) -> None:

@@ -606,12 +606,25 @@ class _Session(Confirmed):
         number, began = meta.get("slice", 0), meta.get("began")
         if began is None:
             _set(db, meta, began=wall)
-        elif wall - began >= self.retention / 2 and wall - meta.get("ended", 0) >= self.retention:
-            # The slice that comes next was closed when the one before the present began.
+            return int(number) % 3
+        due = wall - began >= self.retention / 2 and wall - meta.get("ended", 0) >= self.retention
+        # The slice that comes next was closed when the one before the present began.
+        if due or self._seen(db, meta) >= self.retention:
             number += 1
             db.execute(f"DELETE FROM idemp_done_{number % 3}")
             _set(db, meta, slice=number, began=wall, ended=began)
         return int(number) % 3
+
+    def _seen(self, db: sqlite3.Connection, meta: dict[str, Any]) -> float:
+        """Seconds for which the present slice has been that for sure, by the host's own clock.
+
+        A wall clock that was ahead once would keep it for as long as that was; one that lies before what
+        was written down need not be right.
+        """
+        now, name = self._clock.steady(), f"{meta.get('slice', 0)} {self._boot or self._id}"
+        if meta.get("seen") != name or meta["since"] > now:
+            _set(db, meta, seen=name, since=now)
+        return float(now - meta["since"])
 
     def _sweep(self) -> None:
         """Drop dead sessions and free keys that are over; both are few, and nobody counts with them."""

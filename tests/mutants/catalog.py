@@ -705,6 +705,29 @@ MUTANTS = (
         "    finally:\n        pass\n",
         unit("test_etcd_store.py::test_a_journal_of_a_newer_idemp_is_not_read_on[True-Z key 7]"),
     ),
+    # ---------------------------------------------------------------- a clock that was wrong
+    Mutant(
+        "a slice that was seen for a retention ends, whatever the clock says",
+        "stores/sqlite.py",
+        "        if due or self._seen(db, meta) >= self.retention:\n",
+        "        if due:\n",
+        unit("test_sqlite_store.py::test_a_clock_that_was_ahead_once"),
+    ),
+    Mutant(
+        "a clock that lies before what was written down need not be right",
+        "stores/sqlite.py",
+        "        due = wall - began >= self",
+        '        _set(db, meta, began=min(wall, began), ended=min(wall, meta.get("ended", 0)))\n'
+        '        began = meta["began"]\n        due = wall - began >= self',
+        unit("test_sqlite_store.py::test_a_clock_that_was_behind_once[10]"),
+    ),
+    Mutant(
+        "how long a slice was seen is of one host",
+        "stores/sqlite.py",
+        """f"{meta.get('slice', 0)} {self._boot or self._id}\"""",
+        """str(meta.get("slice", 0))""",
+        unit("test_sqlite_store.py::test_how_long_a_slice_was_seen_is_of_one_host"),
+    ),
     # ---------------------------------------------------------------- what gives claims back
     Mutant(
         "what gives claims back is kept until it took effect, on SQLite",
