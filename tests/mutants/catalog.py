@@ -805,7 +805,7 @@ MUTANTS = (
         "stores/postgresql.py",
         "            except Exception:  # without it every",
         "            except EOFError:  # without it every",
-        unit("test_server_stores.py::test_no_thread_dies_of_what_nobody_expected[postgresql-OSError]"),
+        unit("test_server_stores.py::test_no_thread_dies_of_what_nobody_expected[postgresql-RuntimeError]"),
     ),
     Mutant(
         "who listens outlives what nobody expected",
