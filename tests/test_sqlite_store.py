@@ -7,7 +7,7 @@ import random
 import signal
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
@@ -659,6 +659,29 @@ def test_a_key_done_again_after_its_retention_is_done_anew(make: Any, time: Time
     [done] = store.apply([Claim("a")])
     assert done.result == b"new"
     assert len(store.scan()) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("no thread is left")])
+def test_a_heartbeat_outlives_what_nobody_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Else every handler that takes longer than the session would be in doubt, from then on."""
+    with closing(SqliteStore(str(tmp_path / "seen.db"), retention=60.0, session_ttl=0.9)) as store:
+        store.apply([Claim("a")])
+        session: Any = store._session
+        real, beats = session.group.apply, itertools.count()
+        failed, again = threading.Event(), threading.Event()
+
+        def fail(ops: Sequence[Op]) -> Any:
+            if next(beats) == 0:
+                failed.set()
+                raise error
+            again.set()
+            return real(ops)
+
+        monkeypatch.setattr(session.group, "apply", fail)
+        assert failed.wait(10)
+        assert again.wait(10)
 
 
 class Rate:

@@ -647,11 +647,12 @@ class _Session(Confirmed):
                     self._sweep()
             except Closed:
                 return
-            except ConfigError as error:  # the file is another: every call says so from now on
-                log.error("%s", error)
-                return
-            except (StoreUnavailable, sqlite3.Error) as error:
+            except (StoreUnavailable, ConfigError, sqlite3.Error) as error:
                 log.warning("heartbeat of %s: %s", self._path, error)
+                if self._file.lost:
+                    return  # every call says so from now on
+            except Exception:  # without it every handler that takes longer would be in doubt, from now on
+                log.exception("heartbeat of %s", self._path)
 
     def fresh(self, token: int = 0) -> bool:
         """See `Confirmed`.  Not in a file that others do not see."""
