@@ -290,17 +290,19 @@ def test_no_namespace(etcd: Etcd, unique: str) -> None:
         assert fault["what"] == f"there is no namespace '{unique}'"
 
 
+def _fill(client: Client) -> None:
+    for number in range(200):
+        client.put(f"/fill/{number}", b"x" * 1_000_000)
+        time.sleep(0.1)  # it looks at its size now and then
+
+
 def test_an_etcd_that_is_full() -> None:
     """Alarm and room, with what to type."""
     need("etcd")
     with Etcd(quota_bytes=4 * 1024 * 1024) as etcd:
         _filled(f"{etcd.url}x", 1)
-        with closing(Client(etcd.endpoints)) as client:
-            for number in range(20):
-                try:
-                    client.put(f"/fill/{number}", b"x" * 1_000_000)
-                except NoSpace:
-                    break
+        with closing(Client(etcd.endpoints)) as client, pytest.raises(NoSpace):
+            _fill(client)
         faults = doctor("--store", f"{etcd.url}x", code=1)
     assert any("alarm NOSPACE" in each["what"] and "etcdctl defrag" in each["fix"] for each in faults), faults
     assert any("at which it takes nothing more" in each["what"] for each in faults)

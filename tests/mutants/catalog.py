@@ -520,8 +520,10 @@ MUTANTS = (
     Mutant(
         "who keeps the session of etcd outlasts a file of its URL that is away",
         "stores/etcd.py",
-        "            except IdempError as error:  # also",
-        "            except EtcdError as error:  # also",
+        "            except IdempError as error:  # also a file of the URL that is away for a moment\n"
+        '                log.warning("keeping the session of %s: %s", self._layout.root, error)\n'
+        "            except Exception:",
+        "            except EtcdError:",
         unit("test_etcd_store.py::test_who_keeps_it_outlasts_a_file_that_was_away"),
     ),
     Mutant(
