@@ -300,32 +300,42 @@ def test_the_store_goes_away_and_comes_back(
     assert sorted(runs, key=int) == [str(n) for n in range(1, 20)]
 
 
+class Outage:
+    """The broker is away as soon as ``since`` says so, until it is ``back``; ``met``: by who connects."""
+
+    def __init__(self, bench: Bench, patch: pytest.MonkeyPatch, since: Callable[[], object]) -> None:
+        self.back, self.met = threading.Event(), threading.Event()
+        poll, connect = bench.transport.poll, bench.transport.connect
+
+        def cut(timeout: float) -> Any:
+            if since() and not self.back.is_set():
+                raise TransportUnavailable("cut")
+            return poll(timeout)
+
+        def refuse() -> None:
+            self.met.set()
+            if not self.back.is_set():
+                raise TransportUnavailable("still away")
+            connect()
+
+        patch.setattr(bench.transport, "poll", cut)
+        patch.setattr(bench.transport, "connect", refuse)
+
+
 def test_what_ended_is_recorded_while_the_broker_is_away(
     make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A completion that was to go out with the next batch does not wait until the broker is back."""
     bench = make()
-    back, asked = threading.Event(), threading.Event()
-    poll, connect, ask = bench.transport.poll, bench.transport.connect, _Shell.ask
+    asked, ask = threading.Event(), _Shell.ask
 
     def ask_and_cut(shell: _Shell, store: Store, ops: Sequence[Op]) -> None:
         ask(shell, store, ops)
         if any(isinstance(op, Complete) for op in ops):
             asked.set()
 
-    def cut(timeout: float) -> Any:
-        if asked.is_set() and not back.is_set():
-            raise TransportUnavailable("cut")
-        return poll(timeout)
-
-    def refuse() -> None:
-        if not back.is_set():
-            raise TransportUnavailable("still away")
-        connect()
-
     monkeypatch.setattr(_Shell, "ask", ask_and_cut)
-    monkeypatch.setattr(bench.transport, "poll", cut)
-    monkeypatch.setattr(bench.transport, "connect", refuse)
+    back = Outage(bench, monkeypatch, asked.is_set).back
 
     @bench.consumer.on("foo")
     @idempotent(bench.store, name="s.foo")
@@ -556,28 +566,13 @@ def test_what_runs_while_the_broker_is_away_is_recorded(
 ) -> None:
     """All that was claimed before, one after the other, and not only when the broker is back."""
     bench = make()
-    back, started = threading.Event(), threading.Event()
-    poll, connect = bench.transport.poll, bench.transport.connect
-
-    def cut(timeout: float) -> Any:
-        if started.is_set() and not back.is_set():
-            raise TransportUnavailable("cut")
-        return poll(timeout)
-
-    def refuse() -> None:
-        if not back.is_set():
-            raise TransportUnavailable("still away")
-        connect()
-
-    monkeypatch.setattr(bench.transport, "poll", cut)
-    monkeypatch.setattr(bench.transport, "connect", refuse)
     runs: list[str] = []
+    back = Outage(bench, monkeypatch, lambda: runs).back
 
     @bench.consumer.on("t")
     @idempotent(bench.store, name="s.t")
     def handle(message: Message) -> None:
         runs.append(message.id)
-        started.set()
         time.sleep(0.1)
 
     bench.publish(*(Message(str(n), "t") for n in range(10)))
@@ -598,23 +593,9 @@ def test_what_a_handler_publishes_while_the_broker_is_away_goes_out_when_it_is_b
 ) -> None:
     """It waits for that as it waits for a confirmation, and the handler does not run again."""
     bench = make()
-    back, away = threading.Event(), threading.Event()
-    poll, connect = bench.transport.poll, bench.transport.connect
     runs: list[str] = []
-
-    def cut(timeout: float) -> Any:
-        if runs and not back.is_set():
-            raise TransportUnavailable("cut")
-        return poll(timeout)
-
-    def refuse() -> None:
-        away.set()
-        if not back.is_set():
-            raise TransportUnavailable("still away")
-        connect()
-
-    monkeypatch.setattr(bench.transport, "poll", cut)
-    monkeypatch.setattr(bench.transport, "connect", refuse)
+    outage = Outage(bench, monkeypatch, lambda: runs)
+    back, away = outage.back, outage.met
 
     @bench.consumer.on("t")
     @idempotent(bench.store, name="s.t")
